@@ -1,0 +1,42 @@
+"""P3B: Pruning by Block Benefit. Make a pretrained Vision Transformer small while it moves to your images.
+
+`import p3b` stays light: torch and timm are loaded when a name below is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+__all__ = ["Pruner", "Schedule", "count_macs", "count_parameters", "load", "save"]
+
+if TYPE_CHECKING:
+    from p3b.artifact import load, save
+    from p3b.core.schedule import Schedule
+    from p3b.pruner import Pruner
+    from p3b.vit.cost import count_macs, count_parameters
+
+_HOME = {
+    "Pruner": "p3b.pruner",
+    "Schedule": "p3b.core.schedule",
+    "count_macs": "p3b.vit.cost",
+    "count_parameters": "p3b.vit.cost",
+    "load": "p3b.artifact",
+    "save": "p3b.artifact",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    try:
+        return importlib.import_module(f"p3b.{name}")  # p3b.core.allocation and its like, without an import of their own
+    except ModuleNotFoundError as error:
+        if error.name != f"p3b.{name}":
+            raise
+        raise AttributeError(f"module 'p3b' has no attribute '{name}'") from None
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,98 @@
+"""The command line: `p3b <command>`, and the published `main.py`. Torch is imported only when a command runs."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from p3b.config import DemoConfig, EvaluateConfig, FinetuneConfig, PruneConfig, TrainConfig
+from p3b.errors import UserError, unknown_name
+
+USER_ERROR, BUG = 2, 1
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command: its settings, what it is for, and where it is carried out ("module:function")."""
+
+    config: type
+    purpose: str
+    target: str
+
+
+COMMANDS: dict[str, Command] = {
+    "demo": Command(DemoConfig, "the whole job on embedded data, in minutes", "p3b.demo.run:run_demo"),
+    "train": Command(TrainConfig, "transfer a dense model to a data set", "p3b.commands:train"),
+    "prune": Command(PruneConfig, "transfer and prune on the way, and fine-tune", "p3b.commands:prune"),
+    "finetune": Command(FinetuneConfig, "train a small model further", "p3b.commands:finetune"),
+    "evaluate": Command(EvaluateConfig, "accuracy, size and speed of a saved model", "p3b.commands:evaluate_saved"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`p3b <command> [flags]`: returns the exit status; 0 done, 2 a user's mistake."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if not given or given[0] in ("-h", "--help"):
+        print(_usage())
+        return 0
+    if given[0] == "--version":
+        from p3b import __version__
+
+        print(f"p3b {__version__}")
+        return 0
+    name, *flags = given
+    if name not in COMMANDS:
+        print(f"p3b: {unknown_name('command', name, COMMANDS)}", file=sys.stderr)
+        return USER_ERROR
+    return run_command(name, flags, prog=f"p3b {name}")
+
+
+def published_main(arguments: Sequence[str] | None = None) -> int:
+    """The published command line (main.py): the flags say which command is meant."""
+    flags = list(sys.argv[1:] if arguments is None else arguments)
+    given = {flag.split("=")[0].replace("_", "-") for flag in flags if flag.startswith("--")}
+    if "--eval" in given:
+        return run_command("evaluate", [flag for flag in flags if flag != "--eval"], prog="main.py --eval")
+    if "--prune-method" in given:
+        return run_command("prune", flags, prog="main.py --prune-method ...")
+    name = "finetune" if "--resize-model-by-checkpoint" in given else "train"
+    return run_command(name, flags, prog="main.py")
+
+
+def run_command(name: str, flags: Sequence[str], prog: str) -> int:
+    """Parse the flags of a command and carry it out."""
+    import tyro
+
+    command = COMMANDS[name]
+    config = tyro.cli(command.config, args=flags, prog=prog, config=(tyro.conf.OmitArgPrefixes,))
+    try:
+        _load(command.target)(config)
+    except UserError as error:
+        if int(os.environ.get("RANK", 0)) == 0:  # every rank meets the same mistake; one says so
+            print(f"p3b {name}: {error}", file=sys.stderr, flush=True)
+        return USER_ERROR
+    return 0
+
+
+def _load(target: str) -> Callable[[Any], Any]:
+    import importlib
+
+    module, function = target.split(":")
+    loaded: Callable[[Any], Any] = getattr(importlib.import_module(module), function)
+    return loaded
+
+
+def _usage() -> str:
+    lines = [f"  {name:<9} {command.purpose}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "P3B: make a pretrained Vision Transformer small while it moves to your images.",
+            "",
+            "usage: p3b <command> [flags]      p3b <command> --help shows the flags",
+            "",
+            *lines,
+        ]
+    )

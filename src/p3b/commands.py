@@ -1,0 +1,311 @@
+"""What the commands do: `train`, `prune`, `finetune`, `evaluate`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+
+from p3b import artifact
+from p3b.bench import images_per_second
+from p3b.config import EvaluateConfig, PruneConfig, TrainConfig
+from p3b.core.schedule import Schedule, parse_duration
+from p3b.data import default_num_workers
+from p3b.errors import ConfigError, DataError, RunFolderError, ScheduleError, WeightsError
+from p3b.inputs import open_model, open_splits
+from p3b.pruner import Pruner
+from p3b.session import PRODUCTS, SPARSE_CHECKPOINT, Session, evaluate_split, open_session
+from p3b.train.display import Display
+from p3b.train.distributed import process_group
+from p3b.train.evaluate import Accuracy
+from p3b.train.optim import Precision
+from p3b.train.run_folder import StageFolder
+from p3b.vit.architecture import build_dense
+from p3b.vit.cost import count_macs, count_parameters
+
+
+@dataclass(frozen=True)
+class Figures:
+    """One column of the final table. Accuracies in percent, None where nothing was evaluated."""
+
+    params: int
+    macs: int
+    bytes: int
+    top1: float | None = None
+    top5: float | None = None
+    images_per_second: float | None = None
+
+
+def train(config: TrainConfig, stage: str = "train") -> dict[str, Any]:
+    """Train a model without pruning it; returns the summary.
+
+    Args:
+        config: settings.
+        stage: "train" for dense transfer, "finetune" for a small model.
+    """
+    with open_session(config, stage) as session:
+        if finished := _finished(session):
+            return finished
+        model = session.open_model()
+        checkpoint = session.begin(model)
+        session.train_part(model, stage, config.training.epochs, config.training.lr, checkpoint=checkpoint)
+        folder = session.save_model(model)
+        accuracies = _final_accuracies(session, model)
+        figures = _figures(session, [model], [accuracies])
+        _show(session, f"{stage} on {session.splits.description}", {"model": figures[0]})
+        session.display.say(f"model: {folder}")
+        session.display.say(f"run:   {session.folder.path}")
+        return session.write_summary({"model": asdict(figures[0]), "accuracy": _plain(accuracies)})
+
+
+def finetune(config: TrainConfig) -> dict[str, Any]:
+    """Fine-tune the model at --model-path; returns the summary.
+
+    Raises:
+        ConfigError: no model path.
+    """
+    if config.model.model_path is None:
+        raise ConfigError(
+            f"--model-path is missing: the model to fine-tune, such as run/{PRODUCTS['prune']} or run/{SPARSE_CHECKPOINT}."
+        )
+    return train(config, "finetune")
+
+
+def prune(config: PruneConfig) -> dict[str, Any]:
+    """Transfer and prune on the way, and fine-tune where asked for; returns the summary."""
+    with open_session(config, "prune") as session:
+        if finished := _finished(session):
+            return finished
+        dense_accuracy = _dense_run_accuracy(config.prune.dense_run)
+        model = session.open_model()
+        schedule, prune_epochs = prune_schedule(config, session.steps_per_epoch)
+        finetune_epochs = config.training.epochs - prune_epochs + config.prune.finetune_epochs
+        pruner = _pruner(config, model, schedule)
+        dense_params = count_parameters(model)
+        session.display.say(f"schedule in optimizer steps: {schedule}")
+        if config.prune.prune_blocks_only:
+            session.display.say("the prune ratio counts the blocks alone")
+
+        checkpoint = session.begin(model)
+        if checkpoint is None or checkpoint["progress"]["part"] == "prune":
+            session.train_part(model, "prune", prune_epochs, config.training.lr, pruner=pruner, checkpoint=checkpoint)
+            session.log_decision(pruner.decide_last(), "finalize", schedule.final)
+            pruner.shrink()
+            name, accuracy = session.evaluate(model)
+            session.display.say(f"shrunk to {count_parameters(model):,} of {dense_params:,} parameters: {name} top-1 {accuracy.top1:.2f} %")
+            session.save_sparse_checkpoint(model)
+            session.save_model(model)
+            checkpoint = None
+        else:
+            loaded = artifact.load(session.folder.root / SPARSE_CHECKPOINT, session.device)
+            assert isinstance(loaded, VisionTransformer)
+            model = loaded
+        if finetune_epochs:
+            lr = config.prune.finetune_lr or config.training.lr
+            session.train_part(model, "fine-tune", finetune_epochs, lr, first_epoch=prune_epochs, checkpoint=checkpoint)
+        folder = session.save_model(model)
+        return _finish_pruning(session, model, folder, dense_accuracy)
+
+
+def prune_schedule(config: PruneConfig, steps_per_epoch: int) -> tuple[Schedule, int]:
+    """The phases in optimizer steps, and the epochs that they take; the model is shrunk at the end of an epoch.
+
+    An interval between mask updates that is longer than an epoch gives way to three updates an epoch.
+
+    Raises:
+        ScheduleError: phases out of order, or longer than the run.
+    """
+    options, epochs = config.prune, config.training.epochs
+    start = parse_duration(options.prune_start_epoch, epochs, steps_per_epoch)
+    final = epochs if options.prune_finalize_epoch is None else parse_duration(options.prune_finalize_epoch, epochs, steps_per_epoch)
+    if options.prune_sparse_epoch is None:
+        sparse = start + 0.375 * (final - start)
+    else:
+        sparse = parse_duration(options.prune_sparse_epoch, epochs, steps_per_epoch)
+    final = -(-final // 1)
+    if not 0 <= start < sparse <= final <= epochs:
+        raise ScheduleError(
+            f"The phases do not fit: pruning starts after {start:g} epochs (--prune-start-epoch), is sparse after {sparse:g} "
+            f"(--prune-sparse-epoch), is finalized after {final:g} (--prune-finalize-epoch) of {epochs} (--epochs); expected "
+            "0 <= start < sparse <= finalize <= epochs."
+        )
+    update_every = None  # three times an epoch
+    if options.prune_steps_update_mask is not None:
+        # The flag counts mini-batches and stands for about three updates an epoch; in an epoch that is shorter than the interval
+        # there would be none at all.
+        asked = max(1, round(options.prune_steps_update_mask / config.training.grad_accum_steps))
+        update_every = asked if asked <= steps_per_epoch else None
+    schedule = Schedule.from_epochs(start, sparse, final, steps_per_epoch, update_every)
+    return schedule, int(final)
+
+
+def evaluate_saved(config: EvaluateConfig) -> dict[str, Any]:
+    """Accuracy of a saved model on every part of a data set that it was not trained on, its size and its speed.
+
+    Raises:
+        ConfigError: no weights. WeightsError, DataError: the model's classes are not the data's.
+    """
+    options = config.model
+    if options.model_path is None and not options.model_pretrained:
+        raise ConfigError(f"--model-path is missing: the model to evaluate, such as run/{PRODUCTS['prune']}.")
+    with process_group(config.run.device) as (processes, device):
+        display = Display(processes.is_main)
+        precision = Precision.choose(config.precision, device)
+        splits = open_splits(config.data, config.run.seed)
+        opened = open_model(options, len(splits.class_names), config.run.seed)
+        if opened.report is not None and opened.report.replaced:
+            raise WeightsError(f"The model was not trained for these {len(splits.class_names)} classes: {'; '.join(opened.report.replaced)}")
+        if opened.class_names is not None and opened.class_names != splits.class_names:
+            raise DataError(
+                f"The model was trained for the classes {', '.join(opened.class_names[:8])} ..., the data has "
+                f"{', '.join(splits.class_names[:8])} ...; they must be the same in the same order."
+            )
+        model = opened.model.to(device).eval()
+        workers = config.data.num_workers
+        if workers is None:
+            workers = default_num_workers(processes.local_world_size, device.type == "cpu")
+        parts = {"val": splits.val, "test": splits.test}
+        if not any(parts.values()):
+            parts = {"all": splits.train}
+        accuracies = {
+            name: evaluate_split(
+                model, part, opened.preprocessing, precision, processes, config.batch_size, workers, config.run.dist_eval
+            )
+            for name, part in parts.items()
+            if part is not None
+        }
+        speed = images_per_second([model], opened.preprocessing.input_size, batch_size=config.batch_size, device=device)[0]
+        rows = [(name, f"{a.top1:.2f}", f"{a.top5:.2f}", f"{a.loss:.4f}", f"{a.images:,}") for name, a in accuracies.items()]
+        display.table(f"{options.model_path or options.model}", ("part", "top-1 %", "top-5 %", "loss", "images"), rows)
+        figures = Figures(count_parameters(model), _macs(model), _bytes(model), images_per_second=speed)
+        display.say(f"{figures.params:,} parameters, {figures.macs / 1e6:,.1f} M MACs, {speed:,.0f} images/s on {device}")
+        return {"model": asdict(figures), "accuracy": _plain(accuracies)}
+
+
+def _pruner(config: PruneConfig, model: VisionTransformer, schedule: Schedule) -> Pruner:
+    options = config.prune
+    return Pruner(
+        model,
+        options.prune_ratio,
+        options.prune_method,
+        schedule,
+        alpha=options.prune_alpha,
+        gamma=options.prune_gamma,
+        benefit_scale=options.prune_benefit_scale,
+        blocks_only=options.prune_blocks_only,
+        keep_ratios=options.prune_keep_ratios or None,
+        probe_lr=options.probe_lr,
+    )
+
+
+def _finish_pruning(
+    session: Session, model: VisionTransformer, folder: Path, dense_accuracy: dict[str, Any] | None
+) -> dict[str, Any]:
+    accuracies = _final_accuracies(session, model)
+    dense = build_dense(artifact.model_config(model)["architecture"]).to(session.device)
+    figures = _figures(session, [dense, model], [{}, accuracies])
+    note = "dense accuracy: not measured; give --dense-run to compare"
+    if dense_accuracy is not None:
+        figures[0] = Figures(**{**asdict(figures[0]), "top1": dense_accuracy["top1"], "top5": dense_accuracy["top5"]})
+        note = f"dense accuracy: from {session.config.prune.dense_run}"  # type: ignore[attr-defined]
+    drawn = session.draw_figures()
+    _show(session, f"{session.splits.description}", {"dense": figures[0], "pruned": figures[1]})
+    session.display.say(note)
+    session.display.say(f"model:   {folder}")
+    session.display.say(f"run:     {session.folder.path}")
+    for figure in drawn:
+        session.display.say(f"figure:  {figure}")
+    return session.write_summary(
+        {
+            "dense": asdict(figures[0]),
+            "pruned": asdict(figures[1]),
+            "accuracy": _plain(accuracies),
+            "reached_prune_ratio": 1 - figures[1].params / figures[0].params,
+            "figures": [str(figure) for figure in drawn],
+        }
+    )
+
+
+def _finished(session: Session) -> dict[str, Any] | None:
+    """Summary of a stage that is resumed though it has come to its end."""
+    if not (session.config.run.resume and session.folder.finished):
+        return None
+    session.display.say(f"{session.folder.path} is finished; nothing is left to do.")
+    return session.folder.read_json("summary.json")
+
+
+def _dense_run_accuracy(run: Path | None) -> dict[str, Any] | None:
+    """Accuracy of an earlier dense run, on the part that final figures are taken from."""
+    if run is None:
+        return None
+    stage = StageFolder(run, "train")
+    if not stage.finished:
+        raise RunFolderError(f"{run} holds no finished `p3b train`; give --dense-run the output folder of one.")
+    summary = stage.read_json("summary.json")
+    return dict(summary["accuracy"].get("test") or summary["accuracy"]["val"])
+
+
+def _final_accuracies(session: Session, model: VisionTransformer) -> dict[str, Accuracy]:
+    """On the parts that exist: val, which may have chosen the epoch, and test, which never does."""
+    parts = {"val": session.splits.val, "test": session.splits.test}
+    return {name: session.evaluate(model, name)[1] for name, part in parts.items() if part is not None}
+
+
+def _figures(session: Session, models: list[VisionTransformer], accuracies: list[dict[str, Accuracy]]) -> list[Figures]:
+    speeds: list[float | None] = [None] * len(models)
+    if session.processes.is_main:
+        speeds = list(
+            images_per_second(
+                models, session.preprocessing.input_size, batch_size=session.config.training.batch_size, device=session.device
+            )
+        )
+    figures = []
+    for model, measured, speed in zip(models, accuracies, speeds, strict=True):
+        final = measured.get("test") or measured.get("val")
+        top1, top5 = (None, None) if final is None else (final.top1, final.top5)
+        figures.append(Figures(count_parameters(model), _macs(model), _bytes(model), top1, top5, speed))
+    return figures
+
+
+def _show(session: Session, title: str, columns: dict[str, Figures]) -> None:
+    rows = [
+        ("parameters", *(f"{c.params:,}" for c in columns.values())),
+        ("MACs (M)", *(f"{c.macs / 1e6:,.1f}" for c in columns.values())),
+        ("size on disk (MB)", *(f"{c.bytes / 1e6:.2f}" for c in columns.values())),
+        ("top-1 (%)", *(_percent(c.top1) for c in columns.values())),
+        ("top-5 (%)", *(_percent(c.top5) for c in columns.values())),
+        ("images per second", *(f"{c.images_per_second or 0:,.0f}" for c in columns.values())),
+    ]
+    if len(columns) == 2:
+        dense, small = columns.values()
+        ratios = (
+            small.params / dense.params,
+            small.macs / dense.macs,
+            small.bytes / dense.bytes,
+            None,
+            None,
+            (small.images_per_second or 0) / (dense.images_per_second or 1),
+        )
+        rows = [(*row, "" if ratio is None else f"x {ratio:.2f}") for row, ratio in zip(rows, ratios, strict=True)]
+        session.display.table(title, ("", *columns, "ratio"), rows)
+    else:
+        session.display.table(title, ("", *columns), rows)
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _macs(model: VisionTransformer) -> int:
+    return count_macs(model, tuple(model.patch_embed.img_size))
+
+
+def _bytes(model: torch.nn.Module) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+
+
+def _plain(accuracies: dict[str, Accuracy]) -> dict[str, Any]:
+    return {name: asdict(accuracy) for name, accuracy in accuracies.items()}

@@ -1,0 +1,310 @@
+"""What a run is told: frozen dataclasses, one sentence under each field (it is the help text of the flag).
+
+The defaults are the recipe of the published runs (section 8 of the method). Nothing here imports torch, so that `--help` is quick.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from p3b.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Images."""
+
+    data_set: str = "FOLDER"
+    """CIFAR10, CIFAR100, IMNET, INAT18, INAT19, IFOOD, FOLDER (class folders or tars), DIGITS, or timm's hfds/<name>, torch/<name>."""
+    data_path: Path | None = None
+    """Where it lies: a folder or tar with train and val (or test), or class folders directly."""
+    val_path: Path | None = None
+    """Folder or tar of class folders to choose the best epoch on."""
+    test_path: Path | None = None
+    """Folder or tar of class folders for the final figures; never used to choose."""
+    val_share: float | None = None
+    """Share of the training images cut off for validation, in [0, 1); by default 0.1 for FOLDER without a val part, else 0."""
+    max_train_images: int | None = None
+    """Train on at most so many images, chosen by seed, the same number of each class."""
+    download: bool = False
+    """Fetch the data set if it is not there (CIFAR10, CIFAR100, torch/...)."""
+    skip_unreadable: bool = False
+    """Skip and count images that cannot be read, instead of stopping at the first."""
+    num_workers: int | None = None
+    """Processes that decode and augment; by default what fits the machine."""
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Model."""
+
+    model: str = "deit_small_patch16_224"
+    """Name of a timm VisionTransformer."""
+    model_path: Path | None = None
+    """Weights to start from: .pth, .pt, .safetensors, the ViT authors' .npz, or a model that p3b saved."""
+    model_pretrained: bool = False
+    """Start from timm's pretrained weights of that name (downloaded)."""
+    model_kwargs: tuple[str, ...] = ()
+    """Arguments of timm's VisionTransformer, e.g. img_size=32 patch_size=4."""
+    input_size: int | None = None
+    """Side of the input image in pixels; the same as --model-kwargs img_size=N."""
+    mean: tuple[float, ...] | None = None
+    """Channel means for normalisation, in [0, 1]; by default those of the pretrained model."""
+    std: tuple[float, ...] | None = None
+    """Channel standard deviations for normalisation; by default those of the pretrained model."""
+    crop_pct: float = 0.875
+    """Evaluation resizes to the input size divided by this, then crops the centre."""
+    drop_path: float = 0.1
+    """Stochastic depth rate of the last block in training, in [0, 1)."""
+    resize_model_by_checkpoint: bool = False
+    """Take the (small) shape of the model from --model-path, which must be one that p3b saved."""
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """Training."""
+
+    epochs: int = 300
+    """Epochs of this stage."""
+    batch_size: int = 64
+    """Images of a batch on each process."""
+    grad_accum_steps: int = 1
+    """Batches whose gradients are added up for one optimizer step."""
+    opt: str = "adamw"
+    """timm's name of the optimizer."""
+    lr: float = 5e-4
+    """Learning rate for a global batch of 512; scaled with batch size x processes x accumulation."""
+    min_lr: float = 1e-5
+    """Where the cosine schedule ends."""
+    warmup_epochs: int = 0
+    """Epochs of linear learning-rate warm-up at the start of a cosine schedule."""
+    weight_decay: float = 0.05
+    """Weight decay of matrices; none on biases, norms and tokens."""
+    clip_grad: float | None = None
+    """Clip the gradient's norm to this."""
+    smoothing: float = 0.1
+    """Label smoothing, in [0, 1)."""
+    mixup: float = 0.8
+    """Mixup strength alpha; 0 is off."""
+    cutmix: float = 1.0
+    """Cutmix strength alpha; 0 is off."""
+    precision: str = "auto"
+    """fp32, bf16, fp16 (autocast), or auto: bf16 where the hardware multiplies it natively."""
+    model_ema: bool = False
+    """Evaluate and keep an exponential moving average of the weights."""
+    model_ema_decay: float = 0.9999
+    """Decay of the moving average per optimizer step, in (0, 1)."""
+    distillation_type: str = "none"
+    """none, soft (KL divergence) or hard (the teacher's label)."""
+    distillation_alpha: float = 0.5
+    """Weight of the teacher, in [0, 1]."""
+    distillation_tau: float = 1.0
+    """Temperature of soft distillation."""
+    teacher_model: str | None = None
+    """timm name of the teacher (pretrained weights are downloaded unless --teacher-path is given)."""
+    teacher_path: Path | None = None
+    """Weights of the teacher, for the same classes."""
+
+
+@dataclass(frozen=True)
+class AugmentOptions:
+    """Augmentation of training images."""
+
+    aa: str | None = "rand-m9-mstd0.5-inc1"
+    """Auto-augment policy in timm's notation; None is off."""
+    color_jitter: float = 0.3
+    """Colour jitter, where no auto-augment policy is set."""
+    reprob: float = 0.25
+    """Random erasing probability."""
+    remode: str = "pixel"
+    """Random erasing mode: const, rand or pixel."""
+    recount: int = 1
+    """Rectangles erased at most."""
+    train_interpolation: str = "bicubic"
+    """Interpolation of random resizes: bilinear, bicubic or random."""
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    """Area of random crops as a share of the image."""
+    hflip: float = 0.5
+    """Probability of a horizontal flip; 0 for text and digits."""
+    repeated_aug: bool = True
+    """Show every chosen image three times an epoch, each time changed anew."""
+    augment: bool = True
+    """Off: no random change at all, images are resized as in evaluation."""
+
+
+@dataclass(frozen=True)
+class PruneOptions:
+    """Pruning."""
+
+    prune_method: str = "block_benefit"
+    """block_benefit (P3B, arXiv 2506.23675; also accepted under its published name block_pr)."""
+    prune_ratio: float = 0.5
+    """Share of all parameters that goes, in [0, 1)."""
+    prune_blocks_only: bool = False
+    """Count the budget over the blocks alone, without embeddings, final norm and head."""
+    prune_keep_ratios: tuple[float, ...] = ()
+    """Keep ratios given by hand, one per block (attention, MLP, attention, ...); then nothing is measured to find them."""
+    prune_start_epoch: str = "5"
+    """End of the warm-up: epochs (5), optimizer steps (500steps) or a share of the pruning epochs (20%)."""
+    prune_sparse_epoch: str | None = None
+    """When keep ratios have reached their goals; by default three eighths of the way from start to finalize."""
+    prune_finalize_epoch: str | None = None
+    """When the model is shrunk; by default after the last epoch."""
+    prune_steps_update_mask: int | None = None
+    """Mini-batches between two mask updates; by default a third of an epoch."""
+    prune_alpha: float = 0.5
+    """Weight of the class token's benefit against the patches', in [0, 1]."""
+    prune_gamma: float = 0.2
+    """Weight of a new interval in the smoothed importance, in (0, 1]."""
+    prune_benefit_scale: float = 10.0
+    """Scale T of the benefits before they are squashed."""
+    probe_lr: float = 5e-4
+    """Learning rate of the probes, not scaled with the batch size."""
+    finetune_epochs: int = 0
+    """Epochs of fine-tuning the small model in the same go."""
+    finetune_lr: float | None = None
+    """Learning rate of that fine-tuning, scaled like --lr, which is the default."""
+    dense_run: Path | None = None
+    """Output folder of a finished `p3b train` to compare with in the final table."""
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Run."""
+
+    output_dir: Path | None = None
+    """Folder for everything that the run writes."""
+    resume: bool = False
+    """Go on from the last checkpoint of this stage in the output folder."""
+    overwrite: bool = False
+    """Remove what an earlier run of this stage left in the output folder."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    seed: int = 0
+    """Seed of everything random."""
+    dist_eval: bool = True
+    """Share the evaluation among processes; off: every process evaluates all images."""
+    figure_format: Literal["png", "svg"] = "png"
+    """Format of the figures."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Dense transfer: train a ViT on a data set, nothing is pruned."""
+
+    data: DataOptions = field(default_factory=DataOptions)
+    model: ModelOptions = field(default_factory=ModelOptions)
+    training: TrainingOptions = field(default_factory=TrainingOptions)
+    augment: AugmentOptions = field(default_factory=AugmentOptions)
+    run: RunOptions = field(default_factory=RunOptions)
+
+
+@dataclass(frozen=True)
+class FinetuneConfig(TrainConfig):
+    """Fine-tune a small (or any) model: cosine schedule."""
+
+
+@dataclass(frozen=True)
+class PruneConfig(TrainConfig):
+    """Transfer and prune on the way: warm-up, sparsify, sharpen, finalize, and fine-tune where asked for."""
+
+    training: TrainingOptions = field(default_factory=lambda: TrainingOptions(epochs=50))
+    prune: PruneOptions = field(default_factory=PruneOptions)
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Accuracy, size and speed of a saved model on a data set."""
+
+    data: DataOptions = field(default_factory=DataOptions)
+    model: ModelOptions = field(default_factory=ModelOptions)
+    batch_size: int = 64
+    """Images of a batch on each process."""
+    precision: str = "fp32"
+    """fp32, bf16, fp16, or auto."""
+    run: RunOptions = field(default_factory=RunOptions)
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """The whole job on data that comes with the project: printed letters to handwritten digits, at half the parameters."""
+
+    output_dir: Path = Path("demo-run")
+    """Folder for everything that the demo writes; what an earlier demo left there is replaced."""
+    prune_ratio: float = 0.5
+    """Share of all parameters that goes, in [0, 1)."""
+    seed: int = 0
+    """Seed of everything random."""
+
+
+def check(config: TrainConfig) -> None:
+    """Ranges and contradictions that can be seen without data or model.
+
+    Raises:
+        ConfigError: names the flag, what was got and what is expected.
+    """
+    training, run = config.training, config.run
+    _positive(epochs=training.epochs, batch_size=training.batch_size, grad_accum_steps=training.grad_accum_steps)
+    _positive(lr=training.lr)
+    _not_negative(min_lr=training.min_lr, warmup_epochs=training.warmup_epochs, weight_decay=training.weight_decay)
+    _not_negative(mixup=training.mixup, cutmix=training.cutmix, drop_path=config.model.drop_path, smoothing=training.smoothing)
+    for name, value in (("drop_path", config.model.drop_path), ("smoothing", training.smoothing)):
+        if value >= 1:
+            raise ConfigError(f"{_flag(name)} must lie in [0, 1), got {value}.")
+    if training.clip_grad is not None:
+        _positive(clip_grad=training.clip_grad)
+    if not 0 < training.model_ema_decay < 1:
+        raise ConfigError(f"--model-ema-decay must lie in (0, 1), got {training.model_ema_decay}.")
+    if training.warmup_epochs >= training.epochs and training.warmup_epochs > 0:
+        raise ConfigError(f"--warmup-epochs {training.warmup_epochs} leaves none of the {training.epochs} epochs.")
+    if not 0 < config.model.crop_pct <= 1:
+        raise ConfigError(f"--crop-pct must lie in (0, 1], got {config.model.crop_pct}.")
+    if config.data.num_workers is not None:
+        _not_negative(num_workers=config.data.num_workers)
+    if run.output_dir is None:
+        raise ConfigError("--output-dir is missing: the folder that everything is written to.")
+    if run.resume and run.overwrite:
+        raise ConfigError("--resume and --overwrite contradict each other; give one of them.")
+    if config.model.resize_model_by_checkpoint and config.model.model_path is None:
+        raise ConfigError("--resize-model-by-checkpoint needs --model-path: the pruned model or first_sparse_checkpoint.pth.")
+    if isinstance(config, PruneConfig):
+        _not_negative(finetune_epochs=config.prune.finetune_epochs)
+        if config.prune.finetune_lr is not None:
+            _positive(finetune_lr=config.prune.finetune_lr)
+        if config.prune.prune_steps_update_mask is not None:
+            _positive(prune_steps_update_mask=config.prune.prune_steps_update_mask)
+        if config.model.resize_model_by_checkpoint:
+            raise ConfigError("A model that has been pruned already cannot be pruned again; use `p3b finetune` for it.")
+
+
+def to_plain(config: object) -> dict[str, Any]:
+    """A config as plain JSON values, flat flag names under their groups."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Path):
+            return str(value)
+        if isinstance(value, (list, tuple)):
+            return [plain(item) for item in value]
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        return value
+
+    return plain(asdict(config))  # type: ignore[call-overload, no-any-return]
+
+
+def _positive(**values: float) -> None:
+    for name, value in values.items():
+        if not value > 0:
+            raise ConfigError(f"{_flag(name)} must be above 0, got {value}.")
+
+
+def _not_negative(**values: float) -> None:
+    for name, value in values.items():
+        if not value >= 0:
+            raise ConfigError(f"{_flag(name)} must be 0 or more, got {value}.")
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

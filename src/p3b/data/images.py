@@ -1,0 +1,259 @@
+"""Labelled images behind one map-style data set, wherever the pixels lie.
+
+A store knows how to open image i and what to call it; `LabelledImages` adds labels, subsets and what happens to an
+image that cannot be read. No store keeps a file open between two images. timm's tar reader does, and once its main
+process has read an image, all forked workers share one file offset and read garbage; an open costs some 20
+microseconds beside a decode of several hundred.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch.utils.data import Dataset
+
+from p3b.errors import DataError
+
+logger = logging.getLogger("p3b.data")
+
+
+class ImageStore(Protocol):
+    """Images by number, without labels."""
+
+    def __len__(self) -> int: ...
+
+    def open(self, index: int) -> Image.Image:
+        """Image `index`, decoded, in any mode; raises whatever the decoder raises."""
+        ...
+
+    def name(self, index: int) -> str:
+        """What a user calls this image: its file, or its place in the set."""
+        ...
+
+
+@final
+class LabelledImages(Dataset[tuple[Any, int]]):
+    """Images of a store with their labels; `dataset[i]` is (RGB PIL image or what `transform` made of it, class index).
+
+    Args:
+        store: where the pixels are.
+        targets: (len(store),) class index of every image of the store.
+        skip_unreadable: False: an image that cannot be decoded is a `DataError` that names it. True: `dataset[i]`
+            answers with the next image of this set that can be read, and the bad one is listed in `unreadable`.
+        indices: (n,) the images of the store that belong to this set, all by default.
+
+    Attributes:
+        transform: called with the PIL image (RGB) if not None; may be set at any time.
+        skip_unreadable: as above; may be set at any time before the loaders start.
+    """
+
+    def __init__(
+        self,
+        store: ImageStore,
+        targets: Sequence[int] | NDArray[np.int64],
+        *,
+        skip_unreadable: bool = False,
+        indices: NDArray[np.int64] | None = None,
+    ) -> None:
+        self.store = store
+        self.skip_unreadable = skip_unreadable
+        self.transform: Callable[[Image.Image], Any] | None = None
+        self._store_targets = np.asarray(targets, dtype=np.int64)
+        self._indices = np.arange(len(store)) if indices is None else indices
+        # One flag per image in memory that worker processes share: says which and how many, counts none twice, needs
+        # no lock.
+        self._flags = torch.zeros(len(store), dtype=torch.bool).share_memory_()
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, position: int) -> tuple[Any, int]:
+        if not 0 <= position < len(self):
+            raise IndexError(f"image {position} of {len(self)}")  # also ends a plain `for` over the set
+        for step in range(len(self) if self.skip_unreadable else 1):
+            sample = self.get_readable((position + step) % len(self))
+            if sample is not None:
+                return sample
+        raise DataError(f"None of the {len(self)} images can be read, {self.name(position)} among them.")
+
+    def get_readable(self, position: int) -> tuple[Any, int] | None:
+        """The sample at `position`; None if it cannot be read and `skip_unreadable` is set, a `DataError` if it is
+        not set."""
+        index = int(self._indices[position])
+        if self.skip_unreadable and self._flags[index]:
+            return None
+        try:
+            image = to_rgb(self.store.open(index))
+        except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, zlib.error ...
+            if not self.skip_unreadable:
+                raise DataError(
+                    f"Cannot read the image {self.store.name(index)} ({type(error).__name__}: {error}). Mend or remove the "
+                    "file, or go on without such images with --skip-unreadable."
+                ) from error
+            self._flags[index] = True
+            logger.warning("Skipped an image that cannot be read: %s (%s)", self.store.name(index), error)
+            return None
+        label = int(self._store_targets[index])
+        return (image if self.transform is None else self.transform(image)), label
+
+    @property
+    def targets(self) -> NDArray[np.int64]:
+        """(n,) class index of every image of this set, without reading any image."""
+        return self._store_targets[self._indices]
+
+    @property
+    def unreadable(self) -> tuple[str, ...]:
+        """Names of the images of this set found unreadable so far by this process and its loaders' workers."""
+        return tuple(self.store.name(int(index)) for index in self._indices[self._flags.numpy()[self._indices]])
+
+    def name(self, position: int) -> str:
+        """What a user calls the image at `position`."""
+        return self.store.name(int(self._indices[position]))
+
+    def subset(self, positions: NDArray[np.int64]) -> LabelledImages:
+        """The images at `positions` as a set of their own, with its own `transform`; the pixels are not copied."""
+        return LabelledImages(
+            self.store,
+            self._store_targets,
+            skip_unreadable=self.skip_unreadable,
+            indices=self._indices[np.asarray(positions, dtype=np.int64)],
+        )
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any PIL image as RGB; 16-bit grey is scaled to 8 bits where PIL alone would clip it to white."""
+    if image.mode == "RGB":
+        image.load()
+        return image
+    if image.mode.startswith("I"):
+        values = np.asarray(image).astype(np.int64)
+        if values.max(initial=0) > 255:
+            values >>= 8
+        return Image.fromarray(values.clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.mode == "P" and "transparency" in image.info:
+        return image.convert("RGBA").convert("RGB")  # straight to RGB makes PIL warn
+    return image.convert("RGB")
+
+
+@final
+class FileStore:
+    """Image files by path.
+
+    Args:
+        paths: one path for each image. Kept as one array of bytes: a list of a million strings would be copied bit by
+            bit into every forked worker, since merely reading a Python object writes its reference count.
+    """
+
+    def __init__(self, paths: Sequence[str]) -> None:
+        self._paths = np.array([os.fsencode(path) for path in paths])
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def open(self, index: int) -> Image.Image:
+        with Path(self.name(index)).open("rb") as file:
+            return _decoded(file)
+
+    def name(self, index: int) -> str:
+        return os.fsdecode(bytes(self._paths[index]))
+
+
+@final
+class TarStore:
+    """Image files inside an uncompressed tar.
+
+    Args:
+        path: the tar.
+        names: member names.
+        offsets: (n,) where each member's data begins, in bytes from the start of the tar.
+        sizes: (n,) bytes of each member.
+    """
+
+    def __init__(self, path: Path, names: Sequence[str], offsets: Sequence[int], sizes: Sequence[int]) -> None:
+        self._path = path
+        self._names = np.array([os.fsencode(name) for name in names])
+        self._offsets = np.array(offsets, dtype=np.int64)
+        self._sizes = np.array(sizes, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def open(self, index: int) -> Image.Image:
+        with self._path.open("rb", buffering=0) as file:
+            file.seek(int(self._offsets[index]))
+            return _decoded(io.BytesIO(file.read(int(self._sizes[index]))))
+
+    def name(self, index: int) -> str:
+        return f"{self._path}:{os.fsdecode(bytes(self._names[index]))}"
+
+
+@final
+@dataclass(frozen=True)
+class ArrayStore:
+    """Images that lie in memory: (n, H, W) or (n, H, W, 3), uint8."""
+
+    pixels: NDArray[np.uint8]
+    title: str
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def open(self, index: int) -> Image.Image:
+        return Image.fromarray(self.pixels[index])
+
+    def name(self, index: int) -> str:
+        return f"{self.title}, image {index}"
+
+
+@final
+@dataclass(frozen=True)
+class ReaderStore:
+    """Images behind one of timm's random-access readers: reader[i] = (binary file, label)."""
+
+    reader: Any
+    title: str
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def open(self, index: int) -> Image.Image:
+        file, *_ = self.reader[index]
+        with file:
+            return _decoded(file)
+
+    def name(self, index: int) -> str:
+        return f"{self.title}, image {index}"
+
+
+@final
+@dataclass(frozen=True)
+class TorchvisionStore:
+    """Images of a torchvision data set: dataset[i] = (PIL image, label)."""
+
+    dataset: Any
+    title: str
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def open(self, index: int) -> Image.Image:
+        return self.dataset[index][0]
+
+    def name(self, index: int) -> str:
+        return f"{self.title}, image {index}"
+
+
+def _decoded(file: Any) -> Image.Image:
+    image = Image.open(file)
+    image.load()  # PIL decodes lazily, and the file closes when the caller leaves
+    return image

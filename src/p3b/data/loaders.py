@@ -1,0 +1,370 @@
+"""Batches on the device.
+
+Every random choice depends on (seed, epoch, rank, place in the epoch) alone: the order comes from a generator seeded
+for the epoch, and each sample travels with a seed of its own to whichever worker makes it. So an epoch is the same
+bit for bit whether the run was resumed or not, and with any number of workers. The global generators of Python, NumPy
+and torch, from which timm's transforms draw, are put back as they were: loading disturbs no randomness of the
+training loop.
+
+Legend: S samples of a batch, C channels, H and W height and width.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import warnings
+from collections.abc import Callable, Iterator, Sequence, Sized
+from contextlib import contextmanager
+from typing import Any, Literal, final
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data.distributed_sampler import RepeatAugSampler
+from timm.data.loader import PrefetchLoader, fast_collate
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from p3b.data.images import LabelledImages, to_rgb
+from p3b.data.transforms import Augmentation, Preprocessing, eval_transform, train_transform
+from p3b.errors import ConfigError, DataError
+
+_SampleKey = tuple[int, int]  # position in the data set, seed of this sample's augmentation
+
+
+def train_batches(
+    dataset: Dataset[tuple[Any, int]],
+    preprocessing: Preprocessing,
+    augmentation: Augmentation,
+    *,
+    batch_size: int,
+    num_workers: int,
+    device: torch.device,
+    seed: int,
+    rank: int = 0,
+    world_size: int = 1,
+) -> TrainBatches:
+    """Shuffled, augmented, normalised batches of this rank; see `TrainBatches`.
+
+    Args:
+        dataset: map style, (PIL image, class index). Its own `transform`, if set, comes before ours and must answer
+            with a PIL image.
+        preprocessing: size, mean and std.
+        augmentation: what is random.
+        batch_size: images of a batch on this rank. Mixup needs an even one.
+        num_workers: processes that decode and augment; 0: this process does it.
+        device: where the batches go.
+        seed: of order and augmentation.
+        rank, world_size: this process among those that share an epoch; every rank gets the same number of batches.
+
+    Raises:
+        DataError: an empty data set. ConfigError: a batch size below 1, a rank outside 0 .. world_size - 1, an
+        unknown policy.
+    """
+    return TrainBatches(
+        dataset, preprocessing, augmentation, batch_size, num_workers, device, seed, rank=rank, world_size=world_size
+    )
+
+
+def eval_batches(
+    dataset: Dataset[tuple[Any, int]],
+    preprocessing: Preprocessing,
+    *,
+    batch_size: int,
+    num_workers: int,
+    device: torch.device,
+    rank: int = 0,
+    world_size: int = 1,
+) -> EvalBatches:
+    """Batches in order, resized, cropped and normalised; every image exactly once over all ranks; see `EvalBatches`.
+
+    Arguments and errors as for `train_batches`.
+    """
+    return EvalBatches(dataset, preprocessing, batch_size, num_workers, device, rank=rank, world_size=world_size)
+
+
+@final
+class TrainBatches:
+    """One epoch of training batches at each iteration: images (S, C, H, W) float32 normalised, targets (S,) int64, on
+    the device.
+
+    All batches are full, and what does not fill one is left out; an epoch has about len(dataset) / world_size samples
+    a rank, repeats included. A data set smaller than one batch makes one smaller batch, of even size if it has two
+    samples or more. Call `set_epoch` before each epoch; without it every epoch is epoch 0. One iteration at a time:
+    workers stay alive from epoch to epoch.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset[tuple[Any, int]],
+        preprocessing: Preprocessing,
+        augmentation: Augmentation,
+        batch_size: int,
+        num_workers: int,
+        device: torch.device,
+        seed: int,
+        *,
+        rank: int,
+        world_size: int,
+    ) -> None:
+        _check_counts(_length(dataset), batch_size, rank, world_size)
+        repeats = max(1, augmentation.repeats) if augmentation.enabled else 1
+        self._order = _EpochOrder(dataset, repeats, batch_size, seed, rank, world_size)
+        self._device = device
+        self._loader = _on_device(
+            _Samples(dataset, train_transform(preprocessing, augmentation), preprocessing.input_size),
+            self._order,
+            num_workers,
+            device,
+            preprocessing,
+            augmentation,
+        )
+
+    def __len__(self) -> int:
+        """Batches of an epoch on this rank; the same on every rank."""
+        return len(self._order)
+
+    @property
+    def batch_size(self) -> int:
+        """Samples of each batch; smaller than asked for only if the data set is smaller than one batch."""
+        return self._order.batch_size
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose which epoch the next iteration is."""
+        self._order.epoch = epoch
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        batches = iter(self._loader)
+        # Erasing happens in this process, hence one seed for each step; the last is for finding the end.
+        for step_seed in self._order.seeds("steps", len(self) + 1):
+            with _generators_kept(self._device):
+                _seed_generators(step_seed, self._device)
+                batch = next(batches, None)
+            if batch is not None:
+                yield batch
+
+
+@final
+class EvalBatches:
+    """Images (S, C, H, W) float32 normalised and targets (S,) int64 on the device, in the order of the data set.
+
+    Rank r has images r, r + world_size, ...: no image is repeated to make ranks even, so ranks may differ by one
+    image, hence by one batch, and may have none. An unreadable image that is skipped is left out, not replaced. Can
+    be iterated any number of times.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset[tuple[Any, int]],
+        preprocessing: Preprocessing,
+        batch_size: int,
+        num_workers: int,
+        device: torch.device,
+        *,
+        rank: int,
+        world_size: int,
+    ) -> None:
+        _check_counts(_length(dataset), batch_size, rank, world_size)
+        keys = _chunks([(index, 0) for index in range(rank, _length(dataset), world_size)], batch_size)
+        self._loader = _on_device(
+            _Samples(dataset, eval_transform(preprocessing), preprocessing.input_size, replace_unreadable=False),
+            keys,
+            num_workers,
+            device,
+            preprocessing,
+            Augmentation(enabled=False),
+        )
+
+    def __len__(self) -> int:
+        """Batches on this rank (fewer come where all images of one cannot be read and are skipped)."""
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return iter(self._loader)
+
+
+def default_num_workers(local_world_size: int = 1, on_cpu: bool = True) -> int:
+    """Worker processes for one of `local_world_size` processes on this machine.
+
+    Beside an accelerator: all cores but one, at most 16. Training on the CPU: the cores belong to the training; one
+    worker for every four cores, at most 4, none on a small machine.
+    """
+    # The cores this process may use: fewer than the machine has, in a container or a batch job.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    own_cores = cores // max(1, local_world_size)
+    return min(4, own_cores // 4) if on_cpu else max(1, min(16, own_cores - 1))
+
+
+# --- how many, and which ----------------------------------------------------------------------------------------------
+
+
+def _check_counts(num_images: int, batch_size: int, rank: int, world_size: int) -> None:
+    if num_images < 1:
+        raise DataError("The data set has no image.")
+    if batch_size < 1:
+        raise ConfigError(f"The batch size is {batch_size}; expected at least 1.")
+    if not 0 <= rank < world_size:
+        raise ConfigError(f"The rank is {rank} of {world_size} processes; expected 0 to {world_size - 1}.")
+
+
+def _chunks(keys: Sequence[_SampleKey], size: int) -> list[list[_SampleKey]]:
+    return [list(keys[start : start + size]) for start in range(0, len(keys), size)]
+
+
+def _length(dataset: Dataset[Any]) -> int:
+    if not isinstance(dataset, Sized):
+        raise DataError(f"{type(dataset).__name__} has no length; expected a map-style data set.")
+    return len(dataset)
+
+
+@final
+class _EpochOrder:
+    """What DataLoader takes as batch sampler: this rank's batches of the epoch that is current when an iteration starts."""
+
+    def __init__(self, dataset: Dataset[Any], repeats: int, batch_size: int, seed: int, rank: int, world_size: int) -> None:
+        self.epoch = 0
+        self._seed, self._rank = seed, rank
+        # timm leaves out up to 255 images to make the epoch a multiple of 256 (selected_round); whole batches are enough.
+        self._sampler = RepeatAugSampler(dataset, num_replicas=world_size, rank=rank, num_repeats=repeats, selected_round=0)
+        num_samples = len(self._sampler)
+        largest_even = max(1, num_samples - num_samples % 2)
+        self.batch_size = batch_size if num_samples >= batch_size else largest_even
+
+    def __len__(self) -> int:
+        return len(self._sampler) // self.batch_size
+
+    def __iter__(self) -> Iterator[list[_SampleKey]]:
+        # The order is one for all ranks, each takes its share of it; the seeds of the samples are each rank's own.
+        self._sampler.set_epoch(int(np.random.default_rng([self._seed, self.epoch]).integers(2**63)))
+        keys = list(zip(self._sampler, self.seeds("samples", len(self._sampler)), strict=True))
+        return iter(_chunks(keys, self.batch_size)[: len(self)])
+
+    def seeds(self, purpose: Literal["samples", "steps"], count: int) -> list[int]:
+        """`count` seeds in [0, 2**32) that depend on seed, epoch, rank and purpose."""
+        stream = ["samples", "steps"].index(purpose)
+        return np.random.default_rng([self._seed, self.epoch, self._rank, stream]).integers(2**32, size=count).tolist()
+
+
+# --- in the workers ---------------------------------------------------------------------------------------------------
+
+
+@final
+class _Samples(Dataset[Any]):
+    """Samples by key, ready to be collated: (uint8 (C, H, W), class index)."""
+
+    def __init__(
+        self,
+        dataset: Dataset[tuple[Any, int]],
+        transform: Callable[[Image.Image], Tensor],
+        input_size: tuple[int, int, int],
+        replace_unreadable: bool = True,
+    ) -> None:
+        self._dataset = dataset
+        self._transform = transform
+        self._grey = input_size[0] == 1
+        self._replace_unreadable = replace_unreadable
+
+    def __getitems__(self, keys: list[_SampleKey]) -> list[tuple[Tensor, int]] | DataError:
+        """A whole batch. A `DataError` is returned, not raised: on its way to the main process it would grow a traceback."""
+        cpu = torch.device("cpu")
+        samples = []
+        with _generators_kept(cpu):
+            for position, sample_seed in keys:
+                _seed_generators(sample_seed, cpu)
+                try:
+                    sample = self._read(position)
+                except DataError as error:
+                    return DataError(str(error))
+                if sample is not None:
+                    image, label = sample
+                    image = image.convert("L") if self._grey else to_rgb(image)
+                    samples.append((self._transform(image), label))
+        return samples
+
+    def _read(self, position: int) -> tuple[Image.Image, int] | None:
+        if not self._replace_unreadable and isinstance(self._dataset, LabelledImages):
+            return self._dataset.get_readable(position)
+        return self._dataset[position]
+
+
+def _collate(samples: list[tuple[Tensor, int]] | DataError) -> tuple[Tensor, Tensor] | DataError | None:
+    if isinstance(samples, DataError):
+        return samples
+    return fast_collate(samples) if samples else None
+
+
+@final
+class _Batches:
+    """uint8 batches from a DataLoader; errors that came as values are raised, empty batches are left out."""
+
+    def __init__(self, samples: _Samples, batch_keys: Any, num_workers: int, device: torch.device) -> None:
+        self._loader: DataLoader[Any] = DataLoader(
+            samples,
+            batch_sampler=batch_keys,
+            num_workers=num_workers,
+            collate_fn=_collate,
+            pin_memory=device.type == "cuda",
+            generator=torch.Generator(),  # DataLoader draws a seed for its workers; not from the global generator
+        )
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        with warnings.catch_warnings():
+            # torch has threads of its own, and Python >= 3.12 warns of any fork beside threads; workers use none of them.
+            warnings.filterwarnings("ignore", message=r".*use of fork\(\)", category=DeprecationWarning)
+            batches = iter(self._loader)
+        for batch in batches:
+            if isinstance(batch, DataError):
+                del batches  # ends the workers now, not when the last traceback that holds this frame is gone
+                raise DataError(str(batch))
+            if batch is not None:
+                yield batch
+
+
+def _on_device(
+    samples: _Samples,
+    batch_keys: _EpochOrder | list[list[_SampleKey]],
+    num_workers: int,
+    device: torch.device,
+    preprocessing: Preprocessing,
+    augmentation: Augmentation,
+) -> PrefetchLoader:
+    batches: Any = _Batches(samples, batch_keys, num_workers, device)
+    return PrefetchLoader(
+        batches,
+        mean=preprocessing.mean,
+        std=preprocessing.std,
+        channels=preprocessing.input_size[0],
+        device=device,
+        re_prob=augmentation.erasing_probability if augmentation.enabled else 0.0,
+        re_mode=augmentation.erasing_mode,
+        re_count=augmentation.erasing_count,
+    )
+
+
+# --- randomness -------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _generators_kept(device: torch.device) -> Iterator[None]:
+    """Put the global generators of Python, NumPy and torch (CPU and, if it is CUDA, `device`) back at the end."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+
+
+def _seed_generators(seed: int, device: torch.device) -> None:
+    """Seed the global generators; seed in [0, 2**32). torch.manual_seed would seed every accelerator too, each time."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)

@@ -1,0 +1,38 @@
+"""Pruning methods, one a file. `METHODS` lists them by name; a method is built by `create_method`."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from timm.models.vision_transformer import VisionTransformer
+
+from p3b.errors import ConfigError, unknown_name
+from p3b.methods.base import Method
+from p3b.methods.block_benefit import BlockBenefit
+from p3b.scoring.meter import Reduce
+from p3b.vit.layout import ModelLayout
+
+METHODS: Mapping[str, Callable[..., Method]] = {"block_benefit": BlockBenefit}
+PUBLISHED_NAMES = {"block_pr": "block_benefit"}
+
+
+def create_method(
+    name: str, model: VisionTransformer, layout: ModelLayout, prune_ratio: float, reduce: Reduce, options: Mapping[str, Any]
+) -> Method:
+    """Build a method by its name or published name.
+
+    Raises:
+        ConfigError: the name or an option is unknown; the message lists the nearest known ones.
+        BudgetError: the prune ratio cannot be met.
+    """
+    name = PUBLISHED_NAMES.get(name, name)
+    if name not in METHODS:
+        raise ConfigError(unknown_name("prune method", name, [*METHODS, *PUBLISHED_NAMES]))
+    build = METHODS[name]
+    known = [key for key, p in inspect.signature(build).parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY]
+    for option in options:
+        if option not in known:
+            raise ConfigError(unknown_name(f"option of {name}", option, known))
+    return build(model, layout, prune_ratio, reduce, **options)

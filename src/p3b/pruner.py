@@ -1,0 +1,167 @@
+"""The library's front door: a pruner for anybody's training loop."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from p3b.core.masks import hard_masks
+from p3b.core.schedule import Schedule
+from p3b.errors import ScheduleError, WeightsError
+from p3b.methods import create_method
+from p3b.methods.base import Criterion, Decision
+from p3b.scoring.meter import Reduce
+from p3b.train.distributed import all_reduce_mean
+from p3b.vit.compact import apply_cuts, plan_cuts
+from p3b.vit.cost import block_params, kept_channels
+from p3b.vit.gates import Gates
+from p3b.vit.layout import read_layout, require_vision_transformer
+
+
+class Pruner:
+    """Prunes a VisionTransformer while it trains.
+
+        pruner = p3b.Pruner(model, prune_ratio=0.5, schedule=p3b.Schedule(start=500, sparse=1500, final=3000, update_every=100))
+        for images, targets in batches:
+            loss = criterion(model(images), targets) + pruner.loss(criterion, targets)
+            loss.backward()
+            pruner.step()          # gradients exist, weights have not moved yet
+            optimizer.step()
+            optimizer.zero_grad()
+            if pruner.done:
+                break
+        model = pruner.finalize()  # an ordinary module, small; it has new parameters, so give it a new optimizer
+
+    Args:
+        model: dense timm VisionTransformer; may be wrapped in DistributedDataParallel before or after.
+        prune_ratio: share of all parameters that goes, in [0, 1).
+        method: name of a method ("block_benefit", published as "block_pr").
+        schedule: phases in optimizer steps.
+        reduce: mean of a tensor over all ranks; by default over torch.distributed's group, if there is one.
+        method_options: keyword arguments of the method, e.g. alpha=0.5, blocks_only=True, keep_ratios=[...].
+
+    Raises:
+        ModelError: a part of the model is not covered. BudgetError, ConfigError, ScheduleError: settings that cannot be met.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        prune_ratio: float = 0.5,
+        method: str = "block_benefit",
+        schedule: Schedule | None = None,
+        *,
+        reduce: Reduce = all_reduce_mean,
+        **method_options: Any,
+    ) -> None:
+        if schedule is None:
+            raise ScheduleError(
+                "Pruner needs a schedule: schedule=p3b.Schedule(start=, sparse=, final=, update_every=), in steps."
+            )
+        self._model: VisionTransformer = require_vision_transformer(
+            model.module if isinstance(model, DistributedDataParallel) else model
+        )
+        self.schedule = schedule
+        self.layout = read_layout(self._model)
+        self._method = create_method(method, self._model, self.layout, prune_ratio, reduce, method_options)
+        self.gates = Gates(self.layout, self._model)
+        self.gates.attach(self._model)
+        self.steps_done = 0
+
+    def loss(self, criterion: Criterion, targets: Any) -> Tensor:
+        """What the method adds to the loss of the forward pass just done (P3B: its probe losses); a scalar, 0 where nothing.
+
+        Call it once after each forward pass, micro-batches included, inside the same autocast context.
+        """
+        return self._method.loss(criterion, targets)
+
+    def step(self, scaler: torch.amp.GradScaler | None = None) -> Decision | None:
+        """Collect what the finished backward passes measured, and renew the masks when due.
+
+        Call it once per optimizer step: gradients complete (accumulated, averaged over ranks), weights not yet moved. With a
+        GradScaler call `scaler.unscale_(optimizer)` before and pass the scaler.
+
+        Returns:
+            What was decided, at a mask update; None otherwise.
+        """
+        step = self.steps_done
+        self.steps_done += 1
+        if step >= self.schedule.start:
+            self._method.collect(self._gradients_finite())
+        else:
+            self._method.discard()
+        self._method.train_own(scaler)
+        if not self.schedule.update_due(step):
+            return None
+        decision = self._method.renew(self.kept_params_by_block(), self.schedule.progress(step), self.schedule.tau(step))
+        self.gates.set(decision.masks)
+        return decision
+
+    @property
+    def done(self) -> bool:
+        """Whether the schedule has ended, so that `finalize` is due."""
+        return self.steps_done >= self.schedule.final
+
+    @property
+    def phase(self) -> str:
+        """Phase of the step to come: warm-up, sparsify, sharpen or done."""
+        return self.schedule.phase(self.steps_done)
+
+    def kept_params_by_block(self) -> dict[str, int]:
+        """Parameters that each block keeps under the masks of now, by block name."""
+        return {b.name: int(block_params(b, kept_channels(b, self.gates.masks))) for b in self.layout.blocks}
+
+    def kept_params(self) -> int:
+        """Parameters of the model that would come out if the masks of now were the last."""
+        return self.layout.other_params + sum(self.kept_params_by_block().values())
+
+    def decide_last(self) -> Decision:
+        """The last decision, from the last two intervals together, with hard masks; the model is not changed yet."""
+        decision = self._method.last(self.kept_params_by_block())
+        self.gates.set(hard_masks(decision.masks))
+        return decision
+
+    def finalize(self) -> nn.Module:
+        """Decide for the last time and shrink.
+
+        Returns:
+            The model itself, now small: hard masks applied, gates and probes gone, an ordinary module that computes exactly
+            what the masked one computed. Its replaced parameters are new ones: build a new optimizer.
+        """
+        self.decide_last()
+        return self.shrink()
+
+    def shrink(self) -> nn.Module:
+        """Cut the model by the masks that the gates hold, and detach everything. `finalize` is `decide_last` and this."""
+        plan = plan_cuts(self.layout, self.gates.masks)
+        self.gates.detach()
+        self._method.detach()
+        return apply_cuts(self._model, plan)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the next step depends on, besides the model's own weights: tensors and plain values only."""
+        return {"steps_done": self.steps_done, "masks": dict(self.gates.masks), "method": self._method.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state_dict` as if there had been no stop.
+
+        Raises:
+            WeightsError: the state belongs to another model or method.
+        """
+        try:
+            self._method.load_state_dict(state["method"])
+            self.steps_done = int(state["steps_done"])
+            masks = state["masks"]
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise WeightsError(f"The pruner's state belongs to another model, method or version: {error}") from error
+        if self.steps_done > self.schedule.start:
+            self.gates.set(masks)
+
+    def _gradients_finite(self) -> Tensor:
+        gradients = [parameter.grad for parameter in self._model.parameters() if parameter.grad is not None]
+        return torch.nn.utils.get_total_norm(gradients).isfinite()

@@ -1,0 +1,390 @@
+"""One stage of a run while it runs: its data, folder, screen and checkpoints, shared by the commands."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import p3b
+from p3b import artifact
+from p3b.config import TrainConfig, check, to_plain
+from p3b.data import DataSplits, Preprocessing, TrainBatches, default_num_workers, eval_batches, mixup, train_batches
+from p3b.errors import ConfigError
+from p3b.inputs import OpenedModel, augmentation, open_model, open_splits, training_loss
+from p3b.methods.base import Decision
+from p3b.report.figures import draw_figures
+from p3b.train.checkpoint import read_checkpoint, restore, save_checkpoint, seed_everything
+from p3b.train.display import Display
+from p3b.train.distributed import Processes, all_reduce_sum, process_group, wait_for_all
+from p3b.train.evaluate import Accuracy, evaluate
+from p3b.train.loop import Learner, NoPruning, StepPruner, StepReport, steps_per_epoch, train_epoch
+from p3b.train.optim import Precision, build_optimizer, cosine_schedule, scaled_lr
+from p3b.train.run_folder import StageFolder
+from p3b.vit.cost import count_parameters
+
+PRODUCTS = {"train": "dense", "prune": "pruned", "finetune": "finetuned"}
+"""Where each stage leaves its model, in the output folder."""
+SPARSE_CHECKPOINT = "first_sparse_checkpoint.pth"
+"""The shrunk model before fine-tuning, under its published name, in the output folder."""
+
+
+class Session:
+    """A stage between its first check and its summary.
+
+    `open_model` and whatever else can refuse come first; `begin` is the first to write; then `train_part`, `save_model`.
+    """
+
+    def __init__(self, config: TrainConfig, stage: str, processes: Processes, device: torch.device) -> None:
+        assert config.run.output_dir is not None
+        self.config, self.stage, self.processes, self.device = config, stage, processes, device
+        self.display = Display(processes.is_main)
+        products = (PRODUCTS[stage], SPARSE_CHECKPOINT) if stage == "prune" else (PRODUCTS[stage],)
+        self.folder = StageFolder(config.run.output_dir, stage, products)
+        self.folder.check(config.run.resume, config.run.overwrite)
+        self.precision = Precision.choose(config.training.precision, device)
+        seed_everything(config.run.seed, processes.rank)
+        self.splits: DataSplits = open_splits(config.data, config.run.seed)
+        self.started = time.time()
+        self._resumed: dict[str, Any] | None = None
+
+    def open_model(self) -> VisionTransformer:
+        """The model with its weights, and the batches that suit it."""
+        opened: OpenedModel = open_model(self.config.model, len(self.splits.class_names), self.config.run.seed)
+        artifact.model_config(opened.model)  # what could not be saved is refused now, not after hours
+        self.preprocessing: Preprocessing = opened.preprocessing
+        self.report = opened.report
+        training = self.config.training
+        self.loss = training_loss(training, opened.model, len(self.splits.class_names), self.device)
+        self.batches: TrainBatches = train_batches(
+            self.splits.train,
+            self.preprocessing,
+            augmentation(self.config.augment),
+            batch_size=training.batch_size,
+            num_workers=self._workers(),
+            device=self.device,
+            seed=self.config.run.seed,
+            rank=self.processes.rank,
+            world_size=self.processes.world_size,
+        )
+        self.mixup = mixup(
+            len(self.splits.class_names),
+            mixup_alpha=training.mixup,
+            cutmix_alpha=training.cutmix,
+            label_smoothing=training.smoothing,
+        )
+        if self.mixup is not None and self.batches.batch_size % 2:
+            raise ConfigError(
+                f"Mixup pairs images, but a batch has {self.batches.batch_size} of them. Give an even --batch-size, or turn it off "
+                "with --mixup 0 --cutmix 0."
+            )
+        self.steps_per_epoch = steps_per_epoch(self.batches, training.grad_accum_steps)
+        return opened.model.to(self.device)
+
+    def begin(self, model: VisionTransformer) -> dict[str, Any] | None:
+        """Claim the folder and say what will be done.
+
+        Returns:
+            The checkpoint to go on from, where the run is resumed and there is one.
+        """
+        run, last = self.config.run, self.folder.path / "last.pth"
+        plain = to_plain(self.config)
+        if run.resume and (self.folder.path / "config.json").exists():
+            self._require_same_settings(plain)
+            self._resumed = read_checkpoint(last) if last.exists() else None
+        wait_for_all()  # no rank may still be looking when the main one begins to write
+        if self.processes.is_main:
+            if self._resumed is None:
+                self.folder.begin({**plain, "resolved": self._resolved(model)}, run.overwrite or run.resume)
+            self.folder.cut_lines(-1 if self._resumed is None else self._resumed["progress"]["step"])
+            self.display.log_to(self.folder.path / "log.txt")
+        wait_for_all()
+        self.display.say(f"{self.stage}: {self.config.model.model}, {count_parameters(model):,} parameters, seed {run.seed}")
+        self.display.say(f"data: {self.splits.description}")
+        for line in self.report.lines() if self.report else ["weights: none given, training starts from random ones"]:
+            self.display.say(line)
+        self.display.say(
+            f"{self.processes.world_size} process(es) on {self.device}, "
+            f"{str(self.precision.dtype or torch.float32).removeprefix('torch.')}, {self._global_batch()} images a step, "
+            f"{self.steps_per_epoch} steps an epoch"
+        )
+        if self._resumed is not None:
+            self.display.say(f"resumed after epoch {self._resumed['progress']['epoch']}")
+        return self._resumed
+
+    def train_part(
+        self,
+        model: VisionTransformer,
+        part: str,
+        epochs: int,
+        lr: float,
+        *,
+        first_epoch: int = 0,
+        pruner: StepPruner | None = None,
+        checkpoint: dict[str, Any] | None = None,
+    ) -> None:
+        """Train for some epochs; the model ends as the best one where a validation part chooses and nothing is pruned.
+
+        Args:
+            model: on the device; is changed.
+            part: what this part of the stage is called in checkpoints and, unless it prunes, in the metrics.
+            epochs: of this part.
+            lr: for a global batch of 512.
+            first_epoch: epochs that the stage has behind it.
+            pruner: then the learning rate stays constant and no best epoch is chosen, since every epoch has fewer parameters.
+            checkpoint: to go on from, within this part.
+        """
+        learner = self._learner(model, part, epochs, lr, pruner)
+        done, best = first_epoch, -1.0
+        if checkpoint is not None:
+            restore(learner, checkpoint, self.processes.rank)
+            done, best = checkpoint["progress"]["epoch"], checkpoint["progress"]["best"]
+        first_step = first_epoch * self.steps_per_epoch
+        watched = learner.ema.module if learner.ema is not None else model
+        total = epochs * self.steps_per_epoch
+        best_file = self.folder.path / "best.pth"
+        with self.display.progress(total, learner.steps_done), self.display.library_messages():
+            for epoch in range(done, first_epoch + epochs):
+                began, phase = time.time(), learner.pruner.phase
+                self.batches.set_epoch(epoch)
+
+                def look(report: StepReport, phase: str = phase, learner: Learner = learner) -> None:
+                    kept = learner.pruner.kept_params()
+                    self.display.advance(learner.steps_done, f"{phase}, loss {report.loss:.3f}, {kept:,} parameters, {self._last_top1}")
+
+                def log(decision: Decision, phase: str = phase, learner: Learner = learner) -> None:
+                    self.log_decision(decision, phase, first_step + learner.steps_done)
+
+                train_loss = train_epoch(learner, self.batches, log, look)
+                trained = time.time()
+                name, accuracy = self.evaluate(watched)
+                step = first_step + learner.steps_done
+                line = {
+                    "epoch": epoch + 1,
+                    "step": step,
+                    "phase": phase,
+                    "train_loss": train_loss,
+                    f"{name}_top1": accuracy.top1,
+                    f"{name}_top5": accuracy.top5,
+                    f"{name}_loss": accuracy.loss,
+                    "kept_params": learner.pruner.kept_params(),
+                    "lr": max(group["lr"] for group in learner.optimizer.param_groups),
+                    "train_seconds": trained - began,
+                    "seconds": time.time() - began,
+                }
+                self._log_epoch(line, first_epoch + epochs, name, accuracy)
+                if pruner is None and self.splits.val is not None and accuracy.top1 > best:
+                    best = accuracy.top1
+                    self._on_main(lambda: artifact.save_checkpoint(watched, best_file, **self._description()))
+                save_checkpoint(
+                    self.folder.path / "last.pth",
+                    learner,
+                    self.processes.is_main,
+                    part=part,
+                    epoch=epoch + 1,
+                    step=step,
+                    best=best,
+                )
+        wait_for_all()
+        if best >= 0:
+            watched = artifact.load(best_file, self.device)
+        model.load_state_dict(watched.state_dict())
+
+    def evaluate(self, model: nn.Module, part: str | None = None) -> tuple[str, Accuracy]:
+        """Accuracy on a part of the data, by default on the one that is watched: val where there is one, else test.
+
+        Returns:
+            Name of the part, and the accuracy over all its images.
+        """
+        name = part or ("val" if self.splits.val is not None else "test")
+        dataset = self.splits.val if name == "val" else self.splits.test
+        if dataset is None:
+            raise ConfigError("There is nothing to evaluate on: give --val-path, --test-path or a --val-share above 0.")
+        accuracy = evaluate_split(
+            model, dataset, self.preprocessing, self.precision, self.processes, self.config.training.batch_size,
+            self._workers(), self.config.run.dist_eval,
+        )  # fmt: skip
+        self._last_top1 = f"{name} top-1 {accuracy.top1:.1f} %"
+        return name, accuracy
+
+    def log_decision(self, decision: Decision, phase: str, steps_done: int) -> None:
+        """Add a line to blocks.jsonl: the decision was made at the end of step number `steps_done`."""
+        line = {
+            "epoch": steps_done / self.steps_per_epoch,
+            "step": steps_done,
+            "phase": phase,
+            "progress": decision.progress,
+            "tau": decision.tau,
+            "kept_params": sum(block.kept_params for block in decision.blocks),
+            "blocks": [asdict(block) for block in decision.blocks],
+        }
+        self._on_main(lambda: self.folder.append_line("blocks.jsonl", line))
+
+    def save_model(self, model: VisionTransformer) -> Path:
+        """Write the stage's model folder."""
+        folder = self.folder.root / PRODUCTS[self.stage]
+        self._on_main(lambda: artifact.save(model, folder, **self._description()))
+        wait_for_all()
+        return folder
+
+    def save_sparse_checkpoint(self, model: VisionTransformer) -> Path:
+        """Write the shrunk model before fine-tuning under its published name."""
+        file = self.folder.root / SPARSE_CHECKPOINT
+        self._on_main(lambda: artifact.save_checkpoint(model, file, **self._description()))
+        wait_for_all()
+        return file
+
+    def draw_figures(self) -> list[Path]:
+        """Draw what blocks.jsonl holds."""
+        if not self.processes.is_main or not (self.folder.path / "blocks.jsonl").exists():
+            return []
+        return draw_figures(self.folder.path, self.config.run.figure_format)
+
+    def write_summary(self, summary: dict[str, Any]) -> dict[str, Any]:
+        """Write summary.json, the last file of the stage."""
+        unreadable = len(self.splits.train.unreadable) if self.config.data.skip_unreadable else 0
+        summary = {"stage": self.stage, **summary, "seconds": time.time() - self.started, "unreadable_images": unreadable}
+        summary["provenance"] = self._provenance()
+        if unreadable:
+            self.display.say(f"{unreadable} unreadable training image(s) were skipped")
+        self._on_main(lambda: self.folder.write_json("summary.json", summary))
+        wait_for_all()
+        return summary
+
+    def _learner(self, model: VisionTransformer, part: str, epochs: int, lr: float, pruner: StepPruner | None) -> Learner:
+        training = self.config.training
+        optimizer = build_optimizer(model, training.opt, scaled_lr(lr, self._global_batch()), training.weight_decay)
+        wrapped: nn.Module = model
+        if self.processes.world_size > 1:
+            on_gpu = [self.device] if self.device.type == "cuda" else None
+            wrapped = DistributedDataParallel(model, device_ids=on_gpu, broadcast_buffers=False)
+        scheduler = None
+        if pruner is None:
+            scheduler = cosine_schedule(
+                optimizer, epochs, self.steps_per_epoch, min(training.min_lr, lr), min(training.warmup_epochs, epochs - 1)
+            )
+        return Learner(
+            model=wrapped,
+            optimizer=optimizer,
+            loss=self.loss,
+            precision=self.precision,
+            scaler=self.precision.scaler(),
+            pruner=pruner or NoPruning(part, count_parameters(model)),
+            scheduler=scheduler,
+            ema=ModelEmaV3(model, decay=training.model_ema_decay) if training.model_ema else None,
+            mixup=self.mixup,
+            grad_accum_steps=training.grad_accum_steps,
+            clip_grad=training.clip_grad,
+        )
+
+    _last_top1 = "not evaluated yet"
+
+    def _log_epoch(self, line: dict[str, Any], epochs: int, name: str, accuracy: Accuracy) -> None:
+        self._on_main(lambda: self.folder.append_line("metrics.jsonl", line))
+        self.display.say(
+            f"epoch {line['epoch']:>3}/{epochs}  {line['phase']:<9} loss {line['train_loss']:.4f}  {name} top-1 {accuracy.top1:6.2f} %  "
+            f"{line['kept_params']:,} parameters  {line['seconds']:.1f} s"
+        )
+
+    def _on_main(self, act: Any) -> None:
+        if self.processes.is_main:
+            act()
+
+    def _global_batch(self) -> int:
+        return self.batches.batch_size * self.processes.world_size * self.config.training.grad_accum_steps
+
+    def _workers(self) -> int:
+        given = self.config.data.num_workers
+        return default_num_workers(self.processes.local_world_size, self.device.type == "cpu") if given is None else given
+
+    def _description(self) -> dict[str, Any]:
+        return {
+            "class_names": self.splits.class_names,
+            "preprocessing": self.preprocessing.to_dict(),
+            "provenance": self._provenance(),
+        }
+
+    def _provenance(self) -> dict[str, Any]:
+        return {
+            "stage": self.stage,
+            "model": self.config.model.model,
+            "data": self.splits.description,
+            "seed": self.config.run.seed,
+            "processes": self.processes.world_size,
+            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.processor() or "cpu",
+            "precision": str(self.precision.dtype or torch.float32).removeprefix("torch."),
+            "versions": {"p3b": p3b.__version__, "torch": str(torch.__version__), "timm": timm.__version__},
+            "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        }
+
+    def _resolved(self, model: VisionTransformer) -> dict[str, Any]:
+        return {
+            "params": count_parameters(model),
+            "classes": len(self.splits.class_names),
+            "preprocessing": self.preprocessing.to_dict(),
+            "global_batch": self._global_batch(),
+            "steps_per_epoch": self.steps_per_epoch,
+            "lr": scaled_lr(self.config.training.lr, self._global_batch()),
+            "num_workers": self._workers(),
+            "processes": self.processes.world_size,
+            "precision": str(self.precision.dtype or torch.float32).removeprefix("torch."),
+        }
+
+    def _require_same_settings(self, plain: dict[str, Any]) -> None:
+        """A resumed run must be told what the first one was told, or it would be neither."""
+        before = self.folder.read_json("config.json")
+        free = {"resume", "overwrite", "device", "output_dir", "num_workers", "figure_format", "dense_run"}
+        changed = [
+            f"--{key.replace('_', '-')} was {before.get(group, {}).get(key)!r}, now {value!r}"
+            for group, values in plain.items()
+            for key, value in values.items()
+            if key not in free and before.get(group, {}).get(key) != value
+        ]
+        if changed:
+            raise ConfigError(f"--resume needs the settings that the run began with: {'; '.join(changed)}.")
+
+
+@contextmanager
+def open_session(config: TrainConfig, stage: str) -> Iterator[Session]:
+    """Check the config, join the process group, open data and folder."""
+    check(config)
+    with process_group(config.run.device) as (processes, device):
+        yield Session(config, stage, processes, device)
+
+
+def evaluate_split(
+    model: nn.Module,
+    dataset: Any,
+    preprocessing: Preprocessing,
+    precision: Precision,
+    processes: Processes,
+    batch_size: int,
+    num_workers: int,
+    shared: bool,
+) -> Accuracy:
+    """Accuracy over a data set, each image counted once: shared among the ranks, or all of it on each."""
+    batches = eval_batches(
+        dataset,
+        preprocessing,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        device=precision.device,
+        rank=processes.rank if shared else 0,
+        world_size=processes.world_size if shared else 1,
+    )
+    return evaluate(model, batches, precision, all_reduce_sum if shared else _alone)
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    return tensor

@@ -1,0 +1,111 @@
+"""Processes: one or many, started by torchrun or torch.distributed.launch, with NCCL on GPUs and gloo on CPUs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from p3b.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among all: its rank, how many there are, and its place on this machine."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+@contextmanager
+def process_group(device: str, timeout_minutes: float = 10.0) -> Iterator[tuple[Processes, torch.device]]:
+    """Join the group that the launcher describes in the environment, and leave it at the end.
+
+    Args:
+        device: "auto", "cpu", "cuda" or "cuda:1".
+        timeout_minutes: how long a collective waits for a rank that does not come.
+
+    Raises:
+        ConfigError: the device is not there.
+    """
+    processes = Processes(
+        *(int(os.environ.get(key, default)) for key, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))),
+        local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
+    )
+    chosen = _choose_device(device, processes)
+    if "RANK" not in os.environ or processes.world_size == 1:
+        yield processes, chosen
+        return
+    on_gpu = chosen.type == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(chosen)
+    dist.init_process_group(
+        "nccl" if on_gpu else "gloo", timeout=timedelta(minutes=timeout_minutes), device_id=chosen if on_gpu else None
+    )
+    try:
+        yield processes, chosen
+    finally:
+        dist.destroy_process_group()
+
+
+def all_reduce_mean(tensor: Tensor) -> Tensor:
+    """Mean over all ranks, as a new tensor; the tensor itself in a single process."""
+    if not in_group():
+        return tensor
+    total = tensor.clone()
+    dist.all_reduce(total)
+    return total / dist.get_world_size()
+
+
+def all_reduce_sum(tensor: Tensor) -> Tensor:
+    """Sum over all ranks, as a new tensor; the tensor itself in a single process."""
+    if not in_group():
+        return tensor
+    total = tensor.clone()
+    dist.all_reduce(total)
+    return total
+
+
+def wait_for_all() -> None:
+    """Return when every rank has come here."""
+    if in_group():
+        dist.barrier()
+
+
+def in_group() -> bool:
+    """Whether there is more than one process."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _choose_device(device: str, processes: Processes) -> torch.device:
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(f"Unknown device '{device}'. Known: auto, cpu, cuda, cuda:N.") from error
+    if chosen.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ConfigError(f"Device '{device}' was asked for, but torch finds no GPU. Use --device auto or --device cpu.")
+        if chosen.index is None:
+            chosen = torch.device("cuda", processes.local_rank)
+        if chosen.index >= torch.cuda.device_count():
+            raise ConfigError(
+                f"Process {processes.local_rank} would use GPU {chosen.index}, but this machine has {torch.cuda.device_count()}. "
+                "Start at most one process per GPU (--nproc_per_node)."
+            )
+    elif chosen.type != "cpu":
+        raise ConfigError(f"Device '{device}' is not covered. Known: auto, cpu, cuda, cuda:N.")
+    return chosen

@@ -1,0 +1,95 @@
+"""Optimizers, learning rates and precision of the recipe in section 8 of the method."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler import Scheduler
+from torch import nn
+
+from p3b.errors import ConfigError, unknown_name
+
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+
+
+def scaled_lr(lr: float, global_batch: int) -> float:
+    """Learning rate for a global batch (images per optimizer step over all ranks): lr is meant for 512."""
+    return lr * global_batch / 512
+
+
+def build_optimizer(model: nn.Module, name: str, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+    """timm's optimizer by name. Weight decay acts on matrices only: not on biases, norms, tokens and position embeddings."""
+    no_decay = model.no_weight_decay() if isinstance(model, nn.Module) and callable(getattr(model, "no_weight_decay", None)) else ()
+    groups = decay_groups(model, weight_decay, no_decay)
+    try:
+        return create_optimizer_v2(groups, opt=name, lr=lr, weight_decay=0.0)
+    except (ValueError, AssertionError, KeyError) as error:
+        raise ConfigError(f"Optimizer '{name}' cannot be used: {error}") from error
+
+
+def decay_groups(model: nn.Module, weight_decay: float, no_decay: Any = ()) -> list[dict[str, Any]]:
+    """Two explicit groups over all trainable parameters: those that decay and those that do not."""
+    trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    plain = [p for name, p in trainable if p.ndim <= 1 or name in no_decay]
+    decaying = [p for name, p in trainable if not (p.ndim <= 1 or name in no_decay)]
+    return [{"params": plain, "weight_decay": 0.0}, {"params": decaying, "weight_decay": weight_decay}]
+
+
+def cosine_schedule(
+    optimizer: torch.optim.Optimizer, epochs: int, steps_per_epoch: int, min_lr: float, warmup_epochs: int
+) -> Scheduler:
+    """timm's cosine schedule from the optimizer's learning rate down to `min_lr`, updated every optimizer step."""
+    scheduler, _ = create_scheduler_v2(
+        optimizer,
+        sched="cosine",
+        num_epochs=epochs,
+        min_lr=min_lr,
+        warmup_epochs=warmup_epochs,
+        warmup_lr=min_lr,
+        warmup_prefix=True,
+        step_on_epochs=False,
+        updates_per_epoch=steps_per_epoch,
+    )
+    assert scheduler is not None
+    return scheduler
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How a step computes: its autocast dtype, or None for float32 throughout."""
+
+    device: torch.device
+    dtype: torch.dtype | None
+
+    @classmethod
+    def choose(cls, name: str, device: torch.device) -> Precision:
+        """`auto` is bf16 where the hardware multiplies it natively, else fp32.
+
+        Raises:
+            ConfigError: unknown name.
+        """
+        if name not in PRECISIONS:
+            raise ConfigError(unknown_name("precision", name, PRECISIONS))
+        if name == "auto":
+            name = "bf16" if _multiplies_bf16(device) else "fp32"
+        return cls(device, {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[name])
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Context of the forward pass and the losses."""
+        return nullcontext() if self.dtype is None else torch.autocast(self.device.type, self.dtype)
+
+    def scaler(self) -> torch.amp.GradScaler:
+        """Loss scaler; it does nothing except under fp16."""
+        return torch.amp.GradScaler(self.device.type, enabled=self.dtype is torch.float16)
+
+
+def _multiplies_bf16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capability = torch.backends.cpu.get_cpu_capability() if device.type == "cpu" else ""
+    return capability == "AVX512" and torch.ops.mkldnn._is_mkldnn_bf16_supported()

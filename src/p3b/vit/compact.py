@@ -1,0 +1,309 @@
+"""From mask to small network: section 7 of the method. `plan_cuts` decides, `apply_cuts` is the one place that edits weights.
+
+The small network computes exactly what the hard-masked one computed:
+
+- layer norm takes mean and variance over all D channels; only afterwards are channels left out (`ReadChannels`);
+- a head narrowed from d to d' would be scaled by 1/sqrt(d'), so its query weights and bias are multiplied by sqrt(d'/d);
+- a block that reads nothing, or has no inner channels left, is the constant that its biases make (`ConstantBranch`), and a
+  block that adds nothing disappears (`NoBranch`; both halves of a timm block gone: the identity);
+- the residual stream keeps its D channels: a block reads some of them and writes to some of them (`WriteChannels`).
+
+No forward pass is replaced: a small block is timm's own Block whose parts are narrower. `branch_shapes` reads the shapes off a
+model and `reshape_branches` gives another model the same shapes, which is all that saving and loading needs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from timm.layers import LayerScale
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from p3b.vit.architecture import BLOCK_ARGUMENTS, describe_blocks
+from p3b.vit.cost import block_params
+from p3b.vit.layout import BlockLayout, ModelLayout, Weight, read_layout, split_axis
+
+WHOLE, SMALL, CONSTANT, GONE = "whole", "small", "constant", "gone"
+_SHAPES = "p3b_branch_shapes"
+"""Attribute of a small model that says what its blocks were given: widths alone do not tell a small MLP from a dense one."""
+
+
+@dataclass(frozen=True)
+class BlockCut:
+    """What becomes of one block.
+
+    Attributes:
+        block: the block as it is.
+        form: "whole", "small", "constant" or "gone".
+        kept: sorted indices of the channels that stay, by dimension.
+        params: parameters that the cut block will have.
+    """
+
+    block: BlockLayout
+    form: str
+    kept: Mapping[str, tuple[int, ...]]
+    params: int
+
+
+@dataclass(frozen=True)
+class CutPlan:
+    """All cuts of a model, and the parameters to expect of the whole small model."""
+
+    cuts: tuple[BlockCut, ...]
+    params: int
+
+
+@dataclass(frozen=True)
+class BranchShape:
+    """Shape of one block of a small model: all that is needed to build it without weights.
+
+    Attributes:
+        name: "blocks.3.attn" or "blocks.3.mlp".
+        form: "whole", "small", "constant" or "gone".
+        inputs: sorted channels of the residual stream that it reads; empty for a constant.
+        inner: channels of a head, or hidden channels.
+        outputs: sorted channels of the residual stream that it writes to.
+    """
+
+    name: str
+    form: str
+    inputs: tuple[int, ...] = ()
+    inner: int = 0
+    outputs: tuple[int, ...] = ()
+
+
+def plan_cuts(layout: ModelLayout, masks: Mapping[str, Tensor]) -> CutPlan:
+    """Indices and sizes of the small model; pure.
+
+    Args:
+        layout: map of the dense model.
+        masks: by gate name; an element stays where its mask is >= 0.5.
+    """
+    cuts = []
+    for block in layout.blocks:
+        kept = {dim: tuple(torch.nonzero(masks[block.gate(dim)] >= 0.5).flatten().tolist()) for dim in block.dims}
+        counts = {dim: torch.tensor(len(indices)) for dim, indices in kept.items()}
+        params = int(block_params(block, counts))
+        cuts.append(BlockCut(block, _form(block, kept, params), kept, params))
+    return CutPlan(tuple(cuts), layout.other_params + sum(cut.params for cut in cuts))
+
+
+@torch.no_grad()
+def apply_cuts(model: VisionTransformer, plan: CutPlan) -> VisionTransformer:
+    """Shrink the model in place by the plan; every replaced parameter is a new one, the rest is untouched."""
+    shapes, weights = [], {}
+    for cut in plan.cuts:
+        timm_block = model.blocks[cut.block.depth]
+        weights.update(_cut_weights(timm_block, cut))
+        shapes.append(_shape(cut))
+    reshape_branches(model, shapes)
+    for key, value in weights.items():
+        model.get_parameter(key).copy_(value)
+    return model
+
+
+def branch_shapes(model: VisionTransformer) -> list[BranchShape]:
+    """Shapes of all B blocks of a dense or small model, in order."""
+    given = model.__dict__.get(_SHAPES)
+    return list(given) if given else [BranchShape(block.name, WHOLE) for block in read_layout(model).blocks]
+
+
+def reshape_branches(model: VisionTransformer, shapes: Sequence[BranchShape]) -> None:
+    """Give a dense model's blocks the shapes of small ones; the new parameters hold no meaningful values yet."""
+    model.__dict__[BLOCK_ARGUMENTS] = describe_blocks(model)
+    for shape in shapes:
+        _, depth, branch = shape.name.split(".")
+        block = model.blocks[int(depth)]
+        if shape.form == SMALL:
+            _make_small(block, branch, shape, model.embed_dim)
+        elif shape.form == CONSTANT:
+            example = _branch_parameter(block, branch)
+            constant = ConstantBranch(shape.outputs, model.embed_dim, device=example.device, dtype=example.dtype)
+            _replace_branch(block, branch, constant)
+        elif shape.form == GONE:
+            _replace_branch(block, branch, NoBranch())
+    for depth, block in enumerate(model.blocks):
+        if isinstance(block.attn, NoBranch) and isinstance(block.mlp, NoBranch):
+            model.blocks[depth] = nn.Identity()
+    model.__dict__[_SHAPES] = tuple(shapes)
+
+
+class ReadChannels(nn.Module):
+    """Layer norm over all D channels of which only some are read: (..., D) -> (..., len(inputs))."""
+
+    index: Tensor
+
+    def __init__(self, inputs: Sequence[int], width: int, norm: nn.LayerNorm, example: Tensor) -> None:
+        super().__init__()
+        self.normalized_shape, self.eps = (width,), norm.eps
+        self.register_buffer("index", torch.tensor(inputs, device=_index_device(example)), persistent=False)
+        for key in ("weight", "bias"):
+            dense = getattr(norm, key)
+            self.register_parameter(key, None if dense is None else nn.Parameter(dense.new_empty(len(inputs))))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.layer_norm(x, self.normalized_shape, eps=self.eps).index_select(-1, self.index)
+        if self.weight is not None:
+            x = x * self.weight
+        return x if self.bias is None else x + self.bias
+
+
+class WriteChannels(nn.Module):
+    """Spreads a block's output over the D channels of the residual stream: (..., len(outputs)) -> (..., D), zeros elsewhere.
+
+    Stands in the place of timm's LayerScale and carries its gamma where there is one.
+    """
+
+    index: Tensor
+
+    def __init__(self, outputs: Sequence[int], width: int, example: Tensor, scaled: bool) -> None:
+        super().__init__()
+        self.width = width
+        self.register_buffer("index", torch.tensor(outputs, device=_index_device(example)), persistent=False)
+        self.gamma = nn.Parameter(example.new_empty(len(outputs))) if scaled else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.gamma is not None:
+            x = x * self.gamma
+        return x.new_zeros((*x.shape[:-1], self.width)).index_copy(-1, self.index, x)
+
+
+class ConstantBranch(nn.Module):
+    """A block that can only add a constant: `value` (len(outputs),) on some channels, whatever it is given."""
+
+    index: Tensor
+
+    def __init__(self, outputs: Sequence[int], width: int, device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.width = width
+        self.value = nn.Parameter(torch.empty(len(outputs), device=device, dtype=dtype))
+        self.register_buffer("index", torch.tensor(outputs, device=_index_device(self.value)), persistent=False)
+
+    def forward(self, x: Tensor, **_attention: object) -> Tensor:
+        return self.value.new_zeros(self.width).index_copy(0, self.index, self.value).to(x.dtype)
+
+
+class NoBranch(nn.Module):
+    """A block that adds nothing."""
+
+    def forward(self, x: Tensor, **_attention: object) -> Tensor:
+        return x.new_zeros(())
+
+
+def _form(block: BlockLayout, kept: Mapping[str, tuple[int, ...]], params: int) -> str:
+    if params == 0:
+        return GONE
+    if not kept["in"] or not kept[block.inner]:
+        return CONSTANT
+    return WHOLE if all(len(kept[dim]) == size for dim, size in block.dims.items()) else SMALL
+
+
+def _shape(cut: BlockCut) -> BranchShape:
+    if cut.form == SMALL:
+        return BranchShape(cut.block.name, SMALL, cut.kept["in"], len(cut.kept[cut.block.inner]), cut.kept["out"])
+    return BranchShape(cut.block.name, cut.form, outputs=cut.kept["out"] if cut.form == CONSTANT else ())
+
+
+def _cut_weights(timm_block: Block, cut: BlockCut) -> dict[str, Tensor]:
+    """New values of the block's parameters, by their keys in the small model."""
+    block, prefix = cut.block, f"blocks.{cut.block.depth}."
+    if cut.form in (WHOLE, GONE):
+        return {}
+    if cut.form == CONSTANT:
+        return {f"{block.name}.value": _constant(timm_block, cut)}
+    weights = {
+        weight.key: _select(timm_block.get_parameter(weight.key.removeprefix(prefix)), weight, cut) for weight in block.weights
+    }
+    if block.kind == "attn":
+        # The attention divides by the root of the width it finds; the queries make up for the width it had.
+        head_width, kept_width = block.dims["head"], len(cut.kept["head"])
+        for key in (f"{block.name}.qkv.weight", f"{block.name}.qkv.bias"):
+            if key in weights:
+                weights[key].unflatten(0, (3, -1))[0].mul_(math.sqrt(kept_width / head_width))
+    return weights
+
+
+def _select(parameter: Tensor, weight: Weight, cut: BlockCut) -> Tensor:
+    """The kept rows and columns of one parameter, as a new tensor."""
+    value = parameter.detach()
+    for axis, factors in enumerate(weight.axes):
+        value = split_axis(value, axis, factors, cut.block.dims)
+        for position, factor in enumerate(factors):
+            if isinstance(factor, str):
+                index = torch.tensor(cut.kept[factor], device=value.device, dtype=torch.int64)
+                value = value.index_select(axis + position, index)
+        value = value.flatten(axis, axis + len(factors) - 1)
+    return value.clone()
+
+
+def _constant(timm_block: Block, cut: BlockCut) -> Tensor:
+    """What the block adds on its output channels when its input, or all inside it, is masked: only biases are left."""
+    if cut.block.kind == "attn":
+        inner_bias, last, scale = timm_block.attn.qkv.bias, timm_block.attn.proj, timm_block.ls1
+        # Every token offers the same value, so attention returns it, whatever its weights.
+        inner = None if inner_bias is None else split_axis(inner_bias, 0, (3, cut.block.heads, "head"), cut.block.dims)[2]
+    else:
+        fc1, last, scale = timm_block.mlp.fc1, timm_block.mlp.fc2, timm_block.ls2
+        inner = timm_block.mlp.act(fc1.weight.new_zeros(fc1.out_features) if fc1.bias is None else fc1.bias.detach())[None]
+    outputs = torch.tensor(cut.kept["out"], device=last.weight.device, dtype=torch.int64)
+    value = last.weight.new_zeros(last.out_features) if last.bias is None else last.bias.detach().clone()
+    if inner is not None:
+        visible = torch.zeros_like(inner)
+        visible[:, list(cut.kept[cut.block.inner])] = inner[:, list(cut.kept[cut.block.inner])]
+        value = value + last.weight.detach() @ visible.flatten()
+    return (value * scale.gamma if isinstance(scale, LayerScale) else value)[outputs]
+
+
+def _make_small(block: Block, branch: str, shape: BranchShape, width: int) -> None:
+    """Narrow one half of a timm block; what is left whole keeps its module."""
+    if branch == "attn":
+        attn = block.attn
+        heads, rows = attn.num_heads, attn.num_heads * shape.inner
+        attn.qkv = _linear(attn.qkv, len(shape.inputs), 3 * rows)
+        attn.proj = _linear(attn.proj, rows, len(shape.outputs))
+        attn.head_dim, attn.attn_dim, attn.scale = shape.inner, heads * shape.inner, shape.inner**-0.5
+        block.norm1 = _reader(block.norm1, shape, width, attn.qkv.weight)
+        block.ls1 = _writer(block.ls1, shape, width, attn.proj.weight)
+    else:
+        mlp = block.mlp
+        mlp.fc1 = _linear(mlp.fc1, len(shape.inputs), shape.inner)
+        mlp.fc2 = _linear(mlp.fc2, shape.inner, len(shape.outputs))
+        block.norm2 = _reader(block.norm2, shape, width, mlp.fc1.weight)
+        block.ls2 = _writer(block.ls2, shape, width, mlp.fc2.weight)
+
+
+def _linear(dense: nn.Linear, inputs: int, outputs: int) -> nn.Linear:
+    weight = dense.weight
+    return nn.Linear(inputs, outputs, bias=dense.bias is not None, device=weight.device, dtype=weight.dtype)
+
+
+def _reader(norm: nn.LayerNorm, shape: BranchShape, width: int, example: Tensor) -> nn.Module:
+    return norm if len(shape.inputs) == width else ReadChannels(shape.inputs, width, norm, example)
+
+
+def _writer(scale: nn.Module, shape: BranchShape, width: int, example: Tensor) -> nn.Module:
+    return scale if len(shape.outputs) == width else WriteChannels(shape.outputs, width, example, isinstance(scale, LayerScale))
+
+
+def _replace_branch(block: Block, branch: str, replacement: nn.Module) -> None:
+    """Put a constant or nothing in the place of one half: no norm, scale or drop path is left around it."""
+    if branch == "attn":
+        block.norm1, block.attn = nn.Identity(), replacement
+        block.ls1, block.drop_path1 = nn.Identity(), nn.Identity()
+    else:
+        block.norm2, block.mlp = nn.Identity(), replacement
+        block.ls2, block.drop_path2 = nn.Identity(), nn.Identity()
+
+
+def _branch_parameter(block: Block, branch: str) -> Tensor:
+    return block.attn.qkv.weight if branch == "attn" else block.mlp.fc1.weight
+
+
+def _index_device(example: Tensor) -> torch.device | str:
+    """Indices are data even in a skeleton on the meta device: loading fills in weights, not indices."""
+    return "cpu" if example.is_meta else example.device

@@ -1,0 +1,110 @@
+"""Parameters and multiply-accumulates (MACs) of a block from its layout and what is kept; of a whole model by counting.
+
+A dimension's count may be a number or a tensor of many candidates at once; results have its shape.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from p3b.vit.layout import Axis, BlockLayout, ModelLayout
+
+Count = TypeVar("Count", int, Tensor)
+
+
+def block_params(block: BlockLayout, kept: Mapping[str, Tensor]) -> Tensor:
+    """Parameters that the shrunk block has when `kept[dim]` channels of each dimension stay.
+
+    A block that reads nothing or has no inner channels left is a constant of one number per output channel, or nothing where no
+    bias feeds it; one that writes nothing is gone. See `p3b.vit.compact`, which shrinks by the same rules.
+    """
+    whole = sum(_numel(weight.axes, kept) for weight in block.weights)
+    constant = kept["out"]
+    no_input = constant * int(block.constant_without_input)
+    no_inner = constant * int(block.constant_without_inner)
+    remaining = torch.where(kept["in"] == 0, no_input, torch.as_tensor(whole))
+    return torch.where(kept[block.inner] == 0, no_inner, remaining) * (kept["out"] > 0)
+
+
+def dense_params(block: BlockLayout) -> int:
+    """P_b: parameters of the block as it is, norm, biases and LayerScale included."""
+    return sum(math.prod(math.prod(_sizes(axis, block.dims)) for axis in weight.axes) for weight in block.weights)
+
+
+def prefix_cost(block: BlockLayout) -> Callable[[Tensor], Tensor]:
+    """The block's parameters as a function of (n + 1, G) kept elements, G its gates in the order of `block.dims`."""
+
+    def cost(kept: Tensor) -> Tensor:
+        return block_params(block, dict(zip(block.dims, kept.unbind(-1), strict=True)))
+
+    return cost
+
+
+def kept_channels(block: BlockLayout, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Channels of each dimension that count as kept (mask >= 0.5), as 0-dim tensors."""
+    return {dim: (masks[block.gate(dim)] >= 0.5).sum() for dim in block.dims}
+
+
+def block_macs(block: BlockLayout, kept: Mapping[str, int], tokens: int) -> int:
+    """MACs of the shrunk block for one image of `tokens` tokens: linear layers, attention scores and values.
+
+    Norms, biases, softmax and activations count as nothing, as is usual.
+    """
+    if 0 in kept.values():
+        return 0
+    linear = sum(
+        math.prod(math.prod(_sizes(axis, kept)) for axis in weight.axes) for weight in block.weights if len(weight.axes) == 2
+    )
+    attention = 2 * tokens * tokens * block.heads * kept["head"] if block.kind == "attn" else 0
+    return linear * tokens + attention
+
+
+def model_macs(layout: ModelLayout, kept: Mapping[str, Mapping[str, int]], other_macs: int) -> int:
+    """MACs of the shrunk model: its blocks (`kept` by block name) and `other_macs` outside them (patch embedding, head)."""
+    return other_macs + sum(block_macs(block, kept[block.name], layout.tokens) for block in layout.blocks)
+
+
+def count_parameters(model: nn.Module) -> int:
+    """sum(p.numel()) over the model's parameters: what a prune ratio is checked against."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def count_macs(model: nn.Module, img_size: int | tuple[int, int] = 224) -> int:
+    """MACs of one image through any model, counted by running it on torch's meta device: nothing is computed.
+
+    Args:
+        model: a dense or a pruned model; it is not changed.
+        img_size: side of the square image in pixels, or (height, width).
+    """
+    height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+    parameters = {key: tensor.detach().to("meta") for key, tensor in model.named_parameters()}
+    buffers = {key: tensor.to("meta") for key, tensor in model.named_buffers()}
+    patch_weight = next(tensor for tensor in parameters.values() if tensor.ndim == 4)
+    image = torch.empty(1, patch_weight.shape[1], height, width, device="meta", dtype=patch_weight.dtype)
+    was_training = model.training
+    model.eval()
+    try:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            torch.func.functional_call(model, {**parameters, **buffers}, (image,))
+    finally:
+        model.train(was_training)
+    return counter.get_total_flops() // 2
+
+
+def _numel(axes: tuple[Axis, ...], kept: Mapping[str, Tensor]) -> Tensor:
+    """Elements of a weight: a product of cumulative counts, in int64, exact."""
+    size = torch.ones((), dtype=torch.int64, device=kept["in"].device)
+    for axis in axes:
+        for factor in axis:
+            size = size * (kept[factor] if isinstance(factor, str) else factor)
+    return size
+
+
+def _sizes(axis: Axis, sizes: Mapping[str, int]) -> list[int]:
+    return [sizes[factor] if isinstance(factor, str) else factor for factor in axis]

@@ -1,0 +1,113 @@
+"""Gates: a vector per prunable dimension that multiplies its channels (section 6 of the method).
+
+A gate on the channels of a linear layer is the same as scaling rows or columns of that layer's weight, which is far less to
+multiply than activations. While gates are attached, each gated layer computes with the product in the place of its weight; the
+parameters themselves, the classes and the state-dict keys stay as they are. Gates are not trained, and their gradient needs no
+graph of its own: see `p3b.scoring.criteria`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from p3b.errors import ModelError
+from p3b.vit.layout import ModelLayout, dims_of, expand_along
+
+
+@dataclass(frozen=True)
+class _GatedWeight:
+    """One parameter of a layer and the gates on its axes: (axis, gate name, factors of the axis)."""
+
+    parameter: str
+    gates: tuple[tuple[int, str, tuple[int | str, ...]], ...]
+
+
+class Gates:
+    """All gates of a model. `masks` is what they hold, by gate name ("blocks.0.attn.in"), ones at first.
+
+    Until the first `set` nothing is multiplied at all, so that an ungated step costs nothing. The hooks are plain functions that
+    share these masks: a deep copy of the model (as an exponential moving average makes) is gated by the same masks.
+    """
+
+    def __init__(self, layout: ModelLayout, model: nn.Module) -> None:
+        device = next(model.parameters()).device
+        self.masks: dict[str, Tensor] = {
+            block.gate(dim): torch.ones(size, device=device) for block in layout.blocks for dim, size in block.dims.items()
+        }
+        self._closed = False
+        self._scales: dict[tuple[str, str], list[Tensor]] = {}
+        self._gated: dict[str, list[_GatedWeight]] = {}
+        for block in layout.blocks:
+            for weight in block.weights:
+                if weight.gated:
+                    layer, _, parameter = weight.key.rpartition(".")
+                    gates = tuple((axis, block.gate(dims_of(weight.axes[axis])[0]), weight.axes[axis]) for axis in weight.gated)
+                    self._gated.setdefault(layer, []).append(_GatedWeight(parameter, gates))
+        self._ranks = {weight.key: len(weight.axes) for block in layout.blocks for weight in block.weights}
+        self._handles: list[RemovableHandle] = []
+
+    def attach(self, model: nn.Module) -> None:
+        """Let the gates act on the model's forward pass."""
+        for name in self._gated:
+            layer = model.get_submodule(name)
+            swap, restore = self._hooks(name)
+            self._handles += [
+                layer.register_forward_pre_hook(swap),
+                layer.register_forward_hook(restore, always_call=True),
+            ]
+
+    def detach(self) -> None:
+        """Take the gates off: class, state-dict keys and outputs are as they were before `attach`."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def set(self, masks: Mapping[str, Tensor]) -> None:
+        """New values for all gates.
+
+        Raises:
+            ModelError: names or sizes are not those of this model's gates.
+        """
+        if {name: mask.shape for name, mask in masks.items()} != {name: mask.shape for name, mask in self.masks.items()}:
+            raise ModelError("The masks do not fit the model: their names or sizes are those of another architecture.")
+        self.masks = {name: mask.to(self.masks[name]) for name, mask in masks.items()}
+        self._closed = True
+        self._scales = {
+            (layer, gated.parameter): [
+                _along_axis(expand_along(self.masks[gate], factors), axis, self._ranks[f"{layer}.{gated.parameter}"])
+                for axis, gate, factors in gated.gates
+            ]
+            for layer, weights in self._gated.items()
+            for gated in weights
+        }
+
+    def _hooks(self, layer_name: str):  # type: ignore[no-untyped-def]
+        gated_weights = self._gated[layer_name]
+
+        def swap(layer: nn.Module, _args: object) -> None:
+            if not self._closed:
+                return
+            kept: dict[str, nn.Parameter] = {}
+            for gated in gated_weights:
+                weight = kept[gated.parameter] = layer._parameters[gated.parameter]
+                product: Tensor = weight
+                for scale in self._scales[layer_name, gated.parameter]:
+                    product = product * scale.to(weight.dtype)
+                # The registry may hold any tensor while the layer computes; __setattr__ would refuse it.
+                layer._parameters[gated.parameter] = product
+            layer._ungated_parameters = kept
+
+        def restore(layer: nn.Module, _args: object, _output: object) -> None:
+            if "_ungated_parameters" in layer.__dict__:
+                layer._parameters.update(layer.__dict__.pop("_ungated_parameters"))
+
+        return swap, restore
+
+
+def _along_axis(vector: Tensor, axis: int, rank: int) -> Tensor:
+    return vector.view([-1 if position == axis else 1 for position in range(rank)])

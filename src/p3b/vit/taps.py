@@ -1,0 +1,55 @@
+"""Taps: the residual stream before and after each block, as it flows by in an ordinary forward pass.
+
+Section 2 of the method: x_b = x_{b-1} + f_b(x_{b-1}) for b = 1..B; x_0 enters the first block.
+"""
+
+from __future__ import annotations
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+
+class Taps:
+    """Records x_0 .. x_B, detached, in every forward pass that builds a graph.
+
+    The input of a timm block is x after the block before, the input of its norm2 is x between attention and MLP: both are
+    tensors that autograd keeps anyway, so the features cost no second copy.
+    """
+
+    def __init__(self) -> None:
+        self._stream_SND: list[Tensor] = []
+        self._handles: list[RemovableHandle] = []
+
+    def attach(self, model: VisionTransformer) -> None:
+        """Begin to record."""
+        blocks = list(model.blocks)
+        for block in blocks:
+            self._handles.append(block.register_forward_pre_hook(self._record_input))
+            self._handles.append(block.norm2.register_forward_pre_hook(self._record_input))
+        self._handles.append(blocks[0].register_forward_pre_hook(self._start, prepend=True))
+        self._handles.append(blocks[-1].register_forward_hook(self._record_output))
+
+    def detach(self) -> None:
+        """Stop recording and let go of what was recorded."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._stream_SND.clear()
+
+    def take(self) -> list[Tensor]:
+        """The B + 1 features (S, N, D) of the last pass; they are handed over once. Empty where no pass was recorded."""
+        stream, self._stream_SND = self._stream_SND, []
+        return stream
+
+    def _start(self, _block: nn.Module, _inputs: tuple[Tensor, ...]) -> None:
+        self._stream_SND.clear()
+
+    def _record_input(self, _module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if torch.is_grad_enabled():
+            self._stream_SND.append(inputs[0].detach())
+
+    def _record_output(self, _block: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        if torch.is_grad_enabled():
+            self._stream_SND.append(output.detach())

@@ -1,0 +1,19 @@
+"""Shared by all tests. This folder is on the path while tests run, so that they can import the builders of `tiny`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+torch.set_num_threads(1)  # the networks here are so small that threads only wait for each other
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Worked numbers and images that lie beside the repository; tests that need them are skipped where they are absent."""
+    folder = Path(__file__).parents[2] / "shared"
+    if not folder.is_dir():
+        pytest.skip("the shared folder beside the repository is absent")
+    return folder

@@ -1,0 +1,198 @@
+"""Section 6 of the method: soft masks, and a block's budget met to one element without trial and error."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import VARIANTS, tiny_vit
+from torch import Tensor
+
+from p3b.core.masks import (
+    GATE_FACTORS,
+    BlockOrder,
+    block_masks,
+    count_to_prune,
+    hard_masks,
+    order_elements,
+    rank_scores,
+    shares_to_counts,
+    soft_mask,
+)
+from p3b.core.schedule import Schedule
+from p3b.vit.cost import block_params, dense_params, prefix_cost
+from p3b.vit.layout import BlockLayout, read_layout
+
+
+def test_worked_numbers_are_reproduced(shared: Path) -> None:
+    cases = json.loads((shared / "golden" / "soft_mask.json").read_text())
+    assert cases
+    for case in cases:
+        assert case["tau_min"] == 0
+        plan = Schedule(0, case["step_sparse"], case["step_final"], update_every=1)
+        mask = soft_mask(torch.tensor(case["importance"]), case["num_pruned"], plan.tau(case["step"], case["tau_max"]))
+        torch.testing.assert_close(mask, torch.tensor(case["mask"]), rtol=0, atol=1e-5)
+
+
+# --- soft masks
+
+
+@pytest.mark.parametrize("tau", [0.1, 0.01, 1e-6, 0.0])
+@pytest.mark.parametrize("size", [1, 2, 25, 64])
+def test_exactly_the_asked_number_of_elements_falls_below_one_half(size: int, tau: float) -> None:
+    scores = torch.randn(size, generator=torch.Generator().manual_seed(size))
+    for count in range(size + 1):
+        mask = soft_mask(scores, count + 0.5, tau)
+        assert int((mask < 0.5).sum()) == count
+        assert set(scores[mask < 0.5].tolist()) == set(scores.sort().values[:count].tolist())
+        assert mask.dtype == torch.float32
+        assert ((mask >= 0) & (mask <= 1)).all()
+
+
+def test_with_a_whole_number_the_element_at_the_edge_is_exactly_one_half() -> None:
+    scores = torch.arange(10.0)
+    assert soft_mask(scores, 4, 0.1)[3] == 0.5
+    assert int((soft_mask(scores, 4, 0.1) < 0.5).sum()) == 3
+
+
+def test_a_mask_rises_with_the_score_and_its_slope_is_that_of_tau() -> None:
+    scores = torch.randn(50, generator=torch.Generator().manual_seed(0))
+    mask = soft_mask(scores, 20, 0.1)
+    assert (mask[torch.argsort(scores)].diff() > 0).sum() >= 40
+    assert (mask[torch.argsort(scores)].diff() >= 0).all()
+    ascending = soft_mask(torch.arange(50.0), 20, 0.1)  # n * tau = 5 positions from the edge
+    assert ascending[14].item() == pytest.approx(0.1, abs=1e-6)
+    assert ascending[24].item() == pytest.approx(0.9, abs=1e-6)
+
+
+def test_at_tau_zero_a_mask_is_hard() -> None:
+    assert soft_mask(torch.tensor([3.0, 1.0, 2.0, 4.0]), 2.5, 0.0).tolist() == [1.0, 0.0, 0.0, 1.0]
+
+
+def test_only_the_order_of_scores_counts_and_equal_ones_keep_theirs() -> None:
+    scores = torch.tensor([0.2, 0.1, 0.7, 0.4])
+    assert torch.equal(soft_mask(scores, 2, 0.1), soft_mask(1e6 * scores.exp(), 2, 0.1))
+    assert soft_mask(torch.zeros(5), 2.5, 0.0).tolist() == [0.0, 0.0, 1.0, 1.0, 1.0]
+
+
+def test_ranks_run_from_one_over_n_to_one() -> None:
+    assert rank_scores(torch.tensor([5.0, -1.0, 5.0, 0.0])).tolist() == [0.75, 0.25, 1.0, 0.5]
+
+
+def test_hard_masks_keep_what_counts_as_kept() -> None:
+    hard = hard_masks({"a": torch.tensor([0.49999, 0.5, 0.9, 0.0])})
+    assert hard["a"].tolist() == [0.0, 1.0, 1.0, 0.0]
+
+
+# --- orders of real blocks
+
+
+def _orders(blocks: tuple[BlockLayout, ...], seed: int, ties: bool = False) -> list[BlockOrder]:
+    generator = torch.Generator().manual_seed(seed)
+    orders = []
+    for block in blocks:
+        scores = [torch.rand(size, generator=generator) for size in block.dims.values()]
+        if ties:
+            scores = [(3 * s).round() for s in scores]
+        orders.append(order_elements(scores, [GATE_FACTORS[dim] for dim in block.dims]))
+    return orders
+
+
+def _remaining_by_hand(block: BlockLayout, order: BlockOrder) -> list[int]:
+    """Parameters left after the t lowest elements are gone, element by element."""
+    gate_of = [dim for dim, size in block.dims.items() for _ in range(size)]
+    kept = dict(block.dims)
+    remaining = [dense_params(block)]
+    for element in sorted(range(len(gate_of)), key=lambda e: (order.merit[e].item(), e)):
+        kept[gate_of[element]] -= 1
+        remaining.append(int(block_params(block, {dim: torch.tensor(count) for dim, count in kept.items()})))
+    return remaining
+
+
+def test_elements_of_all_gates_are_sorted_together_by_rank_times_factor() -> None:
+    order = order_elements([torch.tensor([0.3, 0.1]), torch.tensor([9.0, 8.0, 7.0, 6.0])], [1.0, 0.75])
+    assert order.sizes == (2, 4)
+    assert order.merit.tolist() == pytest.approx([1.0, 0.5, 0.75, 0.75 * 0.75, 0.375, 0.1875])
+    assert order.kept.tolist() == [[2, 4], [2, 3], [2, 2], [1, 2], [1, 1], [1, 0], [0, 0]]
+
+
+def test_output_channels_go_later_and_hidden_ones_earlier() -> None:
+    assert GATE_FACTORS == {"in": 1.0, "head": 1.0, "hidden": 0.75, "out": 1.5}
+    same = torch.arange(100.0)
+    kept = order_elements([same, same, same], [GATE_FACTORS[dim] for dim in ("in", "hidden", "out")]).kept[150]
+    assert kept[1] < kept[0] < kept[2]
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_remaining_parameters_never_rise_and_equal_counting_element_by_element(variant: str, ties: bool) -> None:
+    layout = read_layout(tiny_vit(**VARIANTS[variant]))
+    for block, order in zip(layout.blocks[:2], _orders(layout.blocks, seed=3, ties=ties), strict=False):
+        remaining = prefix_cost(block)(order.kept)
+        assert remaining.tolist() == _remaining_by_hand(block, order)
+        assert (remaining.diff() <= 0).all()
+        assert remaining[0] == dense_params(block)
+        assert remaining[-1] == 0
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_block_meets_any_share_to_one_element(seed: int) -> None:
+    for block in read_layout(tiny_vit()).blocks[:2]:
+        (order,) = _orders((block,), seed)
+        remaining = prefix_cost(block)(order.kept).double()
+        params = dense_params(block)
+        for share in [0.0, 0.5, params / 3, params - 0.5, params, *torch.linspace(0, params, 97).tolist()]:
+            count = count_to_prune(remaining, share)
+            # against brute force: no count comes nearer
+            assert abs(remaining[count] - share) == min(abs(remaining - share))
+            for surplus in (-1e9, -3.0, 3.0, 1e9):
+                _assert_within_one_element(remaining, count_to_prune(remaining, share, surplus), share)
+
+
+def _assert_within_one_element(remaining: Tensor, count: int, share: float) -> None:
+    """The share lies between what remains now and what would remain with one element more or less."""
+    one_more = remaining[min(count + 1, len(remaining) - 1)]
+    one_less = remaining[max(count - 1, 0)]
+    assert one_more <= share <= one_less
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_all_blocks_together_miss_the_budget_by_less_than_one_element(seed: int) -> None:
+    blocks = read_layout(tiny_vit(depth=3)).blocks
+    orders, costs = _orders(blocks, seed), [prefix_cost(block) for block in blocks]
+    generator = torch.Generator().manual_seed(seed)
+    ratios = torch.rand(len(blocks), generator=generator, dtype=torch.float64).tolist()
+    ratios[seed % len(ratios)] = float(seed % 2)
+    shares = [ratio * dense_params(block) for ratio, block in zip(ratios, blocks, strict=True)]
+    counts = shares_to_counts(orders, costs, shares)
+    largest_element, total = 0.0, 0.0
+    for order, cost, share, count in zip(orders, costs, shares, counts, strict=True):
+        remaining = cost(order.kept).double()
+        _assert_within_one_element(remaining, count, share)
+        largest_element = max(largest_element, float(-remaining.diff().min()))
+        total += float(remaining[count])
+    assert abs(total - sum(shares)) <= largest_element / 2
+
+
+def test_misses_of_earlier_blocks_are_made_up_for() -> None:
+    remaining = torch.tensor([10.0, 6.0, 2.0, 0.0])
+    assert count_to_prune(remaining, 4.5) == 1
+    assert count_to_prune(remaining, 4.5, surplus=2.0) == 2
+    assert count_to_prune(remaining, 6.0, surplus=100.0) == 1  # met exactly: nothing to choose
+    assert count_to_prune(remaining, 10.0) == 0
+    assert count_to_prune(remaining, 0.0) == 3
+
+
+@pytest.mark.parametrize("tau", [0.1, 0.03, 0.0])
+def test_the_masks_of_a_block_give_up_exactly_the_counted_elements(tau: float) -> None:
+    block = read_layout(tiny_vit()).blocks[0]
+    (order,) = _orders((block,), seed=5)
+    for earlier, count in pairwise(range(0, sum(order.sizes) + 1, 7)):
+        masks = block_masks(order, count, tau)
+        assert [len(mask) for mask in masks] == list(block.dims.values())
+        assert [int((mask >= 0.5).sum()) for mask in masks] == order.kept[count].tolist()
+        for mask, before in zip(masks, block_masks(order, earlier, tau), strict=True):
+            assert (mask <= before).all()  # nobody returns when more have to go

@@ -1,0 +1,148 @@
+"""Gates multiply channels, cost nothing while they are ones, and leave the model as it was."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+
+import pytest
+import torch
+from tiny import CLASSES, VARIANTS, images, labels, masks_of, multiply_activations, random_masks, soft_random_masks, tiny_vit
+from torch import nn
+
+from p3b.errors import ModelError
+from p3b.vit.gates import Gates
+from p3b.vit.layout import read_layout
+
+
+def _gated(model: nn.Module) -> Gates:
+    gates = Gates(read_layout(model), model)
+    gates.attach(model)
+    return gates
+
+
+@pytest.mark.parametrize("explicit", [False, True])
+def test_gates_of_ones_change_no_bit(explicit: bool) -> None:
+    plain, gated = tiny_vit(), tiny_vit()
+    gates = _gated(gated)
+    if explicit:
+        gates.set(masks_of(read_layout(gated), lambda _gate, size: torch.ones(size)))
+    for model in (plain, gated):
+        nn.functional.cross_entropy(model(images()), labels()).backward()
+    assert torch.equal(plain(images()), gated(images()))
+    for (key, a), (_, b) in zip(plain.named_parameters(), gated.named_parameters(), strict=True):
+        assert a.grad is not None
+        assert b.grad is not None
+        assert torch.equal(a.grad, b.grad), key
+
+
+def test_classes_and_keys_stay_and_detaching_restores_every_bit() -> None:
+    model = tiny_vit()
+    outputs, state = model(images()), {key: value.clone() for key, value in model.state_dict().items()}
+    classes, parameters = [type(module) for module in model.modules()], dict(model.named_parameters())
+    gates = _gated(model)
+    gates.set(random_masks(read_layout(model)))
+    assert not torch.allclose(model(images()), outputs)
+    for _ in range(2):  # attached, then detached
+        assert [type(module) for module in model.modules()] == classes
+        assert list(model.state_dict()) == list(state)
+        assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+        assert all(parameter is parameters[key] for key, parameter in model.named_parameters())
+        gates.detach()
+    assert torch.equal(model(images()), outputs)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert not any("_ungated_parameters" in module.__dict__ for module in model.modules())
+
+
+@pytest.mark.parametrize("make", [soft_random_masks, random_masks])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_scaling_weights_equals_multiplying_activations(variant: str, make: type) -> None:
+    gated = tiny_vit(dtype=torch.float64, **VARIANTS[variant])
+    reference = deepcopy(gated)
+    masks = make(read_layout(gated), seed=3)
+    _gated(gated).set(masks)
+    multiply_activations(reference, {name: mask.double() for name, mask in masks.items()})
+    batch = images(dtype=torch.float64)
+    torch.testing.assert_close(gated(batch), reference(batch), rtol=0, atol=1e-12)
+    for model in (gated, reference):
+        model(batch).square().sum().backward()
+    for (key, a), (_, b) in zip(gated.named_parameters(), reference.named_parameters(), strict=True):
+        if a.grad is not None:
+            torch.testing.assert_close(a.grad, b.grad, rtol=1e-8, atol=1e-10, msg=key)
+
+
+@pytest.mark.parametrize("gate", ["attn.in", "attn.head", "attn.out", "mlp.in", "mlp.hidden", "mlp.out"])
+def test_every_gate_alone_equals_its_definition(gate: str) -> None:
+    gated = tiny_vit(dtype=torch.float64)
+    reference, dense = deepcopy(gated), deepcopy(gated)
+    layout, batch = read_layout(gated), images(dtype=torch.float64)
+    masks = random_masks(layout, seed=1, only=f".0.{gate}")
+    _gated(gated).set(masks)
+    multiply_activations(reference, {name: mask.double() for name, mask in masks.items()})
+    torch.testing.assert_close(gated(batch), reference(batch), rtol=0, atol=1e-12)
+    assert not torch.allclose(gated(batch), dense(batch))
+
+
+class _Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("error", [_Stop, KeyboardInterrupt])
+def test_an_exception_inside_a_forward_pass_leaves_the_weights_in_place(error: type[BaseException]) -> None:
+    model = tiny_vit()
+    parameters, outputs = dict(model.named_parameters()), None
+    gates = _gated(model)
+    gates.set(random_masks(read_layout(model)))
+    outputs = model(images())
+    layer = model.blocks[1].mlp.fc1
+
+    def fail(_input: torch.Tensor) -> torch.Tensor:
+        raise error
+
+    layer.forward = fail
+    with pytest.raises(error):
+        model(images())
+    del layer.forward
+    assert all(parameter is parameters[key] for key, parameter in model.named_parameters())
+    assert torch.equal(model(images()), outputs)
+
+
+def test_a_copy_of_the_model_is_gated_by_the_same_masks() -> None:
+    model = tiny_vit()
+    gates = _gated(model)
+    copy = deepcopy(model)
+    gates.set(random_masks(read_layout(model), seed=1))
+    assert torch.equal(copy(images()), model(images()))
+    gates.set(random_masks(read_layout(model), seed=2))
+    assert torch.equal(copy(images()), model(images()))
+    with torch.no_grad():
+        copy.blocks[0].mlp.fc2.weight.mul_(2)
+    assert not torch.equal(copy(images()), model(images()))
+    assert all(a is not b for a, b in zip(copy.parameters(), model.parameters(), strict=True))
+
+
+def test_gates_are_not_trained() -> None:
+    model = tiny_vit()
+    gates = _gated(model)
+    gates.set(soft_random_masks(read_layout(model)))
+    model(images()).sum().backward()
+    assert not any(mask.requires_grad for mask in gates.masks.values())
+    assert len(list(model.parameters())) == len(list(tiny_vit().parameters()))
+
+
+def test_mixed_precision_computes_with_gated_weights() -> None:
+    model = tiny_vit()
+    gates = _gated(model)
+    gates.set(random_masks(read_layout(model)))
+    with torch.autocast("cpu", torch.bfloat16):
+        low = model(images())
+    assert low.dtype == torch.bfloat16
+    torch.testing.assert_close(low.float(), model(images()), rtol=0.1, atol=0.1)
+    assert low.shape == (2, CLASSES)
+
+
+def test_masks_of_another_model_are_refused() -> None:
+    gates = _gated(tiny_vit())
+    for other in (tiny_vit(depth=3), tiny_vit(embed_dim=48)):
+        with pytest.raises(ModelError, match="do not fit"):
+            gates.set(random_masks(read_layout(other)))
+    assert all((mask == 1).all() for mask in gates.masks.values())
