@@ -1,6 +1,6 @@
 """The recorded real run: a ViT trained on CIFAR-10's vehicles moves to its animals, dense and pruned by P3B.
 
-    python benchmarks/animals.py run --shared ../shared --work runs/animals      # about a quarter of an hour a run on 2 cores
+    python benchmarks/animals.py run --shared ../shared --work runs/animals      # about twelve minutes a run on 2 cores that do nothing else
     python benchmarks/animals.py table                                           # docs/results/animals.md from the JSON lines
 
 Each run adds one JSON line to docs/results/animals.jsonl: command, commit, settings, seed, hardware, wall time, results. The table
@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
 LINES = RESULTS / "animals.jsonl"
 SEED = 0
-PRUNE_EPOCHS, FINETUNE_EPOCHS, IMAGES = 6, 8, 4000
+PRUNE_EPOCHS, FINETUNE_EPOCHS, IMAGES = 6, 8, 3000
 
 MODEL = "--model vit_tiny_patch16_224 --model-kwargs img_size=32 patch_size=4 embed_dim=128 num_heads=4 --model-path SHARED/source_vit.safetensors"
 NORMALIZATION = "--mean 0.485 0.456 0.406 --std 0.229 0.224 0.225"

@@ -25,15 +25,27 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no projection bias": {"proj_bias": False},
     "no bias": {"qkv_bias": False, "proj_bias": False},
     "no bias, sigmoid": {"qkv_bias": False, "proj_bias": False, "act_layer": "sigmoid"},
-    "norm without affine": {"norm_layer": lambda width, **kwargs: nn.LayerNorm(width, eps=1e-6, elementwise_affine=False, **kwargs)},
+    "norm without affine": {
+        "norm_layer": lambda width, **kwargs: nn.LayerNorm(width, eps=1e-6, elementwise_affine=False, **kwargs)
+    },
     "unfused": {"fused": False},
 }
 """Every kind of model that the method has to treat alike, as arguments of `tiny_vit`."""
 
 
-def tiny_vit(name: str = VIT, *, seed: int = 0, dtype: torch.dtype = torch.float32, fused: bool = True, **changed: Any) -> VisionTransformer:
+def tiny_vit(
+    name: str = VIT, *, seed: int = 0, dtype: torch.dtype = torch.float32, fused: bool = True, **changed: Any
+) -> VisionTransformer:
     """A two-block ViT in evaluation mode, all of whose parameters are away from the values they are initialised with."""
-    arguments = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": CLASSES, **changed}
+    arguments = {
+        "img_size": 32,
+        "patch_size": 8,
+        "embed_dim": 24,
+        "depth": 2,
+        "num_heads": 3,
+        "num_classes": CLASSES,
+        **changed,
+    }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = timm.create_model(name, **arguments)
@@ -83,7 +95,7 @@ def parameters_of(module: nn.Module) -> int:
 
 
 def multiply_activations(model: VisionTransformer, masks: dict[str, Tensor]) -> None:
-    """The definition of the gates, carried out on activations: what scaling weights has to equal. Masks may carry a gradient."""
+    """The definition of the gates, carried out on activations: what scaling weights has to equal. Masks may need a gradient."""
 
     def scale(mask: Tensor) -> Callable[[nn.Module, Any, Tensor], Tensor]:
         return lambda _module, _inputs, output: output * mask

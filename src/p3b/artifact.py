@@ -61,7 +61,7 @@ def save(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / WEIGHTS_FILE, lambda path: safetensors.torch.save_file(tensors, path))
-        write_atomically(folder / CONFIG_FILE, lambda path: path.write_text(json.dumps(config, indent=1) + "\n"))
+        write_atomically(folder / CONFIG_FILE, lambda path: path.write_text(_readable_json(config)))
     except OSError as error:
         raise RunFolderError(f"Cannot write the model to {folder}: {error}. Choose a folder that can be written.") from error
     return folder
@@ -145,6 +145,13 @@ def model_config(
         "preprocessing": None if preprocessing is None else dict(preprocessing),
         "provenance": None if provenance is None else dict(provenance),
     }
+
+
+def _readable_json(config: Mapping[str, Any]) -> str:
+    """One line for each entry, and for each block: the lists of channels would fill pages otherwise."""
+    entries = {key: json.dumps(value) for key, value in config.items()}
+    entries["blocks"] = "[\n  " + ",\n  ".join(json.dumps(block) for block in config["blocks"]) + "\n ]"
+    return "{\n" + ",\n".join(f' "{key}": {value}' for key, value in entries.items()) + "\n}\n"
 
 
 def _shape_from_config(entry: Mapping[str, Any]) -> BranchShape:

@@ -154,7 +154,7 @@ def test_the_budget_is_met_and_the_ratios_are_those_of_water_filling(start: int)
 
 
 def _assert_water_filling(importance: Tensor, ratios: Tensor, seed: int) -> None:
-    """Open blocks stand in the ratio of their importances, full ones would have asked for more; useless ones wait for the rest."""
+    """Open blocks stand in the ratio of their importances, full ones asked for more; useless ones wait for the rest."""
     useful = importance > 0
     if not useful.any():
         assert ratios.max() - ratios.min() <= 1e-12, seed

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import VARIANTS, tiny_vit
 from torch import Tensor
 
 from p3b.core.masks import (
@@ -25,6 +24,7 @@ from p3b.core.masks import (
 from p3b.core.schedule import Schedule
 from p3b.vit.cost import block_params, dense_params, prefix_cost
 from p3b.vit.layout import BlockLayout, read_layout
+from tiny import VARIANTS, tiny_vit
 
 
 def test_worked_numbers_are_reproduced(shared: Path) -> None:

@@ -75,7 +75,16 @@ def test_epochs_are_converted_with_three_renewals_an_epoch() -> None:
 
 @pytest.mark.parametrize(
     ("text", "epochs"),
-    [("10", 10), (" 2.5 ", 2.5), (".5epochs", 0.5), ("1 epoch", 1), ("500steps", 10), ("25 step", 0.5), ("20%", 8), ("12.5 %", 5)],
+    [
+        ("10", 10),
+        (" 2.5 ", 2.5),
+        (".5epochs", 0.5),
+        ("1 epoch", 1),
+        ("500steps", 10),
+        ("25 step", 0.5),
+        ("20%", 8),
+        ("12.5 %", 5),
+    ],
 )
 def test_durations_are_epochs_steps_or_shares_of_the_run(text: str, epochs: float) -> None:
     assert parse_duration(text, total_epochs=40, steps_per_epoch=50) == pytest.approx(epochs)

@@ -7,11 +7,11 @@ from copy import deepcopy
 import pytest
 import timm
 import torch
-from tiny import VARIANTS, kept_counts, masks_of, parameters_of, random_masks, tiny_vit
 
 from p3b.vit.compact import apply_cuts, plan_cuts
 from p3b.vit.cost import block_macs, block_params, count_macs, count_parameters, dense_params, kept_channels, model_macs
 from p3b.vit.layout import ModelLayout, read_layout
+from tiny import VARIANTS, kept_counts, masks_of, parameters_of, random_masks, tiny_vit
 
 
 def _random_counts(layout: ModelLayout, seed: int) -> dict[str, torch.Tensor]:
@@ -19,7 +19,9 @@ def _random_counts(layout: ModelLayout, seed: int) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
 
     def some(_gate: str, size: int) -> torch.Tensor:
-        kept = [0, 1, size, int(torch.randint(size + 1, (), generator=generator))][int(torch.randint(4, (), generator=generator))]
+        kept = [0, 1, size, int(torch.randint(size + 1, (), generator=generator))][
+            int(torch.randint(4, (), generator=generator))
+        ]
         mask = torch.zeros(size)
         mask[torch.randperm(size, generator=generator)[:kept]] = 1
         return mask

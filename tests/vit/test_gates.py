@@ -6,12 +6,12 @@ from copy import deepcopy
 
 import pytest
 import torch
-from tiny import CLASSES, VARIANTS, images, labels, masks_of, multiply_activations, random_masks, soft_random_masks, tiny_vit
 from torch import nn
 
 from p3b.errors import ModelError
 from p3b.vit.gates import Gates
 from p3b.vit.layout import read_layout
+from tiny import CLASSES, VARIANTS, images, labels, masks_of, multiply_activations, random_masks, soft_random_masks, tiny_vit
 
 
 def _gated(model: nn.Module) -> Gates:
@@ -82,19 +82,11 @@ def test_every_gate_alone_equals_its_definition(gate: str) -> None:
     assert not torch.allclose(gated(batch), dense(batch))
 
 
-class _Stop(Exception):
+class _StopError(Exception):
     pass
 
 
-@pytest.mark.parametrize("error", [_Stop, KeyboardInterrupt])
-def test_an_exception_inside_a_forward_pass_leaves_the_weights_in_place(error: type[BaseException]) -> None:
-    model = tiny_vit()
-    parameters, outputs = dict(model.named_parameters()), None
-    gates = _gated(model)
-    gates.set(random_masks(read_layout(model)))
-    outputs = model(images())
-    layer = model.blocks[1].mlp.fc1
-
+def _fail_in(layer: nn.Module, model: nn.Module, error: type[BaseException]) -> None:
     def fail(_input: torch.Tensor) -> torch.Tensor:
         raise error
 
@@ -102,8 +94,31 @@ def test_an_exception_inside_a_forward_pass_leaves_the_weights_in_place(error: t
     with pytest.raises(error):
         model(images())
     del layer.forward
+
+
+def test_an_exception_inside_a_forward_pass_leaves_the_weights_in_place() -> None:
+    model = tiny_vit()
+    parameters, gates = dict(model.named_parameters()), _gated(model)
+    gates.set(random_masks(read_layout(model)))
+    outputs = model(images())
+    _fail_in(model.blocks[1].mlp.fc1, model, _StopError)
     assert all(parameter is parameters[key] for key, parameter in model.named_parameters())
     assert torch.equal(model(images()), outputs)
+
+
+@pytest.mark.parametrize("then", ["go on", "detach"])
+def test_after_a_keyboard_interrupt_the_weights_come_back(then: str) -> None:
+    """torch calls no hook after a KeyboardInterrupt: a notebook's stop button once left the product in the weight's place."""
+    model = tiny_vit()
+    parameters, gates = dict(model.named_parameters()), _gated(model)
+    dense = model(images())
+    gates.set(random_masks(read_layout(model)))
+    outputs = model(images())
+    _fail_in(model.blocks[1].mlp.fc1, model, KeyboardInterrupt)
+    if then == "detach":
+        gates.detach()
+    assert torch.equal(model(images()), dense if then == "detach" else outputs)
+    assert all(parameter is parameters[key] for key, parameter in model.named_parameters())
 
 
 def test_a_copy_of_the_model_is_gated_by_the_same_masks() -> None:

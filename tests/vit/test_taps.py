@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import VARIANTS, images, tiny_vit
 from torch import Tensor
 
 from p3b.vit.taps import Taps
+from tiny import VARIANTS, images, tiny_vit
 
 
 @pytest.mark.parametrize("variant", ["plain", "layer scale", "distilled", "no class token", "registers"])

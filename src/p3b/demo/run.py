@@ -13,7 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from p3b.commands import prune, train
-from p3b.config import AugmentOptions, DataOptions, DemoConfig, ModelOptions, PruneConfig, PruneOptions, RunOptions, TrainConfig, TrainingOptions
+from p3b.config import (
+    AugmentOptions,
+    DataOptions,
+    DemoConfig,
+    ModelOptions,
+    PruneConfig,
+    PruneOptions,
+    RunOptions,
+    TrainConfig,
+    TrainingOptions,
+)
 
 PRUNE_EPOCHS, FINETUNE_EPOCHS = 16, 16
 

@@ -115,6 +115,8 @@ def branch_shapes(model: VisionTransformer) -> list[BranchShape]:
 
 def reshape_branches(model: VisionTransformer, shapes: Sequence[BranchShape]) -> None:
     """Give a dense model's blocks the shapes of small ones; the new parameters hold no meaningful values yet."""
+    if all(shape.form == WHOLE for shape in shapes):
+        return
     model.__dict__[BLOCK_ARGUMENTS] = describe_blocks(model)
     for shape in shapes:
         _, depth, branch = shape.name.split(".")

@@ -8,7 +8,7 @@ graph of its own: see `p3b.scoring.criteria`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -50,15 +50,16 @@ class Gates:
                     self._gated.setdefault(layer, []).append(_GatedWeight(parameter, gates))
         self._ranks = {weight.key: len(weight.axes) for block in layout.blocks for weight in block.weights}
         self._handles: list[RemovableHandle] = []
+        self._layers: list[nn.Module] = []
 
     def attach(self, model: nn.Module) -> None:
         """Let the gates act on the model's forward pass."""
         for name in self._gated:
             layer = model.get_submodule(name)
-            swap, restore = self._hooks(name)
+            self._layers.append(layer)
             self._handles += [
-                layer.register_forward_pre_hook(swap),
-                layer.register_forward_hook(restore, always_call=True),
+                layer.register_forward_pre_hook(self._swap_hook(name)),
+                layer.register_forward_hook(_restore, always_call=True),
             ]
 
     def detach(self) -> None:
@@ -66,6 +67,9 @@ class Gates:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        for layer in self._layers:
+            _restore(layer)
+        self._layers.clear()
 
     def set(self, masks: Mapping[str, Tensor]) -> None:
         """New values for all gates.
@@ -86,10 +90,11 @@ class Gates:
             for gated in weights
         }
 
-    def _hooks(self, layer_name: str):  # type: ignore[no-untyped-def]
+    def _swap_hook(self, layer_name: str) -> Callable[[nn.Module, object], None]:
         gated_weights = self._gated[layer_name]
 
         def swap(layer: nn.Module, _args: object) -> None:
+            _restore(layer)  # a keyboard interrupt in a forward pass skips the hook after it
             if not self._closed:
                 return
             kept: dict[str, nn.Parameter] = {}
@@ -102,11 +107,12 @@ class Gates:
                 layer._parameters[gated.parameter] = product
             layer._ungated_parameters = kept
 
-        def restore(layer: nn.Module, _args: object, _output: object) -> None:
-            if "_ungated_parameters" in layer.__dict__:
-                layer._parameters.update(layer.__dict__.pop("_ungated_parameters"))
+        return swap
 
-        return swap, restore
+
+def _restore(layer: nn.Module, *_args: object) -> None:
+    if "_ungated_parameters" in layer.__dict__:
+        layer._parameters.update(layer.__dict__.pop("_ungated_parameters"))
 
 
 def _along_axis(vector: Tensor, axis: int, rank: int) -> Tensor:

@@ -23,6 +23,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from p3b.errors import ModelError
+from p3b.vit.architecture import BLOCK_ARGUMENTS
 
 Axis = tuple[int | str, ...]
 
@@ -105,6 +106,8 @@ def read_layout(model: nn.Module) -> ModelLayout:
             the block and the reason.
     """
     vit = require_vision_transformer(model)
+    if BLOCK_ARGUMENTS in vit.__dict__:
+        raise ModelError("blocks.0 or a later block has been pruned already; prune the dense model instead.")
     blocks: list[BlockLayout] = []
     for depth, block in enumerate(vit.blocks):
         _check_block(f"blocks.{depth}", block)

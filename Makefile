@@ -1,0 +1,44 @@
+# make demo and make test set up everything they need on a machine with Python >= 3.10 and nothing else.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+SHELL  := /bin/bash
+
+.PHONY: demo test test-slow check lint types setup lock clean
+
+demo: $(READY)  ## the whole job on embedded data, in minutes
+	$(BIN)/p3b demo
+
+test: $(READY)  ## the default tests
+	$(BIN)/python -m pytest -n auto
+
+test-slow: $(READY)  ## the real thing at full size
+	$(BIN)/python -m pytest -n auto -m slow
+
+check: lint types test  ## what CI runs
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(READY)
+	$(BIN)/mypy
+
+setup: $(READY)
+
+# The exact, tested versions of requirements.lock; .ready says that this lock and this pyproject are what is installed.
+$(READY): pyproject.toml requirements.lock
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "P3B needs Python 3.10 or newer; give one with make PYTHON=python3.12 ..." >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements.lock -e '.[demo,onnx,dev]'
+	touch $@
+
+lock:  ## resolve requirements.lock anew, for every Python that is supported
+	$(PYTHON) -m venv .make/lock && .make/lock/bin/pip install --quiet uv
+	.make/lock/bin/uv pip compile --quiet --universal --python-version 3.10 --no-emit-index-url --no-annotate --all-extras \
+	  --custom-compile-command "make lock" --output-file requirements.lock pyproject.toml
+
+clean:
+	rm -rf .make build dist *.egg-info src/*.egg-info .pytest_cache .mypy_cache .ruff_cache demo-run
