@@ -29,11 +29,10 @@ def main() -> None:
         optimizer.step()
         optimizer.zero_grad()
 
-    before = pruner.layout.blocks
-    kept = pruner.decide_last().blocks
+    decision = pruner.decide_last()
     small = pruner.shrink()
-    for block, decision in zip(before, kept, strict=True):
-        print(f"{block.name:<14} {decision.kept_params:>6,} of {decision.params:>6,} parameters ({decision.keep_ratio:.0%} asked for)")
+    for block in decision.blocks:
+        print(f"{block.name:<14} {block.kept_params:>6,} of {block.params:>6,} parameters ({block.keep_ratio:.0%} asked for)")
     print(f"{p3b.count_parameters(small):,} parameters, {p3b.count_macs(small, 32) / 1e6:.2f} M MACs")
 
 

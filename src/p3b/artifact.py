@@ -57,20 +57,32 @@ def save(
     """
     folder = Path(folder)
     config = model_config(model, class_names=class_names, preprocessing=preprocessing, provenance=provenance)
+    text = _readable_json(config)
     tensors = {key: tensor.detach().contiguous().cpu() for key, tensor in model.state_dict().items()}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
+
+    def write(config_file: Path) -> None:
+        config_file.write_text(text)
+        # The config lies complete beside its place before the weights take theirs: both files are always of one save.
         write_atomically(folder / WEIGHTS_FILE, lambda path: safetensors.torch.save_file(tensors, path))
-        write_atomically(folder / CONFIG_FILE, lambda path: path.write_text(_readable_json(config)))
-    except OSError as error:
+
+    try:
+        write_atomically(folder / CONFIG_FILE, write)
+    except (OSError, SafetensorError) as error:
         raise RunFolderError(f"Cannot write the model to {folder}: {error}. Choose a folder that can be written.") from error
     return folder
 
 
 def save_checkpoint(model: nn.Module, file: str | Path, **description: Any) -> Path:
-    """The same content as `save` in one .pth file of tensors and plain values (the published checkpoint's form)."""
+    """The same content as `save` in one .pth file of tensors and plain values (the published checkpoint's form).
+
+    Raises:
+        RunFolderError: the file cannot be written.
+    """
     content = {CHECKPOINT_KEY: model_config(model, **description), "model": model.state_dict()}
-    write_atomically(Path(file), lambda path: torch.save(content, path))
+    try:
+        write_atomically(Path(file), lambda path: torch.save(content, path))
+    except (OSError, RuntimeError) as error:  # torch tells of a full disk by a RuntimeError
+        raise RunFolderError(f"Cannot write the checkpoint {file}: {error}. Choose a folder that can be written.") from error
     return Path(file)
 
 
@@ -85,12 +97,12 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> nn.Module:
     try:
         with torch.device("meta"):
             model = build_dense(config["architecture"])
-        reshape_branches(model, [_shape_from_config(entry) for entry in config["blocks"]])
+        reshape_branches(model, [_shape_from_config(entry, model.embed_dim) for entry in config["blocks"]])
         dtypes = {tensor.dtype for tensor in tensors.values()}
         if len(dtypes) == 1:
             model.to(dtypes.pop())
         model.load_state_dict(tensors, assign=True)
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError, AssertionError) as error:
         raise WeightsError(
             f"{path}: config and weights do not fit together: {error}. The files are damaged or edited."
         ) from error
@@ -154,7 +166,14 @@ def _readable_json(config: Mapping[str, Any]) -> str:
     return "{\n" + ",\n".join(f' "{key}": {value}' for key, value in entries.items()) + "\n}\n"
 
 
-def _shape_from_config(entry: Mapping[str, Any]) -> BranchShape:
+def _shape_from_config(entry: Mapping[str, Any], width: int) -> BranchShape:
+    """One block's shape; ValueError where its channels are not rising indices into the residual stream."""
+    for side in ("inputs", "outputs"):
+        channels = entry[side]
+        if channels != sorted(set(channels) & set(range(width))):
+            raise ValueError(f"the {side} of {entry['name']} are not rising channels within 0..{width - 1}")
+    if entry["form"] == GONE and entry["outputs"]:
+        raise ValueError(f"{entry['name']} is gone, yet writes to channels")
     return BranchShape(entry["name"], entry["form"], tuple(entry["inputs"]), entry["inner"], tuple(entry["outputs"]))
 
 
@@ -162,7 +181,8 @@ def _read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     config = _read_config_file(folder / CONFIG_FILE)
     weights = folder / WEIGHTS_FILE
     try:
-        return config, safetensors.torch.load_file(weights)
+        # Tensors lie in the file at any offset, and some kernels round by how their memory is aligned: copies are aligned.
+        return config, {key: tensor.clone() for key, tensor in safetensors.torch.load_file(weights).items()}
     except FileNotFoundError as error:
         raise WeightsError(f"{weights} is missing; a saved model is a folder with {CONFIG_FILE} and {WEIGHTS_FILE}.") from error
     except (SafetensorError, OSError) as error:
@@ -196,7 +216,4 @@ def _check_config(config: object, file: Path) -> dict[str, Any]:
         raise WeightsError(f"{file} is not the config of a model that p3b saved (its format is not '{FORMAT}').")
     if config.get("schema") != SCHEMA:
         raise WeightsError(f"{file} has schema {config.get('schema')}, this version of p3b reads schema {SCHEMA}. Update p3b.")
-    for shape in config.get("blocks", []):
-        if shape.get("form") == GONE and shape.get("outputs"):
-            raise WeightsError(f"{file}: {shape.get('name')} is gone, yet writes to channels. The file is damaged or edited.")
     return config

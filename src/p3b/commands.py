@@ -11,15 +11,15 @@ from timm.models.vision_transformer import VisionTransformer
 
 from p3b import artifact
 from p3b.bench import images_per_second
-from p3b.config import EvaluateConfig, PruneConfig, TrainConfig
+from p3b.config import EvaluateConfig, PruneConfig, TrainConfig, check_evaluation, to_plain
 from p3b.core.schedule import Schedule, parse_duration
-from p3b.data import default_num_workers
-from p3b.errors import ConfigError, DataError, RunFolderError, ScheduleError, WeightsError
-from p3b.inputs import open_model, open_splits
+from p3b.data import DataSplits, default_num_workers
+from p3b.errors import ConfigError, DataError, RunFolderError, ScheduleError, UserError, WeightsError
+from p3b.inputs import OpenedModel, open_model, open_splits
 from p3b.pruner import Pruner
-from p3b.session import PRODUCTS, SPARSE_CHECKPOINT, Session, evaluate_split, open_session
+from p3b.session import PRODUCTS, SPARSE_CHECKPOINT, Session, count_unreadable, evaluate_split, open_session, tell_for_one
 from p3b.train.display import Display
-from p3b.train.distributed import process_group
+from p3b.train.distributed import Processes, process_group, wait_for_all
 from p3b.train.evaluate import Accuracy
 from p3b.train.optim import Precision
 from p3b.train.run_folder import StageFolder
@@ -85,11 +85,11 @@ def prune(config: PruneConfig) -> dict[str, Any]:
         finetune_epochs = config.training.epochs - prune_epochs + config.prune.finetune_epochs
         pruner = _pruner(config, model, schedule)
         dense_params = count_parameters(model)
+        checkpoint = session.begin(model)
         session.display.say(f"schedule in optimizer steps: {schedule}")
         if config.prune.prune_blocks_only:
             session.display.say("the prune ratio counts the blocks alone")
 
-        checkpoint = session.begin(model)
         if checkpoint is None or checkpoint["progress"]["part"] == "prune":
             session.train_part(model, "prune", prune_epochs, config.training.lr, pruner=pruner, checkpoint=checkpoint)
             session.log_decision(pruner.decide_last(), "finalize", schedule.final)
@@ -100,9 +100,7 @@ def prune(config: PruneConfig) -> dict[str, Any]:
             session.save_model(model)
             checkpoint = None
         else:
-            loaded = artifact.load(session.folder.root / SPARSE_CHECKPOINT, session.device)
-            assert isinstance(loaded, VisionTransformer)
-            model = loaded
+            model = session.reopen_sparse_checkpoint()
         if finetune_epochs:
             lr = config.prune.finetune_lr or config.training.lr
             session.train_part(model, "fine-tune", finetune_epochs, lr, first_epoch=prune_epochs, checkpoint=checkpoint)
@@ -145,44 +143,76 @@ def prune_schedule(config: PruneConfig, steps_per_epoch: int) -> tuple[Schedule,
 def evaluate_saved(config: EvaluateConfig) -> dict[str, Any]:
     """Accuracy of a saved model on every part of a data set that it was not trained on, its size and its speed.
 
+    With an output folder the result is written there, as stage "evaluate".
+
     Raises:
         ConfigError: no weights. WeightsError, DataError: the model's classes are not the data's.
     """
+    check_evaluation(config)
     options = config.model
     if options.model_path is None and not options.model_pretrained:
         raise ConfigError(f"--model-path is missing: the model to evaluate, such as run/{PRODUCTS['prune']}.")
     with process_group(config.run.device) as (processes, device):
         display = Display(processes.is_main)
         precision = Precision.choose(config.precision, device)
+        folder = None if config.run.output_dir is None else StageFolder(config.run.output_dir, "evaluate")
+        if folder is not None:
+            folder.check(resume=False, overwrite=config.run.overwrite)
         splits = open_splits(config.data, config.run.seed)
-        opened = open_model(options, len(splits.class_names), config.run.seed)
-        if opened.report is not None and opened.report.replaced:
-            raise WeightsError(f"The model was not trained for these {len(splits.class_names)} classes: {'; '.join(opened.report.replaced)}")
-        if opened.class_names is not None and opened.class_names != splits.class_names:
-            raise DataError(
-                f"The model was trained for the classes {', '.join(opened.class_names[:8])} ..., the data has "
-                f"{', '.join(splits.class_names[:8])} ...; they must be the same in the same order."
-            )
-        model = opened.model.to(device).eval()
-        workers = config.data.num_workers
-        if workers is None:
-            workers = default_num_workers(processes.local_world_size, device.type == "cpu")
-        parts = {"val": splits.val, "test": splits.test}
-        if not any(parts.values()):
-            parts = {"all": splits.train}
-        accuracies = {
-            name: evaluate_split(
-                model, part, opened.preprocessing, precision, processes, config.batch_size, workers, config.run.dist_eval
-            )
-            for name, part in parts.items()
-            if part is not None
-        }
-        speed = images_per_second([model], opened.preprocessing.input_size, batch_size=config.batch_size, device=device)[0]
+        opened = _open_trained(config, splits)
+        wait_for_all()  # no rank may still be looking when the main one begins to write
+        if folder is not None and processes.is_main:
+            folder.begin(to_plain(config), config.run.overwrite)
+            display.log_to(folder.path / "log.txt")
+        try:
+            accuracies = _accuracies(config, splits, opened, processes, precision)
+        except UserError as error:
+            tell_for_one(error, processes)
+            raise
+        speed = images_per_second([opened.model], opened.preprocessing.input_size, batch_size=config.batch_size, device=device)[0]
         rows = [(name, f"{a.top1:.2f}", f"{a.top5:.2f}", f"{a.loss:.4f}", f"{a.images:,}") for name, a in accuracies.items()]
         display.table(f"{options.model_path or options.model}", ("part", "top-1 %", "top-5 %", "loss", "images"), rows)
-        figures = Figures(count_parameters(model), _macs(model), _bytes(model), images_per_second=speed)
+        figures = Figures(count_parameters(opened.model), _macs(opened.model), _bytes(opened.model), images_per_second=speed)
         display.say(f"{figures.params:,} parameters, {figures.macs / 1e6:,.1f} M MACs, {speed:,.0f} images/s on {device}")
-        return {"model": asdict(figures), "accuracy": _plain(accuracies)}
+        if unreadable := count_unreadable(splits):
+            display.say(f"{unreadable} unreadable image(s) were skipped")
+        summary = {"stage": "evaluate", "model": asdict(figures), "accuracy": _plain(accuracies), "unreadable_images": unreadable}
+        if folder is not None and processes.is_main:
+            folder.write_json("summary.json", summary)
+        return summary
+
+
+def _open_trained(config: EvaluateConfig, splits: DataSplits) -> OpenedModel:
+    """The model to evaluate, refused unless it was trained for the classes of the data."""
+    options = config.model
+    opened = open_model(options, len(splits.class_names), config.run.seed)
+    if opened.report is not None and (untrained := opened.report.replaced + opened.report.missing):
+        raise WeightsError(f"The model was not trained for these {len(splits.class_names)} classes: {'; '.join(untrained)}")
+    if opened.class_names is not None and opened.class_names != splits.class_names:
+        raise DataError(
+            f"The model was trained for the classes {', '.join(opened.class_names[:8])} ..., the data has "
+            f"{', '.join(splits.class_names[:8])} ...; they must be the same in the same order."
+        )
+    return opened
+
+
+def _accuracies(
+    config: EvaluateConfig, splits: DataSplits, opened: OpenedModel, processes: Processes, precision: Precision
+) -> dict[str, Accuracy]:
+    model = opened.model.to(precision.device).eval()
+    workers = config.data.num_workers
+    if workers is None:
+        workers = default_num_workers(processes.local_world_size, precision.device.type == "cpu")
+    parts = {"val": splits.val, "test": splits.test}
+    if not any(parts.values()):
+        parts = {"all": splits.train}
+    return {
+        name: evaluate_split(
+            model, part, opened.preprocessing, precision, processes, config.batch_size, workers, config.run.dist_eval
+        )
+        for name, part in parts.items()
+        if part is not None
+    }
 
 
 def _pruner(config: PruneConfig, model: VisionTransformer, schedule: Schedule) -> Pruner:

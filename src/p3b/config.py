@@ -54,8 +54,8 @@ class ModelOptions:
     """Channel means for normalisation, in [0, 1]; by default those of the pretrained model."""
     std: tuple[float, ...] | None = None
     """Channel standard deviations for normalisation; by default those of the pretrained model."""
-    crop_pct: float = 0.875
-    """Evaluation resizes to the input size divided by this, then crops the centre."""
+    crop_pct: float | None = None
+    """Evaluation resizes to the input size divided by this, then crops the centre; by default as a saved model says, else 0.875."""
     drop_path: float = 0.1
     """Stochastic depth rate of the last block in training, in [0, 1)."""
     resize_model_by_checkpoint: bool = False
@@ -259,10 +259,11 @@ def check(config: TrainConfig) -> None:
         raise ConfigError(f"--model-ema-decay must lie in (0, 1), got {training.model_ema_decay}.")
     if training.warmup_epochs >= training.epochs and training.warmup_epochs > 0:
         raise ConfigError(f"--warmup-epochs {training.warmup_epochs} leaves none of the {training.epochs} epochs.")
-    if not 0 < config.model.crop_pct <= 1:
-        raise ConfigError(f"--crop-pct must lie in (0, 1], got {config.model.crop_pct}.")
-    if config.data.num_workers is not None:
-        _not_negative(num_workers=config.data.num_workers)
+    if (training.teacher_model is None) != (training.distillation_type == "none"):
+        raise ConfigError("Distillation needs both a teacher (--teacher-model) and a kind (--distillation-type soft or hard).")
+    if training.teacher_path is not None and training.teacher_model is None:
+        raise ConfigError(f"--teacher-path {training.teacher_path} needs --teacher-model, the teacher's timm name.")
+    _check_inputs(config.data, config.model, run)
     if run.output_dir is None:
         raise ConfigError("--output-dir is missing: the folder that everything is written to.")
     if run.resume and run.overwrite:
@@ -277,6 +278,27 @@ def check(config: TrainConfig) -> None:
             _positive(prune_steps_update_mask=config.prune.prune_steps_update_mask)
         if config.model.resize_model_by_checkpoint:
             raise ConfigError("A model that has been pruned already cannot be pruned again; use `p3b finetune` for it.")
+
+
+def check_evaluation(config: EvaluateConfig) -> None:
+    """The same for an evaluation.
+
+    Raises:
+        ConfigError: names the flag, what was got and what is expected.
+    """
+    _positive(batch_size=config.batch_size)
+    _check_inputs(config.data, config.model, config.run)
+    if config.run.resume:
+        raise ConfigError("An evaluation has nothing to resume: leave --resume out, or give --overwrite to replace an earlier one.")
+
+
+def _check_inputs(data: DataOptions, model: ModelOptions, run: RunOptions) -> None:
+    if model.crop_pct is not None and not 0 < model.crop_pct <= 1:
+        raise ConfigError(f"--crop-pct must lie in (0, 1], got {model.crop_pct}.")
+    if data.num_workers is not None:
+        _not_negative(num_workers=data.num_workers)
+    if not 0 <= run.seed < 2**31:
+        raise ConfigError(f"--seed must lie in [0, 2**31), got {run.seed}.")
 
 
 def to_plain(config: object) -> dict[str, Any]:

@@ -20,6 +20,9 @@ from p3b.train.losses import TrainingLoss, task_loss
 from p3b.vit.layout import require_vision_transformer
 from p3b.weights import LoadReport
 
+DEFAULT_CROP_PCT = 0.875
+"""256 resized, 224 cropped."""
+
 
 @dataclass(frozen=True)
 class OpenedModel:
@@ -98,7 +101,7 @@ def training_loss(options: TrainingOptions, model: VisionTransformer, num_classe
     """Task loss and, where asked for, the distance to a teacher.
 
     Raises:
-        WeightsError: the teacher's head is for other classes.
+        WeightsError: the teacher's head is for other classes, or it is a saved model for other images.
     """
     task = task_loss(soft_targets=options.mixup > 0 or options.cutmix > 0, smoothing=options.smoothing)
     teacher = None
@@ -106,18 +109,19 @@ def training_loss(options: TrainingOptions, model: VisionTransformer, num_classe
         teacher, report = build_model(
             options.teacher_model,
             num_classes=num_classes,
+            model_kwargs={"img_size": tuple(model.patch_embed.img_size)},  # it sees the student's images
             pretrained=options.teacher_path is None,
             weights=options.teacher_path,
         )
-        if report is not None and report.replaced:
-            raise WeightsError(f"The teacher must know the same {num_classes} classes: {'; '.join(report.replaced)}")
+        if report is not None and (unknown := report.replaced + report.missing):
+            raise WeightsError(f"The teacher must know the same {num_classes} classes: {'; '.join(unknown)}")
         teacher.requires_grad_(False).to(device).eval()
     loss = TrainingLoss(task, teacher, options.distillation_type, options.distillation_alpha, options.distillation_tau)
-    _answer_teacher_apart(model, enable=teacher is not None)
+    answer_teacher_apart(model, enable=teacher is not None)
     return loss
 
 
-def _answer_teacher_apart(model: nn.Module, enable: bool) -> None:
+def answer_teacher_apart(model: nn.Module, enable: bool) -> None:
     """Let a distilled DeiT answer with two logits in training, one for the task and one for the teacher."""
     if callable(separate := getattr(model, "set_distilled_training", None)):
         separate(enable)
@@ -133,5 +137,5 @@ def _preprocessing(options: ModelOptions, model: VisionTransformer, saved: Mappi
         mean=tuple(options.mean or known.get("mean", IMAGENET_DEFAULT_MEAN)),
         std=tuple(options.std or known.get("std", IMAGENET_DEFAULT_STD)),
         interpolation="bicubic",
-        crop_pct=options.crop_pct,
+        crop_pct=options.crop_pct or (saved or {}).get("preprocessing", {}).get("crop_pct", DEFAULT_CROP_PCT),
     )

@@ -71,6 +71,7 @@ class Pruner:
         self._method = create_method(method, self._model, self.layout, prune_ratio, reduce, method_options)
         self.gates = Gates(self.layout, self._model)
         self.gates.attach(self._model)
+        self._kept_params = self._count_kept()
         self.steps_done = 0
 
     def loss(self, criterion: Criterion, targets: Any) -> Tensor:
@@ -98,8 +99,8 @@ class Pruner:
         self._method.train_own(scaler)
         if not self.schedule.update_due(step):
             return None
-        decision = self._method.renew(self.kept_params_by_block(), self.schedule.progress(step), self.schedule.tau(step))
-        self.gates.set(decision.masks)
+        decision = self._method.renew(self._kept_params, self.schedule.progress(step), self.schedule.tau(step))
+        self._set_masks(decision.masks)
         return decision
 
     @property
@@ -114,16 +115,16 @@ class Pruner:
 
     def kept_params_by_block(self) -> dict[str, int]:
         """Parameters that each block keeps under the masks of now, by block name."""
-        return {b.name: int(block_params(b, kept_channels(b, self.gates.masks))) for b in self.layout.blocks}
+        return dict(self._kept_params)
 
     def kept_params(self) -> int:
         """Parameters of the model that would come out if the masks of now were the last."""
-        return self.layout.other_params + sum(self.kept_params_by_block().values())
+        return self.layout.other_params + sum(self._kept_params.values())
 
     def decide_last(self) -> Decision:
         """The last decision, from the last two intervals together, with hard masks; the model is not changed yet."""
-        decision = self._method.last(self.kept_params_by_block())
-        self.gates.set(hard_masks(decision.masks))
+        decision = self._method.last(self._kept_params)
+        self._set_masks(hard_masks(decision.masks))
         return decision
 
     def finalize(self) -> nn.Module:
@@ -156,11 +157,18 @@ class Pruner:
         try:
             self._method.load_state_dict(state["method"])
             self.steps_done = int(state["steps_done"])
-            masks = state["masks"]
+            if self.steps_done > self.schedule.start:
+                self._set_masks(state["masks"])
         except (KeyError, RuntimeError, ValueError) as error:
             raise WeightsError(f"The pruner's state belongs to another model, method or version: {error}") from error
-        if self.steps_done > self.schedule.start:
-            self.gates.set(masks)
+
+    def _set_masks(self, masks: Mapping[str, Tensor]) -> None:
+        self.gates.set(masks)
+        self._kept_params = self._count_kept()
+
+    def _count_kept(self) -> dict[str, int]:
+        masks = {name: mask.cpu() for name, mask in self.gates.masks.items()}
+        return {block.name: int(block_params(block, kept_channels(block, masks))) for block in self.layout.blocks}
 
     def _gradients_finite(self) -> Tensor:
         gradients = [parameter.grad for parameter in self._model.parameters() if parameter.grad is not None]

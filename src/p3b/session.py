@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import platform
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +23,15 @@ import p3b
 from p3b import artifact
 from p3b.config import TrainConfig, check, to_plain
 from p3b.data import DataSplits, Preprocessing, TrainBatches, default_num_workers, eval_batches, mixup, train_batches
-from p3b.errors import ConfigError
-from p3b.inputs import OpenedModel, augmentation, open_model, open_splits, training_loss
+from p3b.errors import ConfigError, UserError
+from p3b.inputs import OpenedModel, answer_teacher_apart, augmentation, open_model, open_splits, training_loss
 from p3b.methods.base import Decision
 from p3b.report.figures import draw_figures
 from p3b.train.checkpoint import read_checkpoint, restore, save_checkpoint, seed_everything
 from p3b.train.display import Display
-from p3b.train.distributed import Processes, all_reduce_sum, process_group, wait_for_all
+from p3b.train.distributed import Processes, all_reduce_sum, gather, process_group, wait_for_all
 from p3b.train.evaluate import Accuracy, evaluate
-from p3b.train.loop import Learner, NoPruning, StepPruner, StepReport, steps_per_epoch, train_epoch
+from p3b.train.loop import Learner, NoPruning, StepPruner, StepReport, not_finite, steps_per_epoch, train_epoch
 from p3b.train.optim import Precision, build_optimizer, cosine_schedule, scaled_lr
 from p3b.train.run_folder import StageFolder
 from p3b.vit.cost import count_parameters
@@ -56,8 +58,11 @@ class Session:
         self.precision = Precision.choose(config.training.precision, device)
         seed_everything(config.run.seed, processes.rank)
         self.splits: DataSplits = open_splits(config.data, config.run.seed)
+        if self.splits.val is None and self.splits.test is None:
+            raise ConfigError("There is nothing to evaluate on: give --val-path, --test-path or a --val-share above 0.")
         self.started = time.time()
         self._resumed: dict[str, Any] | None = None
+        self.began = False
 
     def open_model(self) -> VisionTransformer:
         """The model with its weights, and the batches that suit it."""
@@ -90,6 +95,14 @@ class Session:
                 "with --mixup 0 --cutmix 0."
             )
         self.steps_per_epoch = steps_per_epoch(self.batches, training.grad_accum_steps)
+        build_optimizer(opened.model, training.opt, training.lr, training.weight_decay)  # refused now, if it cannot be
+        return opened.model.to(self.device)
+
+    def reopen_sparse_checkpoint(self) -> VisionTransformer:
+        """The shrunk model before fine-tuning, in the state of training that it was shrunk in."""
+        options = replace(self.config.model, model_path=self.folder.root / SPARSE_CHECKPOINT, model_pretrained=False)
+        opened = open_model(options, len(self.splits.class_names), self.config.run.seed)
+        answer_teacher_apart(opened.model, enable=self.config.training.teacher_model is not None)
         return opened.model.to(self.device)
 
     def begin(self, model: VisionTransformer) -> dict[str, Any] | None:
@@ -101,13 +114,18 @@ class Session:
         run, last = self.config.run, self.folder.path / "last.pth"
         plain = to_plain(self.config)
         if run.resume and (self.folder.path / "config.json").exists():
-            self._require_same_settings(plain)
+            self._require_same_settings(plain, self._resolved(model))
             self._resumed = read_checkpoint(last) if last.exists() else None
         wait_for_all()  # no rank may still be looking when the main one begins to write
+        self.began = True
         if self.processes.is_main:
             if self._resumed is None:
                 self.folder.begin({**plain, "resolved": self._resolved(model)}, run.overwrite or run.resume)
-            self.folder.cut_lines(-1 if self._resumed is None else self._resumed["progress"]["step"])
+                self.folder.cut_lines(-1)
+            else:
+                # The last decision comes after the last checkpoint of pruning, and is made again.
+                progress = self._resumed["progress"]
+                self.folder.cut_lines(progress["step"], without_phase="finalize" if progress["part"] == "prune" else None)
             self.display.log_to(self.folder.path / "log.txt")
         wait_for_all()
         self.display.say(f"{self.stage}: {self.config.model.model}, {count_parameters(model):,} parameters, seed {run.seed}")
@@ -163,13 +181,15 @@ class Session:
                     kept = learner.pruner.kept_params()
                     self.display.advance(learner.steps_done, f"{phase}, loss {report.loss:.3f}, {kept:,} parameters, {self._last_top1}")
 
-                def log(decision: Decision, phase: str = phase, learner: Learner = learner) -> None:
+                def log(decision: Decision, phase: str, learner: Learner = learner) -> None:
                     self.log_decision(decision, phase, first_step + learner.steps_done)
 
                 train_loss = train_epoch(learner, self.batches, log, look)
                 trained = time.time()
                 name, accuracy = self.evaluate(watched)
                 step = first_step + learner.steps_done
+                if not math.isfinite(accuracy.loss):
+                    raise not_finite(f"The loss on the {name} part", step)
                 line = {
                     "epoch": epoch + 1,
                     "step": step,
@@ -209,8 +229,7 @@ class Session:
         """
         name = part or ("val" if self.splits.val is not None else "test")
         dataset = self.splits.val if name == "val" else self.splits.test
-        if dataset is None:
-            raise ConfigError("There is nothing to evaluate on: give --val-path, --test-path or a --val-share above 0.")
+        assert dataset is not None
         accuracy = evaluate_split(
             model, dataset, self.preprocessing, self.precision, self.processes, self.config.training.batch_size,
             self._workers(), self.config.run.dist_eval,
@@ -253,11 +272,11 @@ class Session:
 
     def write_summary(self, summary: dict[str, Any]) -> dict[str, Any]:
         """Write summary.json, the last file of the stage."""
-        unreadable = len(self.splits.train.unreadable) if self.config.data.skip_unreadable else 0
+        unreadable = count_unreadable(self.splits)
         summary = {"stage": self.stage, **summary, "seconds": time.time() - self.started, "unreadable_images": unreadable}
         summary["provenance"] = self._provenance()
         if unreadable:
-            self.display.say(f"{unreadable} unreadable training image(s) were skipped")
+            self.display.say(f"{unreadable} unreadable image(s) were skipped")
         self._on_main(lambda: self.folder.write_json("summary.json", summary))
         wait_for_all()
         return summary
@@ -271,9 +290,9 @@ class Session:
             wrapped = DistributedDataParallel(model, device_ids=on_gpu, broadcast_buffers=False)
         scheduler = None
         if pruner is None:
-            scheduler = cosine_schedule(
-                optimizer, epochs, self.steps_per_epoch, min(training.min_lr, lr), min(training.warmup_epochs, epochs - 1)
-            )
+            # min_lr is not scaled with the batch: where a small one starts below it, the rate must not climb to it.
+            least = min(training.min_lr, scaled_lr(lr, self._global_batch()))
+            scheduler = cosine_schedule(optimizer, epochs, self.steps_per_epoch, least, min(training.warmup_epochs, epochs - 1))
         return Learner(
             model=wrapped,
             optimizer=optimizer,
@@ -341,8 +360,8 @@ class Session:
             "precision": str(self.precision.dtype or torch.float32).removeprefix("torch."),
         }
 
-    def _require_same_settings(self, plain: dict[str, Any]) -> None:
-        """A resumed run must be told what the first one was told, or it would be neither."""
+    def _require_same_settings(self, plain: dict[str, Any], resolved: dict[str, Any]) -> None:
+        """A resumed run must be told what the first one was told, and find the same data and as many processes, or it would be neither."""
         before = self.folder.read_json("config.json")
         free = {"resume", "overwrite", "device", "output_dir", "num_workers", "figure_format", "dense_run"}
         changed = [
@@ -350,6 +369,12 @@ class Session:
             for group, values in plain.items()
             for key, value in values.items()
             if key not in free and before.get(group, {}).get(key) != value
+        ]
+        lengths = before.get("resolved", {})
+        changed += [
+            f"{key} was {lengths.get(key)}, now {resolved[key]} (from the data and the number of processes)"
+            for key in ("global_batch", "steps_per_epoch")
+            if lengths.get(key) != resolved[key]
         ]
         if changed:
             raise ConfigError(f"--resume needs the settings that the run began with: {'; '.join(changed)}.")
@@ -360,7 +385,25 @@ def open_session(config: TrainConfig, stage: str) -> Iterator[Session]:
     """Check the config, join the process group, open data and folder."""
     check(config)
     with process_group(config.run.device) as (processes, device):
-        yield Session(config, stage, processes, device)
+        session = Session(config, stage, processes, device)
+        try:
+            yield session
+        except UserError as error:
+            if session.began:
+                tell_for_one(error, processes)
+            raise
+
+
+def tell_for_one(error: UserError, processes: Processes) -> None:
+    """Say what one rank alone has met, such as an image in its share; what all of them meet the main one says."""
+    if not processes.is_main:
+        print(f"p3b, process {processes.rank}: {error}", file=sys.stderr, flush=True)
+
+
+def count_unreadable(splits: DataSplits) -> int:
+    """Images of all parts that some rank has found unreadable and skipped."""
+    parts = (part for part in (splits.train, splits.val, splits.test) if part is not None)
+    return len(set().union(*gather([name for part in parts for name in part.unreadable])))
 
 
 def evaluate_split(

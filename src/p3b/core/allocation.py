@@ -132,8 +132,9 @@ def block_budget(block_params: float, other_params: float, prune_ratio: float) -
     if budget < 0:
         largest = math.floor(1e4 * block_params / (block_params + other_params)) / 1e4
         raise BudgetError(
-            f"A prune ratio of {prune_ratio:g} cannot be met: the {other_params:,.0f} parameters outside the blocks (embeddings, "
-            f"final norm, head) stay and are more than the {(1 - prune_ratio) * (block_params + other_params):,.0f} that may remain. "
+            f"A prune ratio of {prune_ratio:g} cannot be met: the {other_params:,.0f} parameters outside the blocks "
+            "(embeddings, final norm, head) stay and are more than the "
+            f"{(1 - prune_ratio) * (block_params + other_params):,.0f} that may remain. "
             f"The largest ratio that can be met is {largest:.4f}; or count the blocks alone (--prune-blocks-only)."
         )
     return budget

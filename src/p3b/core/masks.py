@@ -116,7 +116,7 @@ def shares_to_counts(
 
 def block_masks(order: BlockOrder, num_pruned: int, tau: float) -> list[Tensor]:
     """Soft (tau > 0) or hard (tau = 0) masks of a block's gates: G tensors, exactly `num_pruned` elements below 0.5."""
-    return list(soft_mask(order.merit, num_pruned + 0.5, tau).split(order.sizes))
+    return list(torch.split(soft_mask(order.merit, num_pruned + 0.5, tau), list(order.sizes)))
 
 
 def hard_masks(masks: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -51,8 +51,10 @@ class Schedule:
         cls, start: float, sparse: float, final: float, steps_per_epoch: int, update_every: int | None = None
     ) -> Schedule:
         """Convert epochs to steps. `update_every` is in steps; None means three times an epoch."""
-        edges = (round(epochs * steps_per_epoch) for epochs in (start, sparse, final))
-        return cls(*edges, update_every=max(1, round(steps_per_epoch / 3)) if update_every is None else update_every)
+        start_step, sparse_step, final_step = (round(epochs * steps_per_epoch) for epochs in (start, sparse, final))
+        if update_every is None:
+            update_every = max(1, round(steps_per_epoch / 3))
+        return cls(start_step, sparse_step, final_step, update_every)
 
     def phase(self, step: int) -> str:
         """Name of the phase that a step lies in: warm-up, sparsify, sharpen or done."""

@@ -33,7 +33,8 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
     dense, pruned = demo_configs(config)
     print("P3B demo, part 1 of 2: dense transfer from printed letters to handwritten digits\n", flush=True)
     train(dense)
-    print(f"\nP3B demo, part 2 of 2: the same transfer, losing {config.prune_ratio:.0%} of the parameters on the way\n", flush=True)
+    share = f"{config.prune_ratio:.0%}"
+    print(f"\nP3B demo, part 2 of 2: the same transfer, losing {share} of the parameters on the way\n", flush=True)
     return prune(pruned)
 
 

@@ -61,7 +61,12 @@ class Method(Protocol):
         ...
 
     def renew(self, kept_params: Mapping[str, int], progress: float, tau: float) -> Decision:
-        """Close the interval and decide. `kept_params` is what each block keeps now; `progress` and `tau` come from the schedule."""
+        """Close the interval and decide.
+
+        Args:
+            kept_params: what each block keeps now, by block name.
+            progress, tau: from the schedule.
+        """
         ...
 
     def last(self, kept_params: Mapping[str, int]) -> Decision:

@@ -138,7 +138,8 @@ class BlockBenefit:
         if self._probes is None:
             return
         self._average_gradients(self._probes)
-        if scaler is None:
+        if scaler is None or not scaler.is_enabled():
+            _drop_unless_finite(self._probes)
             self._optimizer.step()
         else:
             scaler.step(self._optimizer)
@@ -174,8 +175,8 @@ class BlockBenefit:
         benefits_2B = mean("benefits")
         if mean(blocks[0].gate("in")) is None or (self._probes is not None and benefits_2B is None):
             raise TrainingError(
-                "Nothing has been measured that masks could be decided from. Call pruner.loss(criterion, targets) after each forward "
-                "pass and pruner.step() after each backward pass, and let pruning start before it is due to end."
+                "Nothing has been measured that masks could be decided from. Call pruner.loss(criterion, targets) after each "
+                "forward pass and pruner.step() after each backward pass, and let pruning start before it is due to end."
             )
         importance_B = None
         if benefits_2B is not None:
@@ -228,13 +229,21 @@ class BlockBenefit:
         return keep_ratios(importance_B, self._params, self._other_params, self._prune_ratio).tolist()
 
     def _average_gradients(self, probes: BlockProbes) -> None:
-        """Probes are outside the distributed wrapper, since their losses come after its forward pass: average here, in one go."""
+        """Average over ranks in one go: probes are outside the distributed wrapper, since they run after its forward pass."""
         gradients = [parameter.grad for parameter in probes.parameters() if parameter.grad is not None]
-        if not gradients:
+        if not gradients or self._reduce(gradients[0]) is gradients[0]:  # a single process: spare the copies
             return
         flat = self._reduce(torch.cat([gradient.flatten() for gradient in gradients]))
         for gradient, average in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
             gradient.copy_(average.view_as(gradient))
+
+
+def _drop_unless_finite(probes: BlockProbes) -> None:
+    """What a GradScaler does by skipping the step: one bad batch must not leave NaN in the probes for good."""
+    gradients = [parameter.grad for parameter in probes.parameters() if parameter.grad is not None]
+    finite = torch.nn.utils.get_total_norm(gradients).isfinite()
+    for gradient in gradients:
+        gradient.copy_(torch.where(finite, gradient, 0.0))
 
 
 def _require(holds: bool, name: str, value: float, allowed: str) -> None:

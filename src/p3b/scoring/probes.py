@@ -26,7 +26,7 @@ class BlockProbes(nn.Module):
         self.cls_probes = nn.ModuleList(nn.Linear(layout.width, layout.num_classes) for _ in range(num_blocks))
         # Features arrive as (S, H * W, D): as a map that is channels-last, so the convolutions are laid out alike.
         self.patch_probes = nn.ModuleList(
-            _patch_probe(layout.width, layout.num_classes).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            _patch_probe(layout.width, layout.num_classes).to(memory_format=torch.channels_last)
             for _ in range(num_blocks)
         )
 

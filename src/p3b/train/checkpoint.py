@@ -10,13 +10,12 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from p3b.errors import WeightsError
 from p3b.files import write_atomically
-from p3b.train.distributed import in_group
+from p3b.train.distributed import gather
 from p3b.train.loop import Learner
 
 
@@ -28,7 +27,7 @@ def save_checkpoint(file: Path, learner: Learner, is_main: bool, **progress: Any
         learner: model, optimizer, scheduler, scaler, moving average and pruner.
         progress: plain values that say where the run is.
     """
-    random_states = _gather(_random_state())
+    random_states = gather(_random_state())
     if is_main:
         content = {**_learner_state(learner), "random": random_states, "progress": progress}
         write_atomically(file, lambda path: torch.save(content, path))
@@ -113,11 +112,3 @@ def _set_random_state(state: Mapping[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     if state["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
-
-
-def _gather(value: Any) -> list[Any]:
-    if not in_group():
-        return [value]
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, value)
-    return gathered

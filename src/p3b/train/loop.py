@@ -104,7 +104,7 @@ def steps_per_epoch(batches: Sized, grad_accum_steps: int) -> int:
 def train_epoch(
     learner: Learner,
     batches: Batches,
-    on_decision: Callable[[Decision], None],
+    on_decision: Callable[[Decision, str], None],
     on_look: Callable[[StepReport], None],
 ) -> float:
     """Train for one epoch.
@@ -112,14 +112,14 @@ def train_epoch(
     Args:
         learner: is changed.
         batches: this rank's batches.
-        on_decision: hears of every mask update.
+        on_decision: hears of every mask update, and of the phase of the step that it ends.
         on_look: hears of the running loss every few steps.
 
     Returns:
         Mean task loss (without what the method adds).
 
     Raises:
-        TrainingError: the loss is not finite; the message says at which optimizer step.
+        TrainingError: the loss, or a weight after the last step, is not finite; the message says at which optimizer step.
     """
     model, pruner, scaler = learner.model, learner.pruner, learner.scaler
     model.train()
@@ -141,6 +141,7 @@ def train_epoch(
             continue
 
         scaler.unscale_(learner.optimizer)
+        phase = pruner.phase
         decision = pruner.step(scaler)  # gradients exist, weights have not moved yet
         if learner.clip_grad is not None:
             torch.nn.utils.clip_grad_norm_(model.parameters(), learner.clip_grad)
@@ -153,12 +154,22 @@ def train_epoch(
         if learner.ema is not None:
             learner.ema.update(_unwrapped(model), step=learner.steps_done)
         if decision is not None:
-            on_decision(decision)
+            on_decision(decision, phase)
         if learner.steps_done % CHECK_LOSS_EVERY == 0:
             watch.require_finite()
             on_look(StepReport(micro_step // learner.grad_accum_steps + 1, watch.mean()))
     watch.require_finite()
+    if not all(bool(parameter.isfinite().all()) for parameter in model.parameters()):
+        raise not_finite("A weight", learner.steps_done - 1)  # the next loss would tell, but a checkpoint comes before it
     return watch.mean()
+
+
+def not_finite(what: str, step: int) -> TrainingError:
+    """The error of a run that has lost its way at an optimizer step."""
+    return TrainingError(
+        f"{what} is not finite at optimizer step {step}; the run stops and keeps its last checkpoint. Lower the "
+        "learning rate (--lr), clip gradients (--clip-grad 1.0) or train in --precision fp32 or bf16."
+    )
 
 
 def _gradients_stay_local(model: nn.Module, until: bool) -> Any:
@@ -186,10 +197,7 @@ class _LossWatch:
 
     def require_finite(self) -> None:
         if (step := int(self._first_bad)) >= 0:
-            raise TrainingError(
-                f"The loss is not finite at optimizer step {step}; the run stops and keeps its last checkpoint. Lower the "
-                "learning rate (--lr), clip gradients (--clip-grad 1.0) or train in --precision fp32 or bf16."
-            )
+            raise not_finite("The loss", step)
 
     def mean(self) -> float:
         return float(self._sum) / max(self._count, 1)

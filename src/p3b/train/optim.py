@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from timm.optim import create_optimizer_v2
+from timm.models.vision_transformer import VisionTransformer
+from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
@@ -22,13 +23,21 @@ def scaled_lr(lr: float, global_batch: int) -> float:
     return lr * global_batch / 512
 
 
-def build_optimizer(model: nn.Module, name: str, lr: float, weight_decay: float) -> torch.optim.Optimizer:
-    """timm's optimizer by name. Weight decay acts on matrices only: not on biases, norms, tokens and position embeddings."""
-    no_decay = model.no_weight_decay() if isinstance(model, nn.Module) and callable(getattr(model, "no_weight_decay", None)) else ()
-    groups = decay_groups(model, weight_decay, no_decay)
+def build_optimizer(model: VisionTransformer, name: str, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+    """timm's optimizer by name. Weight decay acts on matrices only: not on biases, norms, tokens and position embeddings.
+
+    Raises:
+        ConfigError: the optimizer is unknown, needs a library that is missing, or second derivatives.
+    """
+    base = name.lower().removeprefix("lookahead_")
+    if base not in (known := list_optimizers()):
+        raise ConfigError(unknown_name("optimizer", name, known))
+    if get_optimizer_info(base).second_order:
+        raise ConfigError(f"Optimizer '{name}' needs second derivatives, which training here does not compute. Try adamw.")
+    groups = decay_groups(model, weight_decay, {*model.no_weight_decay(), "reg_token"})
     try:
         return create_optimizer_v2(groups, opt=name, lr=lr, weight_decay=0.0)
-    except (ValueError, AssertionError, KeyError) as error:
+    except (ValueError, AssertionError, KeyError, RuntimeError, ImportError) as error:
         raise ConfigError(f"Optimizer '{name}' cannot be used: {error}") from error
 
 
@@ -47,7 +56,7 @@ def cosine_schedule(
     scheduler, _ = create_scheduler_v2(
         optimizer,
         sched="cosine",
-        num_epochs=epochs,
+        num_epochs=epochs - warmup_epochs,  # a prefix: it comes before the cosine, within the same epochs
         min_lr=min_lr,
         warmup_epochs=warmup_epochs,
         warmup_lr=min_lr,

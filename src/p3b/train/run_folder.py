@@ -44,6 +44,10 @@ class StageFolder:
             RunFolderError: an earlier run of this stage is there and neither flag was given, or the folder cannot be written.
         """
         self._check_writable()
+        for place in (self.root / product for product in self._products):
+            if place.exists() and place.is_dir() == bool(place.suffix):
+                found, expected = ("folder", "file") if place.suffix else ("file", "folder")
+                raise RunFolderError(f"{place} is a {found}; the {expected} of that name cannot be written. Move it away.")
         if (self.path / "config.json").exists() and not resume and not overwrite:
             state = "a finished run" if self.finished else "an unfinished run"
             raise RunFolderError(
@@ -89,13 +93,17 @@ class StageFolder:
             file.flush()
             os.fsync(file.fileno())
 
-    def cut_lines(self, last_step: int) -> None:
-        """Drop the lines of steps after `last_step`: they will be written again by the run that goes on from there."""
+    def cut_lines(self, last_step: int, without_phase: str | None = None) -> None:
+        """Drop what the run that goes on from `last_step` will write again: the lines of later steps, and those of a phase."""
         for name in ("metrics.jsonl", "blocks.jsonl"):
             file = self.path / name
             if file.exists():
-                lines = [line for line in file.read_text().splitlines() if _step_of(line) <= last_step]
-                text = "".join(f"{line}\n" for line in lines)
+                kept = [
+                    line
+                    for line in file.read_text().splitlines()
+                    if (content := _content_of(line)) and content["step"] <= last_step and content["phase"] != without_phase
+                ]
+                text = "".join(f"{line}\n" for line in kept)
                 write_atomically(file, lambda path, text=text: path.write_text(text))  # type: ignore[misc]
 
     def _check_writable(self) -> None:
@@ -107,8 +115,9 @@ class StageFolder:
             raise RunFolderError(f"{self.root} cannot be written: {error}. Choose another --output-dir.") from error
 
 
-def _step_of(line: str) -> float:
+def _content_of(line: str) -> dict[str, Any] | None:
     try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return float("inf")  # cut off in the middle by a kill: not a line
+        content: dict[str, Any] = json.loads(line)
+    except ValueError:
+        return None  # cut off in the middle by a kill: not a line
+    return content

@@ -112,5 +112,6 @@ def _activation_name(activation: nn.Module) -> str:
         if type(get_act_layer(name)()) is type(activation):
             return name
     raise ModelError(
-        f"blocks.0.mlp.act: {type(activation).__name__} cannot be described in config.json; covered are {', '.join(_ACTIVATIONS)}."
+        f"blocks.0.mlp.act: {type(activation).__name__} cannot be described in config.json; covered are "
+        f"{', '.join(_ACTIVATIONS)}."
     )

@@ -150,9 +150,9 @@ class ReadChannels(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.layer_norm(x, self.normalized_shape, eps=self.eps).index_select(-1, self.index)
-        if self.weight is not None:
-            x = x * self.weight
-        return x if self.bias is None else x + self.bias
+        if self.weight is None:
+            return x
+        return x * self.weight if self.bias is None else torch.addcmul(self.bias, x, self.weight)
 
 
 class WriteChannels(nn.Module):
@@ -172,7 +172,7 @@ class WriteChannels(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.gamma is not None:
             x = x * self.gamma
-        return x.new_zeros((*x.shape[:-1], self.width)).index_copy(-1, self.index, x)
+        return x.new_zeros((*x.shape[:-1], self.width)).index_copy_(-1, self.index, x)
 
 
 class ConstantBranch(nn.Module):

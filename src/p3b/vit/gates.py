@@ -30,8 +30,8 @@ class _GatedWeight:
 class Gates:
     """All gates of a model. `masks` is what they hold, by gate name ("blocks.0.attn.in"), ones at first.
 
-    Until the first `set` nothing is multiplied at all, so that an ungated step costs nothing. The hooks are plain functions that
-    share these masks: a deep copy of the model (as an exponential moving average makes) is gated by the same masks.
+    Until the first `set` nothing is multiplied at all, so that an ungated step costs nothing. The hooks are plain functions
+    that share these masks: a deep copy of the model (as an exponential moving average makes) is gated by the same masks.
     """
 
     def __init__(self, layout: ModelLayout, model: nn.Module) -> None:

@@ -133,8 +133,8 @@ def require_vision_transformer(model: nn.Module) -> VisionTransformer:
     """
     if not isinstance(model, VisionTransformer):
         raise ModelError(
-            f"Only timm VisionTransformer models can be pruned, got {type(model).__name__}. Covered are the ViT and DeiT families "
-            "(also distilled, without class token, with registers or LayerScale), for instance deit_small_patch16_224."
+            f"Only timm VisionTransformer models can be pruned, got {type(model).__name__}. Covered are the ViT and DeiT "
+            "families (also distilled, without class token, with registers or LayerScale), such as deit_small_patch16_224."
         )
     if type(model.patch_embed) is not PatchEmbed:
         raise ModelError(f"patch_embed: {type(model.patch_embed).__name__} is not covered, only timm's PatchEmbed is.")

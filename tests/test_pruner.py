@@ -1,0 +1,391 @@
+"""The front door: in anybody's loop, through warm-up, mask updates, a stop and a resume, to an ordinary small module."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import asdict
+from typing import Any
+
+import pytest
+import timm
+import torch
+from timm.models.vision_transformer import ParallelScalingBlock
+from torch import Tensor, nn
+
+import p3b
+from p3b.errors import BudgetError, ConfigError, ModelError, ScheduleError, TrainingError, WeightsError
+from p3b.methods.base import Decision
+from p3b.vit.layout import read_layout
+from tiny import VARIANTS, images, labels, parameters_of, tiny_vit
+
+CE = nn.functional.cross_entropy
+PLAN = p3b.Schedule(start=3, sparse=9, final=14, update_every=2)
+
+
+class Run:
+    """A plain training loop around a pruner, step by step, on batches that depend on the step alone."""
+
+    def __init__(self, model: nn.Module, accumulate: int = 1, schedule: p3b.Schedule = PLAN, **options: Any) -> None:
+        self.model, self.accumulate = model.train(), accumulate
+        self.pruner = p3b.Pruner(model, schedule=schedule, **{"prune_ratio": 0.4, **options})
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        self.decisions: list[Decision] = []
+
+    def step(self, change: Callable[[nn.Module], object] = lambda model: None, criterion: Any = CE) -> Decision | None:
+        seed = self.pruner.steps_done
+        for micro_batch in range(self.accumulate):
+            batch, targets = images(4, seed=100 * seed + micro_batch), labels(4, seed=100 * seed + micro_batch)
+            loss = CE(self.model(batch), targets) + self.pruner.loss(criterion, targets)
+            (loss / self.accumulate).backward()
+        change(self.model)
+        decision = self.pruner.step()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if decision is not None:
+            self.decisions.append(decision)
+        return decision
+
+    def steps(self, count: int) -> Run:
+        for _ in range(count):
+            self.step()
+        return self
+
+    def to_the_end(self) -> nn.Module:
+        while not self.pruner.done:
+            self.step()
+        return self.pruner.finalize()
+
+
+def _same_bits(a: nn.Module, b: nn.Module) -> None:
+    assert list(a.state_dict()) == list(b.state_dict())
+    for key, value in a.state_dict().items():
+        assert torch.equal(value, b.state_dict()[key]), key
+
+
+# --- a whole run
+
+
+def test_a_plain_loop_ends_in_a_small_ordinary_module() -> None:
+    model = tiny_vit()
+    run, dense, kind = Run(model, accumulate=2), parameters_of(model), type(model)
+    phases = []
+    while not run.pruner.done:
+        phases.append(run.pruner.phase)
+        run.step()
+    assert phases == ["warm-up"] * 3 + ["sparsify"] * 6 + ["sharpen"] * 5
+    assert run.pruner.phase == "done"
+    assert [decision.progress for decision in run.decisions] == pytest.approx([2 / 6, 4 / 6, 1, 1, 1])
+    assert [decision.tau for decision in run.decisions] == pytest.approx([0.1, 0.1, 0.1, 0.1 * 4 / 5, 0.1 * 2 / 5])
+
+    last = run.pruner.decide_last()
+    model.eval()
+    with torch.no_grad():
+        masked = model(images())
+    predicted = run.pruner.kept_params()
+    small = run.pruner.shrink()
+    assert small is model
+    assert type(small) is kind
+    assert predicted == parameters_of(small) == sum(b.kept_params for b in last.blocks) + read_layout(tiny_vit()).other_params
+    assert abs(1 - predicted / dense - 0.4) < 0.01
+    torch.testing.assert_close(small(images()), masked, rtol=1e-4, atol=1e-4)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in small.modules())
+    small.train()
+    CE(small(images()), labels()).backward()
+    assert all(parameter.grad is not None for parameter in small.parameters())
+
+
+@pytest.mark.parametrize("variant", ["layer scale", "distilled", "no class token", "registers", "no bias", "unfused"])
+def test_every_kind_of_model_goes_the_whole_way(variant: str) -> None:
+    model = tiny_vit(**VARIANTS[variant])
+    dense = parameters_of(model)
+    small = Run(model).to_the_end()
+    assert abs(1 - parameters_of(small) / dense - 0.4) < 0.01
+    assert torch.isfinite(small(images())).all()
+
+
+def test_finalizing_decides_and_shrinks() -> None:
+    a, b = Run(tiny_vit()), Run(tiny_vit())
+    small = a.to_the_end()
+    b.steps(PLAN.final)
+    b.pruner.decide_last()
+    _same_bits(small, b.pruner.shrink())
+
+
+def test_the_same_run_twice_is_the_same_bit_for_bit() -> None:
+    _same_bits(Run(tiny_vit()).to_the_end(), Run(tiny_vit()).to_the_end())
+
+
+def test_the_warm_up_trains_like_a_plain_loop_bit_for_bit() -> None:
+    run, plain = Run(tiny_vit(drop_path_rate=0.3)), tiny_vit(drop_path_rate=0.3).train()
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-3)
+    torch.manual_seed(0)
+    run.steps(PLAN.start)
+    torch.manual_seed(0)
+    for step in range(PLAN.start):
+        CE(plain(images(4, seed=100 * step)), labels(4, seed=100 * step)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    _same_bits(run.model, plain)
+    assert run.pruner.kept_params() == parameters_of(plain)
+    assert run.decisions == []
+    assert all((mask == 1).all() for mask in run.pruner.gates.masks.values())
+
+
+def test_decisions_come_when_they_are_due_and_report_what_is_kept() -> None:
+    run = Run(tiny_vit())
+    for step in range(PLAN.final):
+        decision = run.step()
+        assert (decision is not None) == PLAN.update_due(step)
+        if decision is not None:
+            kept = run.pruner.kept_params_by_block()
+            assert kept == {block.name: block.kept_params for block in decision.blocks}
+            assert asdict(decision.blocks[0]).keys() >= {"benefit_cls", "benefit_patch", "importance", "keep_ratio"}
+            goal = sum(block.keep_ratio_goal * block.params for block in decision.blocks)
+            dense = parameters_of(tiny_vit())
+            assert goal == pytest.approx(0.6 * dense - read_layout(tiny_vit()).other_params)
+
+
+@pytest.mark.parametrize("depth", [2, 3])
+def test_ratios_given_by_hand_are_reached_block_by_block(depth: int) -> None:
+    ratios = [1.0, 0.5, 0.25, 0.0, 0.75, 0.1][: 2 * depth]
+    model = tiny_vit(depth=depth)
+    run = Run(model, keep_ratios=ratios)
+    params = {block.name: block.params for block in run.steps(5).decisions[0].blocks}
+    run.steps(PLAN.final - 5)
+    last = run.pruner.decide_last()
+    for block, ratio in zip(last.blocks, ratios, strict=True):
+        assert abs(block.kept_params - ratio * params[block.name]) < 150  # one element
+        assert block.importance is None
+    assert last.blocks[0].kept_params == params["blocks.0.attn"]
+    assert last.blocks[3].kept_params == 0
+    assert parameters_of(run.pruner.shrink()) < parameters_of(tiny_vit(depth=depth))
+
+
+def test_blocks_only_counts_the_budget_over_the_blocks() -> None:
+    model = tiny_vit()
+    in_blocks = parameters_of(model.blocks)
+    small = Run(model, blocks_only=True, prune_ratio=0.7).to_the_end()
+    assert abs(1 - parameters_of(small.blocks) / in_blocks - 0.7) < 0.01
+
+
+def test_pruning_nothing_changes_no_size() -> None:
+    model = tiny_vit()
+    assert parameters_of(Run(model, prune_ratio=0.0).to_the_end()) == parameters_of(tiny_vit())
+
+
+# --- what was given up can come back
+
+
+class _Dictated:
+    """A loss that is told its values, called in the probes' order: kind, block, before and after; benefits are differences."""
+
+    def __init__(self, benefits: list[float]) -> None:
+        self.values = [value for _ in ("cls", "patch") for benefit in benefits for value in (benefit, 0.0)]
+
+    def __call__(self, logits: Tensor, _targets: Tensor) -> Tensor:
+        return 0 * logits.sum() + self.values.pop(0)
+
+
+def test_a_block_gets_parameters_back_when_its_benefit_rises() -> None:
+    """The deeper a block lies, the later it starts to help: what it lost by then must not be lost for good."""
+    run = Run(tiny_vit(), gamma=1.0, prune_ratio=0.5, schedule=p3b.Schedule(start=0, sparse=2, final=8, update_every=2))
+    kept, masks = [], []
+    for benefits in ([1.0, 1.0, 0.0, 0.0], [0.0, 0.0, 1.0, 1.0], [0.0, 0.0, 1.0, 1.0]):
+        for _ in range(2):
+            decision = run.step(criterion=_Dictated(benefits))
+        assert decision is not None
+        assert [block.benefit_cls for block in decision.blocks] == pytest.approx(benefits)
+        kept.append(run.pruner.kept_params_by_block())
+        masks.append(run.pruner.gates.masks)
+    for block in ("blocks.1.attn", "blocks.1.mlp"):
+        assert kept[0][block] < kept[1][block]
+    assert kept[0]["blocks.0.mlp"] > kept[1]["blocks.0.mlp"]
+    returned = (masks[0]["blocks.1.mlp.hidden"] < 0.5) & (masks[1]["blocks.1.mlp.hidden"] >= 0.5)
+    assert returned.sum() > 5
+
+
+def test_an_element_that_was_given_up_returns_when_its_score_rises() -> None:
+    run = Run(tiny_vit(), keep_ratios=[0.5] * 4, schedule=p3b.Schedule(start=0, sparse=2, final=8, update_every=2))
+
+    def favour(first_half: bool) -> Callable[[nn.Module], None]:
+        def change(model: nn.Module) -> None:
+            weight = model.blocks[0].mlp.fc2.weight
+            factor = torch.full((96,), 1e-3)
+            factor[:48] = 1.0 if first_half else 1e-3
+            factor[48:] = 1e-3 if first_half else 1.0
+            weight.grad = factor / weight.detach()
+
+        return change
+
+    kept = []
+    for first_half in (True, False):
+        run.step(favour(first_half))
+        run.step(favour(first_half))
+        kept.append(run.pruner.gates.masks["blocks.0.mlp.hidden"] >= 0.5)
+    assert kept[0][:48].sum() > kept[0][48:].sum()
+    assert kept[1][:48].sum() < kept[1][48:].sum()
+    assert (kept[1] & ~kept[0]).sum() > 5
+
+
+# --- steps that do not count
+
+
+def _decision_of_step_4(schedule: p3b.Schedule, spoiled_step: int | None) -> Decision:
+    model = tiny_vit().train()
+    pruner = p3b.Pruner(model, 0.4, schedule=schedule)
+    for step in range(5):
+        batch, targets = images(4, seed=step), labels(4, seed=step)
+        (CE(model(batch), targets) + pruner.loss(CE, targets)).backward()
+        if step == spoiled_step:
+            model.blocks[1].mlp.fc1.weight.grad[0, 0] = float("inf")
+        decision = pruner.step()
+        model.zero_grad()
+    assert decision is not None
+    return decision
+
+
+def test_a_step_with_gradients_that_are_not_finite_counts_for_nothing() -> None:
+    """Its scores and benefits are left out, as if the interval had begun a step later."""
+    two_steps = p3b.Schedule(start=3, sparse=11, final=20, update_every=2)
+    one_step = p3b.Schedule(start=4, sparse=8, final=20, update_every=1)  # the same progress at step 4
+    spoiled, later = _decision_of_step_4(two_steps, spoiled_step=3), _decision_of_step_4(one_step, spoiled_step=None)
+    assert spoiled.progress == later.progress
+    assert spoiled.blocks == later.blocks
+    assert all(torch.equal(spoiled.masks[gate], later.masks[gate]) for gate in later.masks)
+    assert _decision_of_step_4(two_steps, spoiled_step=None).blocks != later.blocks
+
+
+def test_one_bad_batch_does_not_spoil_the_probes_for_good() -> None:
+    """Without a GradScaler the probes once took a NaN step and had no benefit to tell ever after."""
+    run = Run(tiny_vit())
+    run.steps(PLAN.start)
+    model, pruner = run.model, run.pruner
+    bad = images(4).fill_(float("nan"))
+    (CE(model(bad), labels(4)) + pruner.loss(CE, labels(4))).backward()
+    pruner.step()
+    run.optimizer.zero_grad()  # as a careful loop does with such a step
+    decision = run.step()
+    assert decision is not None
+    assert all(block.benefit_cls != 0 and block.benefit_patch != 0 for block in decision.blocks)
+    assert all(torch.isfinite(mask).all() for mask in decision.masks.values())
+    run.to_the_end()
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_a_gradient_scaler_goes_along(enabled: bool) -> None:
+    model = tiny_vit().train()
+    pruner = p3b.Pruner(model, 0.4, schedule=PLAN)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    scaler = torch.amp.GradScaler("cpu", init_scale=16.0, enabled=enabled)
+    while not pruner.done:
+        batch, targets = images(4, seed=pruner.steps_done), labels(4, seed=pruner.steps_done)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = CE(model(batch), targets) + pruner.loss(CE, targets)
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        pruner.step(scaler)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+    assert abs(1 - parameters_of(pruner.finalize()) / parameters_of(tiny_vit()) - 0.4) < 0.01
+
+
+# --- stop and resume
+
+
+@pytest.mark.parametrize("options", [{}, {"keep_ratios": [0.5, 0.25, 0.75, 0.5]}])
+@pytest.mark.parametrize("stop", [1, 3, 4, 5, 8, 9, 12, 14])
+def test_stopping_and_resuming_equals_never_stopping_bit_for_bit(stop: int, options: dict[str, Any]) -> None:
+    """Stops in the warm-up, in the middle of an interval, right after a mask update, in the sharpen phase and at the end."""
+    straight, before = Run(tiny_vit(), **options), Run(tiny_vit(), **options)
+    before.steps(stop)
+    buffer = io.BytesIO()
+    torch.save([before.model.state_dict(), before.optimizer.state_dict(), before.pruner.state_dict()], buffer)
+    buffer.seek(0)
+    model_state, optimizer_state, pruner_state = torch.load(buffer, weights_only=True)
+
+    after = Run(tiny_vit(seed=5), **options)
+    after.model.load_state_dict(model_state)
+    after.optimizer.load_state_dict(optimizer_state)
+    after.pruner.load_state_dict(pruner_state)
+    assert after.pruner.steps_done == stop
+    assert after.pruner.kept_params() == before.pruner.kept_params()
+
+    straight_small, small = straight.to_the_end(), after.to_the_end()
+    assert before.decisions + after.decisions != []
+    for ours, theirs in zip([*before.decisions, *after.decisions], straight.decisions, strict=True):
+        assert ours.blocks == theirs.blocks
+        assert all(torch.equal(ours.masks[gate], theirs.masks[gate]) for gate in theirs.masks)
+    _same_bits(straight_small, small)
+
+
+def test_a_state_is_a_snapshot_of_decisions() -> None:
+    run = Run(tiny_vit()).steps(6)
+    state = deepcopy(run.pruner.state_dict())
+    shallow = run.pruner.state_dict()
+    run.steps(4)
+    assert shallow["steps_done"] == 6
+    assert all(torch.equal(shallow["masks"][gate], state["masks"][gate]) for gate in state["masks"])
+
+
+@pytest.mark.parametrize("options", [{}, {"keep_ratios": [0.5] * 4}])
+def test_the_state_of_another_model_or_method_is_refused(options: dict[str, Any]) -> None:
+    state = Run(tiny_vit(embed_dim=48), **options).steps(6).pruner.state_dict()
+    with pytest.raises(WeightsError, match="another model, method or version"):
+        Run(tiny_vit(), **options).pruner.load_state_dict(state)
+    with pytest.raises(WeightsError, match="another model, method or version"):
+        Run(tiny_vit()).pruner.load_state_dict(Run(tiny_vit(), keep_ratios=[0.5] * 4).steps(6).pruner.state_dict())
+    with pytest.raises(WeightsError, match="another model, method or version"):
+        Run(tiny_vit()).pruner.load_state_dict({})
+
+
+# --- what is refused, and how
+
+
+@pytest.mark.parametrize(
+    ("build", "reason"),
+    [
+        (lambda: timm.create_model("resnet18"), "Only timm VisionTransformer"),
+        (lambda: tiny_vit(qk_norm=True), r"blocks\.0\.attn\.q_norm"),
+        (lambda: tiny_vit(mlp_layer=timm.layers.SwiGLU), r"blocks\.0\.mlp: SwiGLU"),
+        (lambda: tiny_vit(block_fn=ParallelScalingBlock), r"blocks\.0: ParallelScalingBlock"),
+        (lambda: Run(tiny_vit()).to_the_end(), r"blocks\.0.*pruned already"),
+    ],
+)
+def test_models_that_are_not_covered_are_refused(build: Callable[[], nn.Module], reason: str) -> None:
+    with pytest.raises(ModelError, match=reason):
+        p3b.Pruner(build(), schedule=PLAN)
+
+
+def test_a_refused_model_is_left_as_it_was() -> None:
+    model = tiny_vit()
+    for options in ({"prune_ratio": 0.99}, {"method": "nonsense"}, {"alhpa": 1}, {"alpha": 7}):
+        with pytest.raises((BudgetError, ConfigError)):
+            p3b.Pruner(model, schedule=PLAN, **options)  # type: ignore[arg-type]
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_settings_are_refused_before_the_first_batch() -> None:
+    with pytest.raises(ScheduleError, match="needs a schedule"):
+        p3b.Pruner(tiny_vit())
+    with pytest.raises(ConfigError, match=r"prune method 'block_bp'.*block_"):
+        p3b.Pruner(tiny_vit(), method="block_bp", schedule=PLAN)
+    with pytest.raises(ConfigError, match=r"option of block_benefit 'keep_ratio'.*'keep_ratios'"):
+        p3b.Pruner(tiny_vit(), schedule=PLAN, keep_ratio=[1])
+    p3b.Pruner(tiny_vit(), method="block_pr", schedule=PLAN)
+
+
+def test_a_loop_that_forgets_a_call_is_told() -> None:
+    model = tiny_vit()
+    pruner = p3b.Pruner(model, schedule=PLAN, prune_ratio=0.4)
+    with pytest.raises(TrainingError, match="No forward pass"):
+        pruner.loss(CE, labels())
+    for _ in range(4):
+        CE(model(images()), labels()).backward()
+        pruner.step()
+    with pytest.raises(TrainingError, match="Nothing has been measured"):
+        pruner.step()
+    with pytest.raises(TrainingError, match="Nothing has been measured"):
+        p3b.Pruner(tiny_vit(), schedule=PLAN, prune_ratio=0.4).finalize()

@@ -1,0 +1,155 @@
+"""Imports run downwards only, and what has to start quickly does not load torch."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import p3b
+
+SOURCE = Path(p3b.__file__).parent
+
+MATHEMATICS = {"core"}
+ANATOMY = {"vit", "core"}
+MAY_IMPORT: dict[str, set[str]] = {
+    "errors": set(),
+    "files": set(),
+    "core": MATHEMATICS,
+    "vit": ANATOMY,
+    "scoring": {"scoring", *ANATOMY},
+    "methods": {"methods", "scoring", *ANATOMY},
+    "data": {"data"},
+    "train": {"train", "files", "methods.base", *ANATOMY},
+    "weights": ANATOMY,
+    "models": {"weights", "artifact", *ANATOMY},
+    "artifact": {"files", *ANATOMY},
+    "pruner": {"methods", "methods.base", "scoring.meter", "train.distributed", *ANATOMY},
+    "bench": {"artifact", *ANATOMY},
+    "export": {"artifact", "files", *ANATOMY},
+    "report": {"report"},
+    "demo.glyphs": set(),
+    "__init__": {"artifact", "core.schedule", "pruner", "vit.cost"},
+}
+"""Rooms and what each may import, beside `errors`, which is common ground. A name covers everything inside it."""
+
+COMMANDS = {"cli", "commands", "config", "inputs", "session", "demo.run", "__main__", "demo"}
+"""The command line and what carries it out: it may import everything, and nothing below imports it."""
+
+NOT_TORCH = {"errors", "files", "report", "config", "cli", "__init__", "__main__"}
+"""These load neither torch nor timm when they are imported (a command loads them when it is carried out)."""
+
+
+def _modules() -> dict[str, Path]:
+    """All modules by their name inside the package: "core.masks", "core" for a room's own file."""
+    names = {}
+    for path in sorted(SOURCE.rglob("*.py")):
+        parts = path.relative_to(SOURCE).with_suffix("").parts
+        names[".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)] = path
+    return names
+
+
+MODULES = _modules()
+
+
+def _imports(name: str, *, of_ours: bool) -> set[str]:
+    """What a module imports anywhere in it, lazily or for types alone included."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(MODULES[name].read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name}: a relative import"
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                is_module = inner.removeprefix("p3b.") in MODULES and node.module.split(".")[0] == "p3b"
+                found.add(inner if is_module else node.module)
+    ours = {module for module in found if module.split(".")[0] == "p3b"}
+    if of_ours:
+        return {"__init__" if module == "p3b" else module.removeprefix("p3b.") for module in ours}
+    return {module.split(".")[0] for module in found - ours}
+
+
+def _room(name: str) -> str:
+    """The row of the table that a module stands in."""
+    return next((room for room in (*MAY_IMPORT, *sorted(COMMANDS, key=len, reverse=True)) if _inside(name, room)), name)
+
+
+def _inside(name: str, room: str) -> bool:
+    return name == room or name.startswith(f"{room}.")
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_imports_run_downwards_only(name: str) -> None:
+    room = _room(name)
+    if room in COMMANDS:
+        return
+    assert room in MAY_IMPORT, f"{name} stands in no room: give it a row in the table"
+    allowed = MAY_IMPORT[room] | {"errors"}
+    wrong = {imported for imported in _imports(name, of_ours=True) if not any(_inside(imported, a) for a in allowed)}
+    assert not wrong, f"{name} must not import {sorted(wrong)}"
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if _room(name) not in COMMANDS])
+def test_nothing_below_the_commands_imports_them(name: str) -> None:
+    assert not {imported for imported in _imports(name, of_ours=True) if _room(imported) in COMMANDS}
+
+
+def test_no_method_imports_another() -> None:
+    methods = [name for name in MODULES if name.startswith("methods.") and name != "methods.base"]
+    assert methods
+    for name in methods:
+        others = {imported for imported in _imports(name, of_ours=True) if _inside(imported, "methods")}
+        assert others <= {"methods.base"}, name
+
+
+def test_the_loop_names_no_method() -> None:
+    source = MODULES["train.loop"].read_text()
+    methods = {name.removeprefix("methods.") for name in MODULES if name.startswith("methods.")} - {"base"}
+    assert methods
+    assert not [method for method in methods if method in source]
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name.startswith("core")])
+def test_core_is_torch_and_the_standard_library(name: str) -> None:
+    outside = _imports(name, of_ours=False) - set(sys.stdlib_module_names)
+    assert outside <= {"torch"}
+    source = MODULES[name].read_text()
+    assert "nn.Module" not in source
+    assert "distributed" not in source
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name.startswith(("core", "scoring"))])
+def test_core_and_scoring_know_no_process_group(name: str) -> None:
+    assert "torch.distributed" not in MODULES[name].read_text()
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if _room(name) in ("core", "scoring", "methods", "train", "pruner")])
+def test_only_the_anatomy_room_knows_blocks_by_their_parts(name: str) -> None:
+    tree = ast.parse(MODULES[name].read_text())
+    attributes = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    assert not attributes & {"qkv", "proj", "fc1", "fc2", "norm1", "norm2", "ls1", "ls2"}
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name.startswith("report")])
+def test_the_report_needs_neither_torch_nor_timm(name: str) -> None:
+    assert not _imports(name, of_ours=False) & {"torch", "timm", "torchvision", "safetensors"}
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if _room(name) in NOT_TORCH - {"__main__"}])
+def test_what_has_to_start_quickly_loads_no_torch(name: str) -> None:
+    module = "p3b" if name == "__init__" else f"p3b.{name}"
+    script = f"import sys, {module}; sys.exit(', '.join({{'torch', 'timm', 'torchvision'}} & set(sys.modules)) or None)"
+    result = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True, text=True)
+    assert result.returncode == 0, f"importing {module} loads {result.stderr}"
+
+
+def test_the_public_names_are_there_and_a_wrong_one_is_an_attribute_error() -> None:
+    assert {name for name in p3b.__all__ if getattr(p3b, name, None) is None} == set()
+    assert set(dir(p3b)) == set(p3b.__all__)
+    assert p3b.core.allocation.keep_ratios.__name__ == "keep_ratios"
+    with pytest.raises(AttributeError, match="has no attribute 'prune'"):
+        _ = p3b.prune
