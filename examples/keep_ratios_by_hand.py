@@ -1,6 +1,6 @@
 """Choose yourself how much of each block stays, and let P3B choose which elements: no probes, no budget.
 
-    python examples/keep_ratios_by_hand.py
+python examples/keep_ratios_by_hand.py
 """
 
 import timm

@@ -1,6 +1,6 @@
 """Prune a ViT in your own training loop: the five lines that P3B adds are marked.
 
-    python examples/own_loop.py            # scikit-learn's handwritten digits, no download; pip install 'p3b[demo]'
+python examples/own_loop.py            # scikit-learn's handwritten digits, no download; pip install 'p3b[demo]'
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Name what is on images with a model that p3b saved: no training code, no pickled class.
 
-    python examples/predict.py run/pruned photo.jpg another.png
+python examples/predict.py run/pruned photo.jpg another.png
 """
 
 import argparse

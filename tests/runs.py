@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
@@ -44,18 +46,48 @@ def colour_folders(root: Path, parts: Mapping[str, int] = SIZES, classes: Sequen
     return root
 
 
+CIFAR100_NAMES = [f"class{number}" for number in range(100)]
+
+
+def write_cifar100(root: Path, train: int = 6, test: int = 4, protocol: int = 2) -> dict[str, NDArray[np.uint8]]:
+    """A small data set in torchvision's own files; returns the pixels of each part, (n, 3072)."""
+    folder, noise = root / "cifar-100-python", np.random.default_rng(0)
+    folder.mkdir(parents=True)
+    pixels = {}
+    for part, count in (("train", train), ("test", test)):
+        pixels[part] = noise.integers(0, 256, (count, 3072), dtype=np.uint8)
+        content = {
+            "data": pixels[part],
+            "fine_labels": [7 * number % 100 for number in range(count)],
+            "coarse_labels": [number % 20 for number in range(count)],
+            "filenames": [f"{number}.png" for number in range(count)],
+            "batch_label": part,
+        }
+        (folder / part).write_bytes(pickle.dumps(content, protocol=protocol))
+    meta = {"fine_label_names": CIFAR100_NAMES, "coarse_label_names": CIFAR100_NAMES[:20]}
+    (folder / "meta").write_bytes(pickle.dumps(meta, protocol=protocol))
+    return pixels
+
+
 def flags(data: Path, out: Path, *more: str, model: Sequence[str] = MODEL) -> list[str]:
     """Flags of a tiny run; later ones win."""
     return ["--data-path", str(data), "--output-dir", str(out), *model, *MACHINE, *more]
 
 
-def run(command: str, *given: str) -> int:
-    """Exit status of `p3b <command>`, or of main.py. Everything is real; only the final throughput is measured more briefly."""
+def run(command: str, *given: str, figures: bool = False) -> int:
+    """Exit status of `p3b <command>`, or of main.py.
+
+    Everything is real, but what takes longer than a tiny run itself: throughput is measured more briefly, and figures are drawn
+    only where a test looks at them.
+    """
     import p3b.commands
+    import p3b.session
 
     brief = partial(p3b.commands.images_per_second, rounds=1, seconds_per_round=0.0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(p3b.commands, "images_per_second", brief)
+        if not figures:
+            patch.setattr(p3b.session, "draw_figures", lambda *_: [])
         try:
             return published_main(given) if command == "main.py" else main([command, *given])
         except SystemExit as stop:  # how the parser of the flags ends

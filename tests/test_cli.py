@@ -224,9 +224,9 @@ def test_finalizing_before_the_last_epoch_leaves_the_rest_to_fine_tuning(data: P
 @pytest.mark.parametrize(
     ("start", "sparse", "final", "schedule"),
     [
-        ("25%", "75%", None, "start=3, sparse=9, final=12"),
-        ("2steps", "5 steps", "3", "start=2, sparse=5, final=9"),
-        ("0.5 epochs", "2", "10steps", "start=2, sparse=6, final=12"),
+        ("25%", "75%", None, "starts at 3, is sparse at 9, final at 12"),
+        ("2steps", "5 steps", "3", "starts at 2, is sparse at 5, final at 9"),
+        ("0.5 epochs", "2", "10steps", "starts at 2, is sparse at 6, final at 12"),
     ],
 )
 def test_durations_in_percent_steps_and_epochs(

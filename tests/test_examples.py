@@ -46,7 +46,13 @@ def test_the_own_loop_leaves_a_model_that_the_predict_example_reads(tmp_path: Pa
         small,
         folder,
         class_names=[str(digit) for digit in range(10)],
-        preprocessing={"input_size": [3, 8, 8], "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "crop_pct": 1.0},
+        preprocessing={
+            "input_size": [3, 8, 8],
+            "mean": [0.5] * 3,
+            "std": [0.5] * 3,
+            "interpolation": "bicubic",
+            "crop_pct": 1.0,
+        },
     )
     test = open_data("DIGITS", None).test
     assert test is not None

@@ -1,4 +1,4 @@
-"""Both command lines of the published repository, verbatim, on a tiny CIFAR-100 in torchvision's own format, in two processes."""
+"""Both published command lines, verbatim, in two processes, on a tiny CIFAR-100 in torchvision's own format."""
 
 from __future__ import annotations
 
@@ -15,9 +15,8 @@ import timm
 import torch
 
 import p3b
-from data.test_cifar import write_cifar100
 from p3b.artifact import read_config
-from runs import everything_in, lines, read
+from runs import everything_in, lines, read, write_cifar100
 from tiny import parameters_of
 
 REPOSITORY = Path(__file__).parents[1]

@@ -67,7 +67,7 @@ def run_command(name: str, flags: Sequence[str], prog: str) -> int:
     import tyro
 
     command = COMMANDS[name]
-    config = tyro.cli(command.config, args=flags, prog=prog, config=(tyro.conf.OmitArgPrefixes,))
+    config: Any = tyro.cli(command.config, args=flags, prog=prog, config=(tyro.conf.OmitArgPrefixes,))
     try:
         _load(command.target)(config)
     except UserError as error:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
@@ -86,16 +87,20 @@ def prune(config: PruneConfig) -> dict[str, Any]:
         pruner = _pruner(config, model, schedule)
         dense_params = count_parameters(model)
         checkpoint = session.begin(model)
-        session.display.say(f"schedule in optimizer steps: {schedule}")
+        session.display.say(
+            f"optimizer steps: pruning starts at {schedule.start}, is sparse at {schedule.sparse}, final at {schedule.final}; "
+            f"masks are renewed every {schedule.update_every}"
+        )
         if config.prune.prune_blocks_only:
             session.display.say("the prune ratio counts the blocks alone")
 
         if checkpoint is None or checkpoint["progress"]["part"] == "prune":
             session.train_part(model, "prune", prune_epochs, config.training.lr, pruner=pruner, checkpoint=checkpoint)
-            session.log_decision(pruner.decide_last(), "finalize", schedule.final)
+            session.log_decision(pruner.decide_last(), "finalize", schedule.final, pruner.kept_params())
             pruner.shrink()
             name, accuracy = session.evaluate(model)
-            session.display.say(f"shrunk to {count_parameters(model):,} of {dense_params:,} parameters: {name} top-1 {accuracy.top1:.2f} %")
+            kept = f"{count_parameters(model):,} of {dense_params:,} parameters"
+            session.display.say(f"shrunk to {kept}: {name} top-1 {accuracy.top1:.2f} %")
             session.save_sparse_checkpoint(model)
             session.save_model(model)
             checkpoint = None
@@ -118,7 +123,7 @@ def prune_schedule(config: PruneConfig, steps_per_epoch: int) -> tuple[Schedule,
     """
     options, epochs = config.prune, config.training.epochs
     start = parse_duration(options.prune_start_epoch, epochs, steps_per_epoch)
-    final = epochs if options.prune_finalize_epoch is None else parse_duration(options.prune_finalize_epoch, epochs, steps_per_epoch)
+    final = parse_duration(options.prune_finalize_epoch or "100%", epochs, steps_per_epoch)
     if options.prune_sparse_epoch is None:
         sparse = start + 0.375 * (final - start)
     else:
@@ -132,8 +137,8 @@ def prune_schedule(config: PruneConfig, steps_per_epoch: int) -> tuple[Schedule,
         )
     update_every = None  # three times an epoch
     if options.prune_steps_update_mask is not None:
-        # The flag counts mini-batches and stands for about three updates an epoch; in an epoch that is shorter than the interval
-        # there would be none at all.
+        # The flag counts mini-batches and stands for about three updates an epoch; in an epoch that is shorter than the
+        # interval there would be none at all.
         asked = max(1, round(options.prune_steps_update_mask / config.training.grad_accum_steps))
         update_every = asked if asked <= steps_per_epoch else None
     schedule = Schedule.from_epochs(start, sparse, final, steps_per_epoch, update_every)
@@ -158,7 +163,9 @@ def evaluate_saved(config: EvaluateConfig) -> dict[str, Any]:
         folder = None if config.run.output_dir is None else StageFolder(config.run.output_dir, "evaluate")
         if folder is not None:
             folder.check(resume=False, overwrite=config.run.overwrite)
-        splits = open_splits(config.data, config.run.seed)
+        # Nothing is trained here, so nothing is cut off a folder without parts: all of it is evaluated.
+        cut_nothing = config.data.data_set.upper() == "FOLDER" and config.data.val_share is None
+        splits = open_splits(replace(config.data, val_share=0.0) if cut_nothing else config.data, config.run.seed)
         opened = _open_trained(config, splits)
         wait_for_all()  # no rank may still be looking when the main one begins to write
         if folder is not None and processes.is_main:
@@ -169,14 +176,16 @@ def evaluate_saved(config: EvaluateConfig) -> dict[str, Any]:
         except UserError as error:
             tell_for_one(error, processes)
             raise
-        speed = images_per_second([opened.model], opened.preprocessing.input_size, batch_size=config.batch_size, device=device)[0]
+        model, image_shape = opened.model, opened.preprocessing.input_size
+        speed = images_per_second([model], image_shape, batch_size=config.batch_size, device=device)[0]
         rows = [(name, f"{a.top1:.2f}", f"{a.top5:.2f}", f"{a.loss:.4f}", f"{a.images:,}") for name, a in accuracies.items()]
         display.table(f"{options.model_path or options.model}", ("part", "top-1 %", "top-5 %", "loss", "images"), rows)
-        figures = Figures(count_parameters(opened.model), _macs(opened.model), _bytes(opened.model), images_per_second=speed)
+        figures = Figures(count_parameters(model), _macs(model), _bytes(model), images_per_second=speed)
         display.say(f"{figures.params:,} parameters, {figures.macs / 1e6:,.1f} M MACs, {speed:,.0f} images/s on {device}")
         if unreadable := count_unreadable(splits):
             display.say(f"{unreadable} unreadable image(s) were skipped")
-        summary = {"stage": "evaluate", "model": asdict(figures), "accuracy": _plain(accuracies), "unreadable_images": unreadable}
+        measured = {"model": asdict(figures), "accuracy": _plain(accuracies)}
+        summary = {"stage": "evaluate", **measured, "unreadable_images": unreadable}
         if folder is not None and processes.is_main:
             folder.write_json("summary.json", summary)
         return summary
@@ -186,6 +195,12 @@ def _open_trained(config: EvaluateConfig, splits: DataSplits) -> OpenedModel:
     """The model to evaluate, refused unless it was trained for the classes of the data."""
     options = config.model
     opened = open_model(options, len(splits.class_names), config.run.seed)
+    pretrained = timm.get_pretrained_cfg(options.model) if opened.report is None else None
+    known = len(splits.class_names) if pretrained is None else pretrained.num_classes
+    if known != len(splits.class_names):
+        raise WeightsError(
+            f"timm's {options.model} knows {known} classes, the data has {len(splits.class_names)}; train it first."
+        )
     if opened.report is not None and (untrained := opened.report.replaced + opened.report.missing):
         raise WeightsError(f"The model was not trained for these {len(splits.class_names)} classes: {'; '.join(untrained)}")
     if opened.class_names is not None and opened.class_names != splits.class_names:

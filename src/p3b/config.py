@@ -1,6 +1,7 @@
 """What a run is told: frozen dataclasses, one sentence under each field (it is the help text of the flag).
 
-The defaults are the recipe of the published runs (section 8 of the method). Nothing here imports torch, so that `--help` is quick.
+The defaults are the recipe of the published runs (section 8 of the method). Nothing here imports torch, so that `--help` is
+quick.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ class DataOptions:
     """Images."""
 
     data_set: str = "FOLDER"
-    """CIFAR10, CIFAR100, IMNET, INAT18, INAT19, IFOOD, FOLDER (class folders or tars), DIGITS, or timm's hfds/<name>, torch/<name>."""
+    """CIFAR10, CIFAR100, IMNET, INAT18, INAT19, IFOOD, DIGITS, FOLDER (class folders, tars), or timm's hfds/..., torch/..."""
     data_path: Path | None = None
     """Where it lies: a folder or tar with train and val (or test), or class folders directly."""
     val_path: Path | None = None
@@ -55,7 +56,7 @@ class ModelOptions:
     std: tuple[float, ...] | None = None
     """Channel standard deviations for normalisation; by default those of the pretrained model."""
     crop_pct: float | None = None
-    """Evaluation resizes to the input size divided by this, then crops the centre; by default as a saved model says, else 0.875."""
+    """Evaluation resizes to the input size over this, then crops the centre; by default as a saved model says, else 0.875."""
     drop_path: float = 0.1
     """Stochastic depth rate of the last block in training, in [0, 1)."""
     resize_model_by_checkpoint: bool = False
@@ -289,7 +290,7 @@ def check_evaluation(config: EvaluateConfig) -> None:
     _positive(batch_size=config.batch_size)
     _check_inputs(config.data, config.model, config.run)
     if config.run.resume:
-        raise ConfigError("An evaluation has nothing to resume: leave --resume out, or give --overwrite to replace an earlier one.")
+        raise ConfigError("An evaluation has nothing to resume: leave --resume out, or replace an earlier one by --overwrite.")
 
 
 def _check_inputs(data: DataOptions, model: ModelOptions, run: RunOptions) -> None:
@@ -313,7 +314,7 @@ def to_plain(config: object) -> dict[str, Any]:
             return {key: plain(item) for key, item in value.items()}
         return value
 
-    return plain(asdict(config))  # type: ignore[call-overload, no-any-return]
+    return plain(asdict(config))  # type: ignore[call-overload]
 
 
 def _positive(**values: float) -> None:

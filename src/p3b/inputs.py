@@ -54,19 +54,20 @@ def open_model(options: ModelOptions, num_classes: int, seed: int) -> OpenedMode
     """Build the model for so many classes and load its weights.
 
     Raises:
-        ModelError, WeightsError, ConfigError: see `p3b.models.build_model`; also where a saved shape is asked for and the weights
-            have none.
+        ModelError, WeightsError, ConfigError: see `p3b.models.build_model`; also where a saved shape is asked for and the
+            weights have none.
     """
-    saved = artifact.read_config(options.model_path) if options.model_path and artifact.is_artifact(options.model_path) else None
+    path = options.model_path
+    saved = artifact.read_config(path) if path is not None and artifact.is_artifact(path) else None
     if options.resize_model_by_checkpoint and saved is None:
         raise WeightsError(
             f"{options.model_path} is not a model that p3b saved, so it has no shape to resize to. Give run/pruned or "
             "run/first_sparse_checkpoint.pth, or leave --resize-model-by-checkpoint out."
         )
     kwargs = parse_model_kwargs(options.model_kwargs)
-    if options.input_size is not None:
-        if kwargs.setdefault("img_size", options.input_size) != options.input_size:
-            raise ConfigError(f"--input-size {options.input_size} contradicts --model-kwargs img_size={kwargs['img_size']}.")
+    size = options.input_size
+    if size is not None and kwargs.setdefault("img_size", size) != size:
+        raise ConfigError(f"--input-size {size} contradicts --model-kwargs img_size={kwargs['img_size']}.")
     model, report = build_model(
         options.model,
         num_classes=num_classes,

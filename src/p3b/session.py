@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import p3b
 from p3b import artifact
-from p3b.config import TrainConfig, check, to_plain
+from p3b.config import DataOptions, TrainConfig, check, to_plain
 from p3b.data import DataSplits, Preprocessing, TrainBatches, default_num_workers, eval_batches, mixup, train_batches
 from p3b.errors import ConfigError, UserError
 from p3b.inputs import OpenedModel, answer_teacher_apart, augmentation, open_model, open_splits, training_loss
@@ -57,7 +57,7 @@ class Session:
         self.folder.check(config.run.resume, config.run.overwrite)
         self.precision = Precision.choose(config.training.precision, device)
         seed_everything(config.run.seed, processes.rank)
-        self.splits: DataSplits = open_splits(config.data, config.run.seed)
+        self.splits: DataSplits = _open_in_turn(config.data, config.run.seed, processes)
         if self.splits.val is None and self.splits.test is None:
             raise ConfigError("There is nothing to evaluate on: give --val-path, --test-path or a --val-share above 0.")
         self.started = time.time()
@@ -70,6 +70,7 @@ class Session:
         artifact.model_config(opened.model)  # what could not be saved is refused now, not after hours
         self.preprocessing: Preprocessing = opened.preprocessing
         self.report = opened.report
+        self.notes = _class_notes(opened, self.splits.class_names)
         training = self.config.training
         self.loss = training_loss(training, opened.model, len(self.splits.class_names), self.device)
         self.batches: TrainBatches = train_batches(
@@ -91,8 +92,8 @@ class Session:
         )
         if self.mixup is not None and self.batches.batch_size % 2:
             raise ConfigError(
-                f"Mixup pairs images, but a batch has {self.batches.batch_size} of them. Give an even --batch-size, or turn it off "
-                "with --mixup 0 --cutmix 0."
+                f"Mixup pairs images, but a batch has {self.batches.batch_size} of them. Give an even --batch-size, or turn it "
+                "off with --mixup 0 --cutmix 0."
             )
         self.steps_per_epoch = steps_per_epoch(self.batches, training.grad_accum_steps)
         build_optimizer(opened.model, training.opt, training.lr, training.weight_decay)  # refused now, if it cannot be
@@ -131,6 +132,8 @@ class Session:
         self.display.say(f"{self.stage}: {self.config.model.model}, {count_parameters(model):,} parameters, seed {run.seed}")
         self.display.say(f"data: {self.splits.description}")
         for line in self.report.lines() if self.report else ["weights: none given, training starts from random ones"]:
+            self.display.say(line)
+        for line in self.notes:
             self.display.say(line)
         self.display.say(
             f"{self.processes.world_size} process(es) on {self.device}, "
@@ -178,11 +181,11 @@ class Session:
                 self.batches.set_epoch(epoch)
 
                 def look(report: StepReport, phase: str = phase, learner: Learner = learner) -> None:
-                    kept = learner.pruner.kept_params()
-                    self.display.advance(learner.steps_done, f"{phase}, loss {report.loss:.3f}, {kept:,} parameters, {self._last_top1}")
+                    kept = f"{learner.pruner.kept_params():,} parameters"
+                    self.display.advance(learner.steps_done, f"{phase}, loss {report.loss:.3f}, {kept}, {self._last_top1}")
 
                 def log(decision: Decision, phase: str, learner: Learner = learner) -> None:
-                    self.log_decision(decision, phase, first_step + learner.steps_done)
+                    self.log_decision(decision, phase, first_step + learner.steps_done, learner.pruner.kept_params())
 
                 train_loss = train_epoch(learner, self.batches, log, look)
                 trained = time.time()
@@ -237,15 +240,15 @@ class Session:
         self._last_top1 = f"{name} top-1 {accuracy.top1:.1f} %"
         return name, accuracy
 
-    def log_decision(self, decision: Decision, phase: str, steps_done: int) -> None:
-        """Add a line to blocks.jsonl: the decision was made at the end of step number `steps_done`."""
+    def log_decision(self, decision: Decision, phase: str, steps_done: int, kept_params: int) -> None:
+        """Add a line to blocks.jsonl: the decision was made at the end of step `steps_done` and keeps so many parameters."""
         line = {
             "epoch": steps_done / self.steps_per_epoch,
             "step": steps_done,
             "phase": phase,
             "progress": decision.progress,
             "tau": decision.tau,
-            "kept_params": sum(block.kept_params for block in decision.blocks),
+            "kept_params": kept_params,
             "blocks": [asdict(block) for block in decision.blocks],
         }
         self._on_main(lambda: self.folder.append_line("blocks.jsonl", line))
@@ -312,8 +315,8 @@ class Session:
     def _log_epoch(self, line: dict[str, Any], epochs: int, name: str, accuracy: Accuracy) -> None:
         self._on_main(lambda: self.folder.append_line("metrics.jsonl", line))
         self.display.say(
-            f"epoch {line['epoch']:>3}/{epochs}  {line['phase']:<9} loss {line['train_loss']:.4f}  {name} top-1 {accuracy.top1:6.2f} %  "
-            f"{line['kept_params']:,} parameters  {line['seconds']:.1f} s"
+            f"epoch {line['epoch']:>3}/{epochs}  {line['phase']:<9} loss {line['train_loss']:.4f}  "
+            f"{name} top-1 {accuracy.top1:6.2f} %  {line['kept_params']:,} parameters  {line['seconds']:.1f} s"
         )
 
     def _on_main(self, act: Any) -> None:
@@ -361,9 +364,10 @@ class Session:
         }
 
     def _require_same_settings(self, plain: dict[str, Any], resolved: dict[str, Any]) -> None:
-        """A resumed run must be told what the first one was told, and find the same data and as many processes, or it would be neither."""
+        """A resumed run is told what the first was told and finds as much data in as many processes: else it is neither."""
         before = self.folder.read_json("config.json")
-        free = {"resume", "overwrite", "device", "output_dir", "num_workers", "figure_format", "dense_run"}
+        places = {"output_dir", "data_path", "val_path", "test_path", "model_path", "teacher_path", "dense_run"}
+        free = places | {"resume", "overwrite", "device", "num_workers", "figure_format"}
         changed = [
             f"--{key.replace('_', '-')} was {before.get(group, {}).get(key)!r}, now {value!r}"
             for group, values in plain.items()
@@ -378,6 +382,26 @@ class Session:
         ]
         if changed:
             raise ConfigError(f"--resume needs the settings that the run began with: {'; '.join(changed)}.")
+
+
+def _open_in_turn(options: DataOptions, seed: int, processes: Processes) -> DataSplits:
+    """Open the data on every rank; a download is the main one's alone, the others find what it brought."""
+    if options.download and not processes.is_main:
+        wait_for_all()
+    splits = open_splits(options, seed)
+    if options.download and processes.is_main:
+        wait_for_all()
+    return splits
+
+
+def _class_notes(opened: OpenedModel, class_names: tuple[str, ...]) -> list[str]:
+    """What to say where a saved model was trained for other classes of the same number: its head is kept."""
+    if opened.class_names is None or opened.class_names == class_names or len(opened.class_names) != len(class_names):
+        return []
+    return [
+        f"the saved head was trained for other classes ({', '.join(opened.class_names[:5])} ...); it is kept and learns "
+        f"{', '.join(class_names[:5])} ..."
+    ]
 
 
 @contextmanager

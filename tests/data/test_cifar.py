@@ -10,33 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torchvision
-from numpy.typing import NDArray
 
 from p3b.data import open_data
 from p3b.data.cifar import read_images, read_names
 from p3b.errors import DataError
-
-NAMES = [f"class{number}" for number in range(100)]
-
-
-def write_cifar100(root: Path, train: int = 6, test: int = 4, protocol: int = 2) -> dict[str, NDArray[np.uint8]]:
-    """A small data set in torchvision's own files; returns the pixels of each part, (n, 3072)."""
-    folder, noise = root / "cifar-100-python", np.random.default_rng(0)
-    folder.mkdir(parents=True)
-    pixels = {}
-    for part, count in (("train", train), ("test", test)):
-        pixels[part] = noise.integers(0, 256, (count, 3072), dtype=np.uint8)
-        content = {
-            "data": pixels[part],
-            "fine_labels": [7 * number % 100 for number in range(count)],
-            "coarse_labels": [number % 20 for number in range(count)],
-            "filenames": [f"{number}.png" for number in range(count)],
-            "batch_label": part,
-        }
-        (folder / part).write_bytes(pickle.dumps(content, protocol=protocol))
-    meta = {"fine_label_names": NAMES, "coarse_label_names": NAMES[:20]}
-    (folder / "meta").write_bytes(pickle.dumps(meta, protocol=protocol))
-    return pixels
+from runs import CIFAR100_NAMES, write_cifar100
 
 
 @pytest.fixture
@@ -74,7 +52,7 @@ def test_a_data_set_of_other_checksums_opens(tmp_path: Path) -> None:
     write_cifar100(tmp_path, train=6, test=4)
     data = open_data("CIFAR100", tmp_path)
     assert data.test is not None and (len(data.train), len(data.test)) == (6, 4) and data.val is None
-    assert data.class_names == tuple(NAMES) and data.train.targets.tolist() == [0, 7, 14, 21, 28, 35]
+    assert data.class_names == tuple(CIFAR100_NAMES) and data.train.targets.tolist() == [0, 7, 14, 21, 28, 35]
 
 
 class Malicious:

@@ -62,19 +62,23 @@ def test_accumulated_batches_are_one_bigger_batch() -> None:
     assert difference(small.model, tiny_vit(img_size=16)) > 1e-3
 
 
-def pruned(scaler: torch.amp.GradScaler, grad_accum_steps: int = 1, size: int = 4) -> tuple[nn.Module, list[Decision]]:
+def pruned(scaler: torch.amp.GradScaler) -> tuple[nn.Module, p3b.Pruner, list[Decision]]:
     model = tiny_vit(img_size=16)
     pruner = p3b.Pruner(model, 0.5, schedule=p3b.Schedule(1, 3, 6, 1))
-    given = learner(model=model, scaler=scaler, pruner=pruner, grad_accum_steps=grad_accum_steps)
-    _, decisions, _ = train(given, batches_of(6 * grad_accum_steps, size // grad_accum_steps))
-    return model, [decision for decision, _ in decisions]
+    _, decisions, _ = train(learner(model=model, scaler=scaler, pruner=pruner), batches_of(6, 4))
+    return model, pruner, [decision for decision, _ in decisions]
 
 
 def test_scores_and_weights_are_those_without_a_loss_scale() -> None:
     """A power of two scales exactly, so everything that is read unscaled is the same bit for bit."""
-    plain, decided = pruned(torch.amp.GradScaler("cpu", enabled=False))
-    scaled, decided_scaled = pruned(torch.amp.GradScaler("cpu", init_scale=2.0**10))
+    plain, pruner, decided = pruned(torch.amp.GradScaler("cpu", enabled=False))
+    scaled, pruner_scaled, decided_scaled = pruned(torch.amp.GradScaler("cpu", init_scale=2.0**10))
     assert decided and difference(plain, scaled) == 0
+    measured, measured_scaled = (p.state_dict()["method"]["meter"]["intervals"] for p in (pruner, pruner_scaled))
+    for interval, interval_scaled in zip(measured, measured_scaled, strict=True):
+        assert {"benefits", "blocks.0.attn.in"} <= interval.keys()
+        for name, sums in interval.items():
+            assert all(map(torch.equal, sums, interval_scaled[name])), name
     for one, other in zip(decided, decided_scaled, strict=True):
         assert one.blocks == other.blocks
         assert all(torch.equal(one.masks[name], other.masks[name]) for name in one.masks)

@@ -313,7 +313,7 @@ def _cifar(name: str, root: Path, download: bool, skip_unreadable: bool) -> _Par
     for part, is_train in (("train", True), ("test", False)):
         try:
             with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message=r".*align should be passed", category=Warning)  # old pickles, new numpy
+                warnings.filterwarnings("ignore", message=r".*align should be passed", category=Warning)  # old pickles
                 opened = opener(str(root), train=is_train, download=download)
             pixels, labels, class_names = opened.data, opened.targets, opened.classes
         except (RuntimeError, OSError) as error:
@@ -324,6 +324,10 @@ def _cifar(name: str, root: Path, download: bool, skip_unreadable: bool) -> _Par
             files = [folder / file for file, _ in (opener.train_list if is_train else opener.test_list)]
             pixels, labels = read_images(files, "labels" if name == "CIFAR10" else "fine_labels")
             class_names = read_names(folder / opener.meta["filename"], opener.meta["key"])
+            if not labels or not 0 <= min(labels) <= max(labels) < len(class_names):
+                raise DataError(
+                    f"{files[0]}: expected images with labels in 0..{len(class_names) - 1}, as its meta file says."
+                ) from error
         parts[part] = LabelledImages(ArrayStore(pixels, f"{name} {part} part"), labels, skip_unreadable=skip_unreadable)
     return _Parts(str(root), tuple(class_names), parts["train"], test=parts["test"])
 

@@ -409,9 +409,7 @@ def _save(figure: Figure, out: Path) -> Path:
     """Write the figure under a temporary name, then move it into place: a reader never meets half a file."""
     fmt = out.suffix.removeprefix(".")
     if fmt not in FORMATS:
-        raise ConfigError(
-            f"{unknown_name('figure format', fmt, FORMATS)} The file's name decides it; got '{out.name}'."
-        )
+        raise ConfigError(f"{unknown_name('figure format', fmt, FORMATS)} The file's name decides it; got '{out.name}'.")
     # A figure says nothing about when it was drawn, so that the same numbers give the same file.
     metadata = {"Date": None} if fmt == "svg" else {"Software": None}
     temporary: Path | None = None
@@ -422,9 +420,7 @@ def _save(figure: Figure, out: Path) -> Path:
         temporary.chmod(0o644)  # as any other file of the run, not private as temporary files are
         temporary.replace(out)
     except OSError as error:
-        raise RunFolderError(
-            f"Cannot write the figure '{out}' ({error}). Give a folder that exists, with space."
-        ) from error
+        raise RunFolderError(f"Cannot write the figure '{out}' ({error}). Give a folder that exists, with space.") from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)

@@ -26,8 +26,7 @@ class BlockProbes(nn.Module):
         self.cls_probes = nn.ModuleList(nn.Linear(layout.width, layout.num_classes) for _ in range(num_blocks))
         # Features arrive as (S, H * W, D): as a map that is channels-last, so the convolutions are laid out alike.
         self.patch_probes = nn.ModuleList(
-            _patch_probe(layout.width, layout.num_classes).to(memory_format=torch.channels_last)
-            for _ in range(num_blocks)
+            _patch_probe(layout.width, layout.num_classes).to(memory_format=torch.channels_last) for _ in range(num_blocks)
         )
 
     def forward(self, stream_SND: Sequence[Tensor], criterion: Criterion, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -96,6 +96,7 @@ def _learner_state(learner: Learner) -> dict[str, Any]:
 def _random_state() -> dict[str, Any]:
     version, words, gauss = random.getstate()
     numpy_name, numpy_words, *numpy_rest = np.random.get_state(legacy=True)
+    assert isinstance(numpy_words, np.ndarray)
     return {
         "python": [version, list(words), gauss],
         "numpy": [numpy_name, torch.from_numpy(numpy_words.astype(np.int64)), *numpy_rest],

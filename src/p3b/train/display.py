@@ -1,4 +1,4 @@
-"""What a run shows: a progress bar on a terminal, lines elsewhere, and the same lines in log.txt. Silent on all but one rank."""
+"""What a run shows: a progress bar on a terminal, lines elsewhere, the same lines in log.txt. Silent on all but one rank."""
 
 from __future__ import annotations
 

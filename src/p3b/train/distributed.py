@@ -115,8 +115,8 @@ def _choose_device(device: str, processes: Processes) -> torch.device:
             chosen = torch.device("cuda", processes.local_rank)
         if chosen.index >= torch.cuda.device_count():
             raise ConfigError(
-                f"Process {processes.local_rank} would use GPU {chosen.index}, but this machine has {torch.cuda.device_count()}. "
-                "Start at most one process per GPU (--nproc_per_node)."
+                f"Process {processes.local_rank} would use GPU {chosen.index}, but this machine has "
+                f"{torch.cuda.device_count()}. Start at most one process per GPU (--nproc_per_node)."
             )
     elif chosen.type != "cpu":
         raise ConfigError(f"Device '{device}' is not covered. Known: auto, cpu, cuda, cuda:N.")

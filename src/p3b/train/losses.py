@@ -29,7 +29,8 @@ class TrainingLoss:
     Args:
         task: from logits and targets to a scalar.
         teacher: a frozen model, or None.
-        kind: "none", "soft" (Hinton et al. 2015: KL divergence at a temperature) or "hard" (Touvron et al. 2021: the teacher's label).
+        kind: "none", "soft" (Hinton et al. 2015: KL divergence at a temperature) or "hard" (Touvron et al. 2021: the
+            teacher's label).
         alpha: weight of the teacher, in [0, 1].
         temperature: of the soft distance, > 0.
 
@@ -38,12 +39,19 @@ class TrainingLoss:
     """
 
     def __init__(
-        self, task: nn.Module, teacher: nn.Module | None = None, kind: str = "none", alpha: float = 0.5, temperature: float = 1.0
+        self,
+        task: nn.Module,
+        teacher: nn.Module | None = None,
+        kind: str = "none",
+        alpha: float = 0.5,
+        temperature: float = 1.0,
     ) -> None:
         if kind not in DISTILLATIONS:
             raise ConfigError(unknown_name("distillation type", kind, DISTILLATIONS))
         if (teacher is None) != (kind == "none"):
-            raise ConfigError("Distillation needs both a teacher (--teacher-model) and a kind (--distillation-type soft or hard).")
+            raise ConfigError(
+                "Distillation needs both a teacher (--teacher-model) and a kind (--distillation-type soft or hard)."
+            )
         if not 0 <= alpha <= 1 or temperature <= 0:
             raise ConfigError(f"Distillation needs alpha in [0, 1] and a temperature > 0, got {alpha} and {temperature}.")
         self.task, self._teacher, self._kind = task, teacher, kind

@@ -30,11 +30,12 @@ def build_optimizer(model: VisionTransformer, name: str, lr: float, weight_decay
         ConfigError: the optimizer is unknown, needs a library that is missing, or second derivatives.
     """
     base = name.lower().removeprefix("lookahead_")
-    if base not in (known := list_optimizers()):
+    known = [str(optimizer) for optimizer in list_optimizers()]
+    if base not in known:
         raise ConfigError(unknown_name("optimizer", name, known))
     if get_optimizer_info(base).second_order:
         raise ConfigError(f"Optimizer '{name}' needs second derivatives, which training here does not compute. Try adamw.")
-    groups = decay_groups(model, weight_decay, {*model.no_weight_decay(), "reg_token"})
+    groups = decay_groups(model, weight_decay, model.no_weight_decay())
     try:
         return create_optimizer_v2(groups, opt=name, lr=lr, weight_decay=0.0)
     except (ValueError, AssertionError, KeyError, RuntimeError, ImportError) as error:

@@ -51,8 +51,8 @@ class StageFolder:
         if (self.path / "config.json").exists() and not resume and not overwrite:
             state = "a finished run" if self.finished else "an unfinished run"
             raise RunFolderError(
-                f"{self.path} holds {state} of this stage. Give --resume to go on with it, --overwrite to replace it, or another "
-                "--output-dir."
+                f"{self.path} holds {state} of this stage. Give --resume to go on with it, --overwrite to replace it, or "
+                "another --output-dir."
             )
 
     def begin(self, config: Mapping[str, Any], overwrite: bool) -> None:

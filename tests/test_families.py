@@ -1,0 +1,58 @@
+"""Which of timm's families are covered, on their real shapes; nothing is allocated."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from p3b.artifact import model_config
+from p3b.errors import ModelError
+from p3b.vit.architecture import build_dense
+from p3b.vit.layout import read_layout
+
+COVERED = (
+    "deit_small_patch16_224",
+    "deit_tiny_distilled_patch16_224",
+    "deit3_small_patch16_224",
+    "vit_base_patch16_224",
+    "vit_small_patch8_224",
+    "vit_small_patch14_dinov2",
+    "vit_small_patch14_reg4_dinov2",
+    "vit_base_patch16_clip_224",
+    "vit_base_patch16_siglip_224",
+    "vit_medium_patch16_gap_240",
+)
+REFUSED = {
+    "vit_giant_patch14_dinov2": "blocks.0.mlp: GluMlp",
+    "vit_small_patch16_18x2_224": "blocks.0: ParallelThingsBlock",
+    "vit_pwee_patch16_reg1_gap_256": "blocks.0: ParallelScalingBlock",
+    "vit_base_r50_s16_224": "patch_embed: HybridEmbed",
+    "test_vit4": "blocks.0.norm1: RmsNorm",
+    "vit_small_patch16_dinov3": "got Eva",
+    "resnet18": "got ResNet",
+}
+
+
+def on_meta(name: str) -> nn.Module:
+    with torch.device("meta"):
+        return timm.create_model(name, num_classes=7)
+
+
+@pytest.mark.parametrize("name", COVERED)
+def test_a_covered_model_is_described_well_enough_to_be_built_again(name: str) -> None:
+    model = on_meta(name)
+    assert len(read_layout(model).blocks) == 2 * len(model.blocks)
+    architecture = model_config(model)["architecture"]
+    with torch.device("meta"):
+        again = build_dense(architecture)
+    assert {key: value.shape for key, value in again.state_dict().items()} == {
+        key: value.shape for key, value in model.state_dict().items()
+    }
+
+
+@pytest.mark.parametrize(("name", "reason"), REFUSED.items())
+def test_what_is_not_covered_is_refused_by_name(name: str, reason: str) -> None:
+    with pytest.raises(ModelError, match=reason):
+        read_layout(on_meta(name))

@@ -1,0 +1,154 @@
+"""Two gloo processes that train and evaluate; run by `test_distributed`. Forked, so that torch is loaded once."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import p3b
+import p3b.session
+from p3b.cli import main
+from p3b.data import Preprocessing, open_data
+from p3b.session import evaluate_split
+from p3b.train.distributed import Processes, all_reduce_mean, all_reduce_sum, gather, process_group
+from p3b.train.loop import Learner, train_epoch
+from p3b.train.losses import TrainingLoss
+from p3b.train.optim import Precision
+from runs import colour_folders, flags, same_tensors, weights
+from tiny import images, labels, tiny_vit
+
+RANKS = 2
+FP32 = Precision(torch.device("cpu"), None)
+
+
+def collectives(out: Path) -> None:
+    with process_group("cpu") as (processes, device):
+        assert (processes.world_size, device.type) == (RANKS, "cpu")
+        mine = torch.tensor([1.0, 10.0]) * (processes.rank + 1)
+        assert all_reduce_mean(mine).tolist() == [1.5, 15.0] and all_reduce_sum(mine).tolist() == [3.0, 30.0]
+        assert mine.tolist() == [processes.rank + 1, 10 * (processes.rank + 1)], "the tensor itself stays"
+        assert gather({"rank": processes.rank}) == [{"rank": 0}, {"rank": 1}]
+
+
+def evaluation(out: Path) -> None:
+    """Nine images and one image, neither divisible by the ranks: each counts once, shared or not."""
+    model = tiny_vit(img_size=16, num_classes=3)
+    preprocessing = Preprocessing((3, 16, 16), (0.5,) * 3, (0.5,) * 3)
+    test = open_data("FOLDER", out / "data").test
+    assert test is not None
+    with process_group("cpu") as (processes, _):
+        for part in (test, test.subset(torch.tensor([4]).numpy())):
+            found = [
+                evaluate_split(model, part, preprocessing, FP32, ranks, 2, 0, shared)
+                for ranks, shared in ((processes, True), (processes, False), (Processes(), False))
+            ]
+            assert {accuracy.images for accuracy in found} == {len(part)}
+            assert len({(accuracy.top1, accuracy.top5) for accuracy in found}) == 1
+            assert max(accuracy.loss for accuracy in found) - min(accuracy.loss for accuracy in found) < 1e-6
+
+
+def train(model: nn.Module, wrapped: nn.Module, batches: list[tuple[Tensor, Tensor]], keep: list[float] | None) -> p3b.Pruner:
+    pruner = p3b.Pruner(model, 0.5, schedule=p3b.Schedule(1, 3, 6, 1), keep_ratios=keep)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    learner = Learner(wrapped, optimizer, TrainingLoss(nn.CrossEntropyLoss()), FP32, scaler, pruner, grad_accum_steps=2)
+    train_epoch(learner, batches, lambda *_: None, lambda _: None)
+    pruner.decide_last()
+    return pruner
+
+
+def pruning(out: Path) -> None:
+    """Ranks see other images and hold the same weights, probes and masks; together they see what one process would."""
+    x, y = images(48, size=16), labels(48)
+    with process_group("cpu") as (processes, _):
+        own = slice(processes.rank, None, RANKS)
+        shares = [(a[own], b[own]) for a, b in zip(x.split(4), y.split(4), strict=True)]
+        for keep in (None, [0.9, 0.3, 0.6, 0.5]):
+            model = tiny_vit(img_size=16)
+            pruner = train(model, DistributedDataParallel(model), shares, keep)
+            state = pruner.state_dict()
+            for tensors in (state["masks"], model.state_dict(), dict(parameters_of_probes(state))):
+                assert all(same_tensors(tensors, others) for others in gather(tensors))
+            assert any((mask == 0).any() for mask in state["masks"].values())
+        alone = tiny_vit(img_size=16)  # by hand, since the norms of the probes look at each rank's batch
+        assert same_tensors(
+            train(alone, alone, list(zip(x.split(4), y.split(4), strict=True)), keep).gates.masks, state["masks"]
+        )
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(alone.parameters(), model.parameters(), strict=True))
+
+
+def parameters_of_probes(state: dict[str, dict[str, dict[str, Tensor]]]) -> dict[str, Tensor]:
+    """Without the norms' statistics, which are each rank's own and are thrown away."""
+    return {name: tensor for name, tensor in state["method"].get("probes", {}).items() if name.endswith(("weight", "bias"))}
+
+
+def resuming(out: Path) -> None:
+    """With the random states of both ranks, stopping and going on equals never stopping."""
+    save = p3b.session.save_checkpoint
+
+    def save_and_stop(*given: Any, **progress: Any) -> None:
+        save(*given, **progress)
+        raise KeyboardInterrupt
+
+    given = ("--epochs", "2", "--drop-path", "0.3", "--batch-size", "2", "--lr", "0.1")
+    assert main(["train", *flags(out / "data", out / "whole", *given)]) == 0
+    p3b.session.save_checkpoint = save_and_stop
+    with contextlib.suppress(KeyboardInterrupt):
+        main(["train", *flags(out / "data", out / "stopped", *given)])
+    p3b.session.save_checkpoint = save
+    assert not (out / "stopped" / "dense").exists()
+    assert main(["train", *flags(out / "data", out / "stopped", *given, "--resume")]) == 0
+    assert same_tensors(weights(out / "whole" / "dense"), weights(out / "stopped" / "dense"))
+
+
+def one_rank_alone_fails(out: Path) -> None:
+    """An image in the share of the other rank cannot be read: that rank says so."""
+    data = colour_folders(out / f"broken{os.environ['RANK']}")
+    (data / "test" / "blue" / "1.png").write_bytes(b"not an image")  # the second image is the second rank's
+    given = ("--epochs", "1", "--val-share", "0", "--test-path", str(data / "test"))
+    try:
+        status = main(["train", *flags(data / "train", out / "run", *given)])
+    except RuntimeError as error:  # the main rank waits for a rank that has gone
+        assert os.environ["RANK"] == "0" and "Connection" in str(error), error
+        status = 2
+    assert status == 2
+
+
+def in_two_processes(act: Callable[[Path], None], out: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+
+    def rank_of(rank: int) -> None:
+        ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": RANKS, "LOCAL_WORLD_SIZE": RANKS}
+        os.environ.update({name: str(value) for name, value in ranks.items()}, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        act(out)
+
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=rank_of, args=(rank,)) for rank in range(RANKS)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert all(process.exitcode == 0 for process in processes), act.__name__
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    folder = Path(sys.argv[1])
+    colour_folders(folder / "data")
+    for law in (collectives, evaluation, pruning, resuming, one_rank_alone_fails):
+        in_two_processes(law, folder)
+        print(f"{law.__name__} holds", flush=True)
