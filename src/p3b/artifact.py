@@ -2,7 +2,8 @@
 
 config.json says everything that is needed to build the network without the training code's arguments: the architecture,
 read off the model itself, the channels that each block reads and writes and its inner widths, class names, preprocessing and
-provenance. The published `first_sparse_checkpoint.pth` holds the same config beside the same tensors and loads in torch's weights-only mode.
+provenance. The published `first_sparse_checkpoint.pth` holds the same config beside the same tensors and loads in torch's
+weights-only mode.
 """
 
 from __future__ import annotations
