@@ -159,11 +159,11 @@ def table(lines: list[dict[str, Any]]) -> str:
     text += [f"    {line['command']}" for line in runs]
     text.append("")
     for line in runs:
-        hardware, provenance = line["hardware"], line["provenance"]
+        hardware, provenance, versions = line["hardware"], line["provenance"], line["provenance"]["versions"]
         text.append(
             f"- {line['name']}: commit {line['commit'][:12]}, seed {line['seed']}, {line['seconds'] / 60:.0f} minutes on "
-            f"{hardware['cores']} cores {hardware['machine']} that did other work beside it, {provenance['precision']} autocast, torch "
-            f"{provenance['versions']['torch']}, timm {provenance['versions']['timm']}"
+            f"{hardware['cores']} cores {hardware['machine']} that did other work too, {provenance['precision']} autocast, "
+            f"torch {versions['torch']}, timm {versions['timm']}"
         )
     for figure in sorted(path.name for path in RESULTS.glob("animals-*.png")):
         text += ["", f"![{figure.removesuffix('.png').replace('-', ' ')}]({figure})"]
