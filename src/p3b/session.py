@@ -131,9 +131,7 @@ class Session:
         wait_for_all()
         self.display.say(f"{self.stage}: {self.config.model.model}, {count_parameters(model):,} parameters, seed {run.seed}")
         self.display.say(f"data: {self.splits.description}")
-        for line in self.report.lines() if self.report else ["weights: none given, training starts from random ones"]:
-            self.display.say(line)
-        for line in self.notes:
+        for line in [*self._weights_lines(), *self.notes]:
             self.display.say(line)
         self.display.say(
             f"{self.processes.world_size} process(es) on {self.device}, "
@@ -290,7 +288,7 @@ class Session:
         wrapped: nn.Module = model
         if self.processes.world_size > 1:
             on_gpu = [self.device] if self.device.type == "cuda" else None
-            wrapped = DistributedDataParallel(model, device_ids=on_gpu, broadcast_buffers=False)
+            wrapped = DistributedDataParallel(model, device_ids=on_gpu)
         scheduler = None
         if pruner is None:
             # min_lr is not scaled with the batch: where a small one starts below it, the rate must not climb to it.
@@ -311,6 +309,14 @@ class Session:
         )
 
     _last_top1 = "not evaluated yet"
+
+    def _weights_lines(self) -> list[str]:
+        """Where the weights come from, every mismatch by name."""
+        if self.report is not None:
+            return self.report.lines()
+        if self.config.model.model_pretrained:
+            return [f"weights: timm's pretrained {self.config.model.model}"]
+        return ["weights: none given, training starts from random ones"]
 
     def _log_epoch(self, line: dict[str, Any], epochs: int, name: str, accuracy: Accuracy) -> None:
         self._on_main(lambda: self.folder.append_line("metrics.jsonl", line))

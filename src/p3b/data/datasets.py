@@ -7,7 +7,6 @@ test part: where a data set brings no validation part, one is cut from train by 
 from __future__ import annotations
 
 import importlib.util
-import logging
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,8 +22,6 @@ from p3b.data.cifar import read_images, read_names
 from p3b.data.folders import FoundImages, find_images, find_parts
 from p3b.data.images import ArrayStore, LabelledImages, ReaderStore, TorchvisionStore
 from p3b.errors import DataError, unknown_name
-
-_logger = logging.getLogger("p3b.data")
 
 KNOWN_DATA_SETS = ("CIFAR10", "CIFAR100", "IMNET", "INAT18", "INAT19", "IFOOD", "FOLDER", "DIGITS")
 
@@ -309,7 +306,7 @@ def _some(names: Sequence[str]) -> str:
 
 def _cifar(name: str, root: Path, download: bool, skip_unreadable: bool) -> _Parts:
     opener = {"CIFAR10": torchvision.datasets.CIFAR10, "CIFAR100": torchvision.datasets.CIFAR100}[name]
-    parts = {}
+    parts, where = {}, str(root)
     for part, is_train in (("train", True), ("test", False)):
         try:
             with warnings.catch_warnings():
@@ -320,7 +317,7 @@ def _cifar(name: str, root: Path, download: bool, skip_unreadable: bool) -> _Par
             folder = root / opener.base_folder
             if not (folder / opener.meta["filename"]).is_file():
                 raise DataError(_not_there(name, root, download, error)) from error
-            _logger.warning("%s: its checksums are not the published ones; it is read as it is", folder)
+            where = f"{root} (its checksums are not the published ones; it is read as it is)"
             files = [folder / file for file, _ in (opener.train_list if is_train else opener.test_list)]
             pixels, labels = read_images(files, "labels" if name == "CIFAR10" else "fine_labels")
             class_names = read_names(folder / opener.meta["filename"], opener.meta["key"])
@@ -329,7 +326,7 @@ def _cifar(name: str, root: Path, download: bool, skip_unreadable: bool) -> _Par
                     f"{files[0]}: expected images with labels in 0..{len(class_names) - 1}, as its meta file says."
                 ) from error
         parts[part] = LabelledImages(ArrayStore(pixels, f"{name} {part} part"), labels, skip_unreadable=skip_unreadable)
-    return _Parts(str(root), tuple(class_names), parts["train"], test=parts["test"])
+    return _Parts(where, tuple(class_names), parts["train"], test=parts["test"])
 
 
 def _not_there(name: str, root: Path, download: bool, error: Exception) -> str:
