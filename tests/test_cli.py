@@ -294,3 +294,23 @@ def test_model_of_whole_default_shape_is_named_by_flags_alone(data: Path, tmp_pa
     assert run("train", *flags(data, tmp_path, "--epochs", "1", model=small)) == 0
     assert read_config(tmp_path / "dense")["preprocessing"]["input_size"] == [3, 16, 16]
     assert MODEL[0] == small[0]
+
+
+def test_an_interrupted_run_says_how_to_go_on(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import p3b.session
+
+    real, epochs = p3b.session.train_epoch, []
+
+    def interrupted(*given: object) -> float:
+        epochs.append(given)
+        if len(epochs) == 2:
+            raise KeyboardInterrupt
+        return real(*given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(p3b.session, "train_epoch", interrupted)
+    assert run("train", *flags(data, tmp_path, "--epochs", "3")) == 130
+    assert "--resume" in capsys.readouterr().err
+    assert run("train", *flags(data, tmp_path, "--epochs", "3", "--resume")) == 0
+    assert len((tmp_path / "train" / "metrics.jsonl").read_text().splitlines()) == 3

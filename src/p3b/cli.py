@@ -11,7 +11,7 @@ from typing import Any
 from p3b.config import DemoConfig, EvaluateConfig, FinetuneConfig, PruneConfig, TrainConfig
 from p3b.errors import UserError, unknown_name
 
-USER_ERROR, BUG = 2, 1
+USER_ERROR, INTERRUPTED = 2, 130
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ COMMANDS: dict[str, Command] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """`p3b <command> [flags]`: returns the exit status; 0 done, 2 a user's mistake."""
+    """`p3b <command> [flags]`: returns the exit status; 0 done, 2 a user's mistake, 130 interrupted."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     if not given or given[0] in ("-h", "--help"):
         print(_usage())
@@ -74,6 +74,13 @@ def run_command(name: str, flags: Sequence[str], prog: str) -> int:
         if int(os.environ.get("RANK", 0)) == 0:  # every rank meets the same mistake; one says so
             print(f"p3b {name}: {error}", file=sys.stderr, flush=True)
         return USER_ERROR
+    except KeyboardInterrupt:
+        print(
+            f"p3b {name}: interrupted; what the last finished epoch saved is kept, --resume goes on.",
+            file=sys.stderr,
+            flush=True,
+        )
+        return INTERRUPTED
     return 0
 
 
