@@ -12,7 +12,7 @@ import torch
 
 import p3b
 from p3b.artifact import read_config
-from p3b.cli import COMMANDS, main
+from p3b.cli import COMMANDS, INTERRUPTED, main
 from runs import (
     BLOCKS,
     CALM,
@@ -310,7 +310,7 @@ def test_an_interrupted_run_says_how_to_go_on(
         return real(*given)  # type: ignore[arg-type]
 
     monkeypatch.setattr(p3b.session, "train_epoch", interrupted)
-    assert run("train", *flags(data, tmp_path, "--epochs", "3")) == 130
+    assert run("train", *flags(data, tmp_path, "--epochs", "3")) == INTERRUPTED
     assert "--resume" in capsys.readouterr().err
     assert run("train", *flags(data, tmp_path, "--epochs", "3", "--resume")) == 0
     assert len((tmp_path / "train" / "metrics.jsonl").read_text().splitlines()) == 3

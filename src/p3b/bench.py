@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import statistics
 import time
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ def images_per_second(
     device: torch.device,
     rounds: int = 7,
     seconds_per_round: float = 0.25,
+    seconds: float = 20.0,
 ) -> list[float]:
     """Throughput of each model in evaluation mode, images per second, the median over rounds.
 
@@ -27,20 +29,30 @@ def images_per_second(
     Args:
         models: on the device.
         image_shape: (C, H, W).
-        batch_size: images at a time.
+        batch_size: images at a time; fewer where a batch takes so long that not even three rounds fit into `seconds`.
+        rounds: at most.
+        seconds_per_round: of each model; at least one batch.
+        seconds: that the rounds may take, about.
     """
+    images = torch.rand(1, *image_shape, device=device)
+    singly = sum(_warm(model, images, device) for model in models)
+    batch_size = max(1, min(batch_size, int(seconds / (3 * singly))))
     images = torch.rand(batch_size, *image_shape, device=device)
-    repeats = []
-    for model in models:
-        model.eval()
-        _timed(model, images, 1, device)
-        one = _timed(model, images, 1, device)
-        repeats.append(max(1, round(seconds_per_round / one)))
+    batches = [_warm(model, images, device) for model in models]
+    repeats = [max(1, round(seconds_per_round / batch)) for batch in batches]
+    rounds = max(1, min(rounds, int(seconds / sum(map(operator.mul, batches, repeats)))))
     times: list[list[float]] = [[] for _ in models]
     for _ in range(rounds):
         for model, count, measured in zip(models, repeats, times, strict=True):
             measured.append(_timed(model, images, count, device) / count)
     return [batch_size / statistics.median(measured) for measured in times]
+
+
+def _warm(model: nn.Module, images: torch.Tensor, device: torch.device) -> float:
+    """Seconds of a batch, after one that warms up."""
+    model.eval()
+    _timed(model, images, 1, device)
+    return _timed(model, images, 1, device)
 
 
 def _timed(model: nn.Module, images: torch.Tensor, repeats: int, device: torch.device) -> float:

@@ -81,7 +81,8 @@ def render_glyphs(num_images: int, seed: int, size: int = 16) -> tuple[NDArray[n
 def _atlas() -> NDArray[np.uint8]:
     """Every letter in every font and stroke weight, centred in its cell: (F, K, C, C) uint8."""
     folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
-    fonts = [ImageFont.truetype(folder / f"{name}.ttf", _FONT_SIZE) for name in _MATPLOTLIB_FONTS]
+    files = [folder / f"{name}.ttf" for name in _MATPLOTLIB_FONTS]
+    fonts = [ImageFont.truetype(file, _FONT_SIZE) for file in files if file.is_file()]  # older matplotlibs have one less
     pillows_own = ImageFont.load_default(_FONT_SIZE)
     cells = [
         [_cell(letter, font, stroke_width) for letter in CLASS_NAMES]
