@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from runs import colour_folders
+
 torch.set_num_threads(1)  # the networks here are so small that threads only wait for each other
 
 
@@ -17,3 +19,9 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip("the shared folder beside the repository is absent")
     return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Coloured images in class folders, for runs of the commands."""
+    return colour_folders(tmp_path_factory.mktemp("colours"))

@@ -17,11 +17,6 @@ QUICK_PRUNE = ("--epochs", "2", "--prune-start-epoch", "0")
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return colour_folders(tmp_path_factory.mktemp("colours"))
-
-
-@pytest.fixture(scope="module")
 def pruned_run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An output folder of `p3b prune`, never changed by a test."""
     out = tmp_path_factory.mktemp("pruned")

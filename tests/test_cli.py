@@ -20,6 +20,7 @@ from runs import (
     MODEL,
     PHASES,
     SHAPE,
+    SIZES,
     colour_folders,
     flags,
     lines,
@@ -28,15 +29,10 @@ from runs import (
     same_tensors,
     weights,
 )  # fmt: skip
-from tiny import parameters_of
+from tiny import parameters_of, tiny_vit
 
 QUICK_PRUNE = ("--epochs", "2", "--prune-start-epoch", "0")
 DISTILLED = ("--model", "deit_tiny_distilled_patch16_224", "--model-kwargs", *SHAPE)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return colour_folders(tmp_path_factory.mktemp("colours"))
 
 
 @pytest.fixture(scope="module")
@@ -314,3 +310,12 @@ def test_an_interrupted_run_says_how_to_go_on(
     assert "--resume" in capsys.readouterr().err
     assert run("train", *flags(data, tmp_path, "--epochs", "3", "--resume")) == 0
     assert len((tmp_path / "train" / "metrics.jsonl").read_text().splitlines()) == 3
+
+
+def test_a_model_saved_without_preprocessing_is_evaluated_by_the_defaults(data: Path, tmp_path: Path) -> None:
+    """p3b.save in one's own loop need not say how images are prepared."""
+    p3b.save(tiny_vit(img_size=16, patch_size=8, num_classes=len(COLOURS)), tmp_path / "own")
+    assert read_config(tmp_path / "own")["preprocessing"] is None
+    given = ("--data-path", str(data), "--model-path", str(tmp_path / "own"), "--num-workers", "0", "--device", "cpu")
+    assert run("evaluate", *given, "--output-dir", str(tmp_path / "out")) == 0
+    assert read(tmp_path / "out" / "evaluate" / "summary.json")["accuracy"]["test"]["images"] == SIZES["test"] * len(COLOURS)

@@ -40,11 +40,6 @@ LARGEST_ELEMENT = 3 * 3 * (24 + 1) + 3 * 24
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return colour_folders(tmp_path_factory.mktemp("colours"))
-
-
-@pytest.fixture(scope="module")
 def pruned_run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An output folder of `p3b prune` with fine-tuning in one go, never changed by a test."""
     out = tmp_path_factory.mktemp("pruned")

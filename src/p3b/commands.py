@@ -14,9 +14,9 @@ from p3b import artifact
 from p3b.bench import images_per_second
 from p3b.config import EvaluateConfig, PruneConfig, TrainConfig, check_evaluation, to_plain
 from p3b.core.schedule import Schedule, parse_duration
-from p3b.data import DataSplits, default_num_workers
+from p3b.data import DataSplits
 from p3b.errors import ConfigError, DataError, RunFolderError, ScheduleError, UserError, WeightsError
-from p3b.inputs import OpenedModel, open_model, open_splits
+from p3b.inputs import OpenedModel, num_workers, open_model, open_splits
 from p3b.pruner import Pruner
 from p3b.session import PRODUCTS, SPARSE_CHECKPOINT, Session, count_unreadable, evaluate_split, open_session, tell_for_one
 from p3b.train.display import Display
@@ -165,7 +165,7 @@ def evaluate_saved(config: EvaluateConfig) -> dict[str, Any]:
             folder.check(resume=False, overwrite=config.run.overwrite)
         # Nothing is trained here, so nothing is cut off a folder without parts: all of it is evaluated.
         cut_nothing = config.data.data_set.upper() == "FOLDER" and config.data.val_share is None
-        splits = open_splits(replace(config.data, val_share=0.0) if cut_nothing else config.data, config.run.seed)
+        splits = open_splits(replace(config.data, val_share=0.0) if cut_nothing else config.data, config.run.seed, processes)
         opened = _open_trained(config, splits)
         wait_for_all()  # no rank may still be looking when the main one begins to write
         if folder is not None and processes.is_main:
@@ -215,9 +215,7 @@ def _accuracies(
     config: EvaluateConfig, splits: DataSplits, opened: OpenedModel, processes: Processes, precision: Precision
 ) -> dict[str, Accuracy]:
     model = opened.model.to(precision.device).eval()
-    workers = config.data.num_workers
-    if workers is None:
-        workers = default_num_workers(processes.local_world_size, precision.device.type == "cpu")
+    workers = num_workers(config.data, processes, precision.device)
     parts = {"val": splits.val, "test": splits.test}
     if not any(parts.values()):
         parts = {"all": splits.train}

@@ -13,9 +13,10 @@ from torch import nn
 
 from p3b import artifact
 from p3b.config import AugmentOptions, DataOptions, ModelOptions, TrainingOptions
-from p3b.data import Augmentation, DataSplits, Preprocessing, open_data
+from p3b.data import Augmentation, DataSplits, Preprocessing, default_num_workers, open_data
 from p3b.errors import ConfigError, WeightsError
 from p3b.models import build_model, parse_model_kwargs
+from p3b.train.distributed import Processes, wait_for_all
 from p3b.train.losses import TrainingLoss, task_loss
 from p3b.vit.layout import require_vision_transformer
 from p3b.weights import LoadReport
@@ -35,9 +36,11 @@ class OpenedModel:
     """Of the saved model that it was loaded from, where there is one."""
 
 
-def open_splits(options: DataOptions, seed: int) -> DataSplits:
-    """The data set's parts."""
-    return open_data(
+def open_splits(options: DataOptions, seed: int, processes: Processes) -> DataSplits:
+    """The data set's parts, on every rank; a download is the main one's alone, the others find what it brought."""
+    if options.download and not processes.is_main:
+        wait_for_all()
+    splits = open_data(
         options.data_set,
         options.data_path,
         val_path=options.val_path,
@@ -48,6 +51,16 @@ def open_splits(options: DataOptions, seed: int) -> DataSplits:
         max_train_images=options.max_train_images,
         skip_unreadable=options.skip_unreadable,
     )
+    if options.download and processes.is_main:
+        wait_for_all()
+    return splits
+
+
+def num_workers(options: DataOptions, processes: Processes, device: torch.device) -> int:
+    """Worker processes of a loader: as many as asked for, else what fits the machine."""
+    if options.num_workers is not None:
+        return options.num_workers
+    return default_num_workers(processes.local_world_size, device.type == "cpu")
 
 
 def open_model(options: ModelOptions, num_classes: int, seed: int) -> OpenedModel:
@@ -132,11 +145,12 @@ def _preprocessing(options: ModelOptions, model: VisionTransformer, saved: Mappi
     """How images are prepared: as the flags say, else as the saved model says, else as timm says of the pretrained one."""
     height, width = model.patch_embed.img_size
     size = (model.patch_embed.proj.in_channels, height, width)
-    known = (saved or {}).get("preprocessing") or getattr(model, "pretrained_cfg", None) or {}
+    of_saved = (saved or {}).get("preprocessing") or {}
+    known = of_saved or getattr(model, "pretrained_cfg", None) or {}
     return Preprocessing(
         input_size=size,
         mean=tuple(options.mean or known.get("mean", IMAGENET_DEFAULT_MEAN)),
         std=tuple(options.std or known.get("std", IMAGENET_DEFAULT_STD)),
         interpolation="bicubic",
-        crop_pct=options.crop_pct or (saved or {}).get("preprocessing", {}).get("crop_pct", DEFAULT_CROP_PCT),
+        crop_pct=options.crop_pct or of_saved.get("crop_pct", DEFAULT_CROP_PCT),
     )

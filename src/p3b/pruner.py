@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from p3b.core.masks import hard_masks
 from p3b.core.schedule import Schedule
@@ -16,7 +15,7 @@ from p3b.errors import ScheduleError, WeightsError
 from p3b.methods import create_method
 from p3b.methods.base import Criterion, Decision
 from p3b.scoring.meter import Reduce
-from p3b.train.distributed import all_reduce_mean
+from p3b.train.distributed import all_reduce_mean, unwrap
 from p3b.vit.compact import apply_cuts, plan_cuts
 from p3b.vit.cost import block_params, kept_channels
 from p3b.vit.gates import Gates
@@ -63,9 +62,7 @@ class Pruner:
             raise ScheduleError(
                 "Pruner needs a schedule: schedule=p3b.Schedule(start=, sparse=, final=, update_every=), in steps."
             )
-        self._model: VisionTransformer = require_vision_transformer(
-            model.module if isinstance(model, DistributedDataParallel) else model
-        )
+        self._model: VisionTransformer = require_vision_transformer(unwrap(model))
         self.schedule = schedule
         self.layout = read_layout(self._model)
         self._method = create_method(method, self._model, self.layout, prune_ratio, reduce, method_options)

@@ -21,10 +21,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 import p3b
 from p3b import artifact
-from p3b.config import DataOptions, TrainConfig, check, to_plain
-from p3b.data import DataSplits, Preprocessing, TrainBatches, default_num_workers, eval_batches, mixup, train_batches
+from p3b.config import TrainConfig, check, to_plain
+from p3b.data import DataSplits, Preprocessing, TrainBatches, eval_batches, mixup, train_batches
 from p3b.errors import ConfigError, UserError
-from p3b.inputs import OpenedModel, answer_teacher_apart, augmentation, open_model, open_splits, training_loss
+from p3b.inputs import OpenedModel, answer_teacher_apart, augmentation, num_workers, open_model, open_splits, training_loss
 from p3b.methods.base import Decision
 from p3b.report.figures import draw_figures
 from p3b.train.checkpoint import read_checkpoint, restore, save_checkpoint, seed_everything
@@ -57,7 +57,7 @@ class Session:
         self.folder.check(config.run.resume, config.run.overwrite)
         self.precision = Precision.choose(config.training.precision, device)
         seed_everything(config.run.seed, processes.rank)
-        self.splits: DataSplits = _open_in_turn(config.data, config.run.seed, processes)
+        self.splits: DataSplits = open_splits(config.data, config.run.seed, processes)
         if self.splits.val is None and self.splits.test is None:
             raise ConfigError("There is nothing to evaluate on: give --val-path, --test-path or a --val-share above 0.")
         self.started = time.time()
@@ -333,8 +333,7 @@ class Session:
         return self.batches.batch_size * self.processes.world_size * self.config.training.grad_accum_steps
 
     def _workers(self) -> int:
-        given = self.config.data.num_workers
-        return default_num_workers(self.processes.local_world_size, self.device.type == "cpu") if given is None else given
+        return num_workers(self.config.data, self.processes, self.device)
 
     def _description(self) -> dict[str, Any]:
         return {
@@ -388,16 +387,6 @@ class Session:
         ]
         if changed:
             raise ConfigError(f"--resume needs the settings that the run began with: {'; '.join(changed)}.")
-
-
-def _open_in_turn(options: DataOptions, seed: int, processes: Processes) -> DataSplits:
-    """Open the data on every rank; a download is the main one's alone, the others find what it brought."""
-    if options.download and not processes.is_main:
-        wait_for_all()
-    splits = open_splits(options, seed)
-    if options.download and processes.is_main:
-        wait_for_all()
-    return splits
 
 
 def _class_notes(opened: OpenedModel, class_names: tuple[str, ...]) -> list[str]:

@@ -10,12 +10,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from p3b.errors import WeightsError
 from p3b.files import write_atomically
-from p3b.train.distributed import gather
+from p3b.train.distributed import gather, unwrap
 from p3b.train.loop import Learner
 
 
@@ -67,11 +65,6 @@ def restore(learner: Learner, content: Mapping[str, Any], rank: int) -> None:
         raise WeightsError(f"The checkpoint belongs to another model or other settings: {error}") from error
     if rank < len(content["random"]):
         _set_random_state(content["random"][rank])
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The model itself, without the distributed wrapper."""
-    return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 def seed_everything(seed: int, rank: int) -> None:

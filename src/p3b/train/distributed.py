@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from p3b.errors import ConfigError
 
@@ -88,6 +89,11 @@ def gather(value: Any) -> list[Any]:
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, value)
     return gathered
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model itself, without the distributed wrapper."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 def wait_for_all() -> None:

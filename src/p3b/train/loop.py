@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from p3b.errors import TrainingError
 from p3b.methods.base import Criterion, Decision
+from p3b.train.distributed import unwrap
 from p3b.train.losses import TrainingLoss
 from p3b.train.optim import Precision
 
@@ -152,7 +153,7 @@ def train_epoch(
         if learner.scheduler is not None:
             learner.scheduler.step_update(learner.steps_done)
         if learner.ema is not None:
-            learner.ema.update(_unwrapped(model), step=learner.steps_done)
+            learner.ema.update(unwrap(model), step=learner.steps_done)
         if decision is not None:
             on_decision(decision, phase)
         if learner.steps_done % CHECK_LOSS_EVERY == 0:
@@ -175,10 +176,6 @@ def not_finite(what: str, step: int) -> TrainingError:
 def _gradients_stay_local(model: nn.Module, until: bool) -> Any:
     """Micro-batches before the last of a step need not average their gradients over ranks."""
     return model.no_sync() if isinstance(model, DistributedDataParallel) and not until else nullcontext()
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 class _LossWatch:
