@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 SHELL  := /bin/bash
 
-.PHONY: demo test test-slow check lint types setup lock clean
+.PHONY: demo test test-slow faults check lint types setup lock clean
 
 demo: $(READY)  ## the whole job on embedded data, in minutes
 	$(BIN)/p3b demo
@@ -15,6 +15,10 @@ test: $(READY)  ## the default tests
 
 test-slow: $(READY)  ## the real thing at full size
 	$(BIN)/python -m pytest -n auto -m slow
+
+faults: $(READY)  ## laws, damaged files, killed runs and other numbers of processes in large numbers: hours (docs/reliability.md)
+	$(BIN)/python benchmarks/faults/campaign.py run
+	$(BIN)/python benchmarks/faults/campaign.py table
 
 check: lint types test  ## what CI runs
 
@@ -41,4 +45,4 @@ lock:  ## resolve requirements.lock anew, for every Python that is supported
 	  --custom-compile-command "make lock" --output-file requirements.lock pyproject.toml
 
 clean:
-	rm -rf .make build dist *.egg-info src/*.egg-info .pytest_cache .mypy_cache .ruff_cache demo-run
+	rm -rf .make build dist *.egg-info src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo-run

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import shlex
 import shutil
 import subprocess
@@ -21,8 +19,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "docs" / "results"
+from records import RESULTS, add_line, circumstances, read_lines
+
 LINES = RESULTS / "animals.jsonl"
 SEED = 0
 PRUNE_EPOCHS, FINETUNE_EPOCHS, IMAGES = 6, 8, 3000
@@ -55,11 +53,11 @@ def main() -> None:
     given = parser.parse_args()
     if given.action == "run":
         for name, command in RUNS.items():
-            if given.only in (None, name) and name not in {line["name"] for line in read_lines()}:
+            if given.only in (None, name) and name not in {line["name"] for line in read_lines(LINES)}:
                 run(name, command, given.shared / "data", given.work)
     if given.action == "speed":
         measure_speed(given.work)
-    (RESULTS / "animals.md").write_text(table(read_lines()))
+    (RESULTS / "animals.md").write_text(table(read_lines(LINES)))
 
 
 def run(name: str, command: str, shared: Path, work: Path) -> None:
@@ -78,7 +76,7 @@ def run(name: str, command: str, shared: Path, work: Path) -> None:
         "seconds": round(sum(epoch["seconds"] for epoch in metrics), 1),
         "results": {key: summary[key] for key in ("model", "dense", "pruned", "accuracy") if key in summary},
     }
-    add_line(json.loads(json.dumps(line).replace(str(shared), "SHARED")))  # where the images lay is nobody's business
+    add_line(LINES, json.loads(json.dumps(line).replace(str(shared), "SHARED")))  # where the images lay is nobody's business
     for figure in summary.get("figures", []):
         shutil.copy(figure, RESULTS / f"animals-{output.name}-{Path(figure).name}")
 
@@ -95,6 +93,7 @@ def measure_speed(work: Path) -> None:
     for batch_size in (1, 32):
         speeds = images_per_second(models, (3, 32, 32), batch_size=batch_size, device=torch.device("cpu"), rounds=15)
         add_line(
+            LINES,
             {
                 "name": "speed",
                 "command": "python benchmarks/animals.py speed",
@@ -103,27 +102,8 @@ def measure_speed(work: Path) -> None:
                 "precision": "float32",
                 "threads": torch.get_num_threads(),
                 "images_per_second": dict(zip(folders, speeds, strict=True)),
-            }
+            },
         )
-
-
-def circumstances() -> dict[str, Any]:
-    """Commit and hardware."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-    hardware = {"machine": platform.machine(), "cores": os.cpu_count(), "accelerator": None}
-    return {"commit": commit, "hardware": hardware}
-
-
-def add_line(line: dict[str, Any]) -> None:
-    """Append to the record."""
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    with LINES.open("a") as file:
-        file.write(json.dumps(line) + "\n")
-
-
-def read_lines() -> list[dict[str, Any]]:
-    """The recorded runs."""
-    return [json.loads(line) for line in LINES.read_text().splitlines()] if LINES.exists() else []
 
 
 def table(lines: list[dict[str, Any]]) -> str:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 import p3b
 from p3b.cli import main, published_main
+from p3b.train.checkpoint import Checkpoints
 
 COLOURS = ("blue", "green", "red")
 SIZES = {"train": 4, "val": 3, "test": 3}
@@ -107,10 +108,18 @@ def weights(saved: Path) -> dict[str, Tensor]:
     return p3b.load(saved).state_dict()
 
 
+def last_checkpoint(stage: Path) -> dict[str, Any]:
+    """Content of the newest checkpoint of a stage."""
+    found = Checkpoints(stage / "checkpoints").newest()
+    assert found is not None and not found.passed_over
+    return found.content
+
+
 def same_tensors(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> bool:
     return left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
 
 
 def everything_in(folder: Path) -> dict[str, bytes]:
-    """Content of every file, to see that nothing has changed."""
-    return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
+    """Content of every file, to see that nothing has changed; but for the lock, which says who looked last."""
+    files = [file for file in sorted(folder.rglob("*")) if file.is_file() and file.name != ".lock"]
+    return {str(file.relative_to(folder)): file.read_bytes() for file in files}

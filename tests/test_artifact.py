@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import p3b
+from faults.damage import sealed, weights_digest
 from p3b import artifact
 from p3b.artifact import CONFIG_FILE, WEIGHTS_FILE, is_artifact, read_config, save_checkpoint
 from p3b.errors import ModelError, RunFolderError, WeightsError
@@ -133,7 +134,8 @@ def test_a_checkpoint_loads_in_torchs_weights_only_mode(tmp_path: Path) -> None:
     model = _small()
     content = torch.load(save_checkpoint(model, tmp_path / "first_sparse_checkpoint.pth"), weights_only=True)
     assert set(content) == {"p3b", "model"}
-    assert content["p3b"] == read_config(p3b.save(model, tmp_path / "folder"))
+    assert content["p3b"] == (p3b.save(model, tmp_path / "folder") / CONFIG_FILE).read_text()
+    assert read_config(tmp_path / "first_sparse_checkpoint.pth") == read_config(tmp_path / "folder")
     assert all(torch.equal(value, content["model"][key]) for key, value in model.state_dict().items())
 
 
@@ -195,7 +197,7 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
     "config not text": lambda f: (f / CONFIG_FILE).write_bytes(b"\xff\xfe\x00"),
     "config of something else": lambda f: (f / CONFIG_FILE).write_text('{"model_type": "vit"}'),
     "config a list": lambda f: (f / CONFIG_FILE).write_text("[1]"),
-    "a later schema": _edit(lambda c: c.update(schema=2)),
+    "a later schema": _edit(lambda c: c.update(schema=3)),
     "another format": _edit(lambda c: c.update(format="other")),
     "no blocks": _edit(lambda c: c.pop("blocks")),
     "blocks null": _edit(lambda c: c.update(blocks=None)),
@@ -232,6 +234,111 @@ def test_damage_is_told_and_nothing_half_right_is_returned(damage: str, tmp_path
     DAMAGES[damage](tmp_path)
     with pytest.raises(WeightsError, match=str(tmp_path)):
         p3b.load(tmp_path)
+
+
+@pytest.mark.parametrize("damage", [name for name, change in DAMAGES.items() if change.__qualname__.startswith("_edit")])
+@pytest.mark.parametrize("schema", [1, 2])
+def test_what_an_edit_spoils_is_told_without_the_digest(damage: str, schema: int, tmp_path: Path) -> None:
+    """The same edits by somebody who knows of digests, and in a file of before there were any."""
+    p3b.save(_small(), tmp_path)
+    if schema == 1:
+        _as_schema_1(tmp_path)
+    p3b.load(tmp_path)
+    DAMAGES[damage](tmp_path)
+    config = json.loads((tmp_path / CONFIG_FILE).read_text())
+    (tmp_path / CONFIG_FILE).write_text(sealed(config) if schema == 2 else json.dumps(config))
+    with pytest.raises(WeightsError, match=str(tmp_path)) as caught:
+        p3b.load(tmp_path)
+    assert "digest" not in str(caught.value)
+
+
+def _as_schema_1(folder: Path) -> None:
+    """What p3b wrote before there were digests."""
+    config = json.loads((folder / CONFIG_FILE).read_text())
+    for entry in ("p3b_version", "weights_digest", "digest"):
+        del config[entry]
+    (folder / CONFIG_FILE).write_text(json.dumps({**config, "schema": 1}))
+
+
+def test_files_of_the_first_schema_load(tmp_path: Path) -> None:
+    model = _small()
+    p3b.save(model, tmp_path / "folder", class_names=list("abcde"))
+    _as_schema_1(tmp_path / "folder")
+    config = json.loads((tmp_path / "folder" / CONFIG_FILE).read_text())
+    torch.save({"p3b": config, "model": model.state_dict()}, tmp_path / "old.pth")
+    for path in (tmp_path / "folder", tmp_path / "old.pth"):
+        _assert_same(p3b.load(path), model, images())
+        assert read_config(path) == config
+        assert is_artifact(path)
+
+
+def test_a_later_schema_says_who_wrote_it_and_what_is_read(tmp_path: Path) -> None:
+    p3b.save(_small(), tmp_path)
+    _edit(lambda config: config.update(schema=7, p3b_version="3.1"))(tmp_path)
+    with pytest.raises(WeightsError, match=r"schema 7, written by p3b 3\.1.*reads schemas 1 and 2.*install"):
+        read_config(tmp_path)
+
+
+def test_an_edited_config_is_told_and_how_to_change_it(tmp_path: Path) -> None:
+    p3b.save(tiny_vit(), tmp_path, class_names=list("abcde"), preprocessing={"mean": [0.485, 0.456, 0.406]})
+    text = (tmp_path / CONFIG_FILE).read_text()
+    for old, new in (("0.485", "0.475"), ('"a"', '"x"')):
+        (tmp_path / CONFIG_FILE).write_text(text.replace(old, new, 1))
+        for read in (p3b.load, read_config):
+            with pytest.raises(WeightsError, match=r"edited by hand.*p3b\.load.*p3b\.save"):
+                read(tmp_path)
+    (tmp_path / CONFIG_FILE).write_text(json.dumps(json.loads(text), indent=8))  # spaces carry nothing
+    assert read_config(tmp_path)["class_names"] == list("abcde")
+
+
+def test_a_bit_that_flipped_in_a_weight_is_told(tmp_path: Path) -> None:
+    p3b.save(tiny_vit(), tmp_path)
+    content = bytearray((tmp_path / WEIGHTS_FILE).read_bytes())
+    content[-3] ^= 1
+    (tmp_path / WEIGHTS_FILE).write_bytes(content)
+    with pytest.raises(WeightsError, match="damaged, or of another model than the config"):
+        p3b.load(tmp_path)
+
+
+def test_weights_of_another_save_of_the_same_shape_are_told(tmp_path: Path) -> None:
+    p3b.save(tiny_vit(seed=0), tmp_path / "a")
+    p3b.save(tiny_vit(seed=1), tmp_path / "b")
+    (tmp_path / "a" / WEIGHTS_FILE).replace(tmp_path / "b" / WEIGHTS_FILE)
+    with pytest.raises(WeightsError, match="another model than the config"):
+        p3b.load(tmp_path / "b")
+
+
+def test_digests_are_of_content(tmp_path: Path) -> None:
+    """Computed here from what the format says: whoever writes such files elsewhere needs no more."""
+    config = json.loads((p3b.save(_small(), tmp_path) / CONFIG_FILE).read_text())
+    assert json.loads(sealed(config)) == config
+    assert config["weights_digest"] == weights_digest(safetensors.torch.load_file(tmp_path / WEIGHTS_FILE))
+    assert (config["schema"], config["p3b_version"]) == (2, p3b.__version__)
+
+
+def test_a_model_that_diverged_is_not_saved(tmp_path: Path) -> None:
+    for bad in (float("nan"), float("inf")):
+        model = tiny_vit()
+        model.blocks[1].mlp.fc2.weight.data[3, 4] = bad
+        for save in (p3b.save, save_checkpoint):
+            with pytest.raises(ModelError, match=r"blocks\.1\.mlp\.fc2\.weight.*NaN"):
+                save(model, tmp_path / "model")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tensors_of_any_layout_are_saved(tmp_path: Path) -> None:
+    """Transposed, shared and cut out of larger memory: what is saved has its own."""
+    model = tiny_vit()
+    large = torch.randn(100, 24)
+    with torch.no_grad():
+        model.blocks[0].attn.proj.weight = nn.Parameter(torch.randn(24, 24).T)
+        model.blocks[1].attn.proj.weight = nn.Parameter(large[10:34])
+        model.blocks[1].norm1.weight = nn.Parameter(large[90])
+        model.blocks[1].norm2.weight = model.blocks[1].norm1.weight
+        model.to(memory_format=torch.channels_last)
+    for path in (p3b.save(model, tmp_path / "folder"), save_checkpoint(model, tmp_path / "model.pth")):
+        _assert_same(p3b.load(path), model, images())
+    assert (tmp_path / "model.pth").stat().st_size < 2 * sum(value.nbytes for value in model.state_dict().values())
 
 
 def test_what_is_no_artifact_is_told(tmp_path: Path) -> None:
@@ -299,7 +406,9 @@ def test_no_moment_shows_half_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     def fail(_tensors: dict[str, Tensor], path: Path) -> None:
         Path(path).write_bytes(b"half")
-        assert {name: content for name, content in _content(tmp_path).items() if not name.startswith(".")} == before
+        seen = _content(tmp_path)
+        assert {name: seen[name] for name in before} == before
+        assert {name for name in seen if not name.startswith(".")} - before.keys() == {"config.json.new"}
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(artifact.safetensors.torch, "save_file", fail)
@@ -315,3 +424,125 @@ def test_a_place_that_is_a_file_is_told(tmp_path: Path) -> None:
     with pytest.raises(RunFolderError, match="Cannot write the checkpoint"):
         save_checkpoint(tiny_vit(), tmp_path / "taken" / "model.pth")
     assert (tmp_path / "taken").read_text() == "a note"
+
+
+# --- a stop in the middle
+
+STEPS = """
+import os, shutil, sys
+from pathlib import Path
+sys.path[:0] = sys.argv[3:]
+import torch
+torch.set_num_threads(1)
+import p3b
+from tiny import tiny_vit
+
+work, how = Path(sys.argv[1]), sys.argv[2]
+old, new = tiny_vit(seed=0), tiny_vit(seed=1)
+p3b.save(old, work / "start", class_names=list("abcde"))
+if how.endswith("first"):
+    shutil.rmtree(work / "start")
+
+seen = 0
+
+def stop_at(step):
+    def watch(event, arguments):
+        global seen
+        watched = ("open", "os.rename", "os.remove", "os.chmod", "os.mkdir", "tempfile.mkstemp")
+        if event in watched and str(work) in str(arguments[0]):
+            seen += 1
+            if seen == step:
+                if how.startswith("exit"):
+                    os._exit(9)
+                raise OSError(5, "stopped here")
+    sys.addaudithook(watch)
+
+for step in range(1, 1000):
+    folder = work / f"{step:03d}"
+    if (work / "start").exists():
+        shutil.copytree(work / "start", folder)
+    child = os.fork()
+    if child == 0:
+        stop_at(step)
+        try:
+            p3b.save(new, folder, class_names=list("vwxyz"))
+        except p3b.errors.RunFolderError:
+            os._exit(8)
+        os._exit(0 if seen < step else 7)  # 7: some errors are none, as that of making a folder that is there
+    _, status = os.waitpid(child, 0)
+    code = os.waitstatus_to_exitcode(status)
+    assert code in (0, 7, 8, 9), code
+    if code == 0:
+        break
+"""
+"""Stops `p3b.save` before each thing that it does to files, each time in a process and a folder of its own."""
+
+
+@pytest.mark.parametrize("how", ["exit first", "exit", "raise first", "raise"])
+def test_wherever_saving_stops_the_old_model_or_the_new_one_is_there(how: str, tmp_path: Path) -> None:
+    old, new = tiny_vit(seed=0), tiny_vit(seed=1)
+    script = [sys.executable, "-c", STEPS, str(tmp_path), how, str(Path(__file__).parent)]
+    subprocess.run(script, check=True)
+    folders = sorted(folder for folder in tmp_path.iterdir() if folder.name != "start")
+    assert len(folders) > 8
+    outcomes = []
+    for folder in folders:
+        try:
+            loaded, names = p3b.load(folder), read_config(folder)["class_names"]
+        except WeightsError as error:
+            assert "first" in how and str(folder) in str(error)
+            outcomes.append("none")
+        else:
+            outcomes.append("old" if names == list("abcde") else "new")
+            _assert_same(loaded, old if outcomes[-1] == "old" else new, images())
+            assert names == list("abcde" if outcomes[-1] == "old" else "vwxyz")
+            assert is_artifact(folder)
+    before = "none" if "first" in how else "old"
+    assert set(outcomes) == {before, "new"}
+    if "exit" in how:
+        assert outcomes == sorted(outcomes, key=lambda outcome: outcome == "new")  # once the new one is there, it stays
+    third = tiny_vit(seed=2)  # whatever a stop has left behind, the next save goes on from it
+    for folder in folders:
+        p3b.save(third, folder)
+        _assert_same(p3b.load(folder), third, images())
+        assert not (folder / "config.json.new").exists()
+
+
+def _interrupted(folder: Path) -> None:
+    """As left by a stop after the new weights (seed 1) took their place, before their config did."""
+    p3b.save(tiny_vit(seed=0), folder, class_names=list("abcde"))
+    earlier = (folder / CONFIG_FILE).read_text()
+    p3b.save(tiny_vit(seed=1), folder, class_names=list("vwxyz"))
+    (folder / CONFIG_FILE).rename(folder / "config.json.new")
+    (folder / CONFIG_FILE).write_text(earlier)
+
+
+def test_a_second_stop_loses_nothing_of_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The config that waited for its place would have been overwritten by the one of the next save."""
+    _interrupted(tmp_path)
+
+    def fail(_tensors: dict[str, Tensor], _path: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(artifact.safetensors.torch, "save_file", fail)
+    with pytest.raises(RunFolderError):
+        p3b.save(tiny_vit(seed=2), tmp_path)
+    _assert_same(p3b.load(tmp_path), tiny_vit(seed=1), images())
+    assert read_config(tmp_path)["class_names"] == list("vwxyz")
+
+
+def test_a_config_that_was_left_behind_never_wins_over_the_one_that_fits(tmp_path: Path) -> None:
+    p3b.save(tiny_vit(seed=0), tmp_path / "other", class_names=list("vwxyz"))
+    for seed in (0, 1):  # of the same weights as the model's, and of others
+        p3b.save(tiny_vit(seed=seed), tmp_path / "model", class_names=list("abcde"))
+        (tmp_path / "model" / "config.json.new").write_text((tmp_path / "other" / CONFIG_FILE).read_text())
+        _assert_same(p3b.load(tmp_path / "model"), tiny_vit(seed=seed), images())
+        assert read_config(tmp_path / "model")["class_names"] == list("abcde")
+
+
+def test_a_stop_while_a_model_of_the_first_schema_is_replaced(tmp_path: Path) -> None:
+    """The old config, without digests, would fit the new weights of the same shape."""
+    _interrupted(tmp_path)
+    _as_schema_1(tmp_path)
+    _assert_same(p3b.load(tmp_path), tiny_vit(seed=1), images())
+    assert read_config(tmp_path)["class_names"] == list("vwxyz")

@@ -171,7 +171,7 @@ def test_weights_that_cannot_be_read(data: Path, refused: Refusals, tmp_path: Pa
         "missing.pth": (None, "There is no weights file"),
         "empty.pth": (b"", "is empty"),
         "truncated.pth": (good.read_bytes()[:2000], "is damaged"),
-        "foreign.pth": (b"%PDF-1.7 something else entirely", "holds objects that are not weights"),
+        "foreign.pth": (b"%PDF-1.7 something else entirely", "is damaged"),
         "foreign.safetensors": (b"%PDF-1.7 something else entirely", "is damaged or not a safetensors file"),
         "weights.bin": (good.read_bytes(), "unknown kind of weights file '.bin'"),
     }
@@ -351,10 +351,10 @@ def test_an_output_folder_that_cannot_be_written(data: Path, refused: Refusals) 
 def test_a_checkpoint_that_cannot_be_resumed_from(data: Path, refused: Refusals, pruned_run: Path) -> None:
     shutil.copytree(pruned_run, refused.out)
     (refused.out / "prune" / "summary.json").unlink()
-    last = refused.out / "prune" / "last.pth"
-    last.write_bytes(last.read_bytes()[:1000])
+    for checkpoint in (refused.out / "prune" / "checkpoints").iterdir():
+        checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
     given = flags(data, refused.out, "--epochs", "1", "--prune-start-epoch", "0", "--resume")
-    refused("prune", *given, telling=("last.pth cannot be resumed from", "--overwrite"))
+    refused("prune", *given, telling=("no checkpoint to resume from", "has changed since it was written", "--overwrite"))
 
 
 # --- in the middle of a run -------------------------------------------------------------------------------------------
@@ -373,27 +373,28 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
 def test_the_checkpoint_before_a_loss_that_is_not_finite_can_be_gone_on_from(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import p3b.session
+    import p3b.part
 
-    save = p3b.session.save_checkpoint
+    save = p3b.part.save_checkpoint
     kept: list[dict[str, bytes]] = []
 
-    def save_and_steepen(file: Path, learner: object, is_main: bool, **progress: object) -> None:
-        save(file, learner, is_main, **progress)  # type: ignore[arg-type]
+    def save_and_steepen(checkpoints: object, learner: object, is_main: bool, **progress: object) -> None:
+        save(checkpoints, learner, is_main, **progress)  # type: ignore[arg-type]
         kept.append(everything_in(tmp_path / "train"))
         learner.optimizer.param_groups[0]["lr"] = float("inf")  # type: ignore[attr-defined]
         learner.scheduler = None  # type: ignore[attr-defined]
 
     given = flags(data, tmp_path, "--epochs", "2", *CALM)
     with monkeypatch.context() as patch:
-        patch.setattr(p3b.session, "save_checkpoint", save_and_steepen)
+        patch.setattr(p3b.part, "save_checkpoint", save_and_steepen)
         assert run("train", *given) == 2
     said = capsys.readouterr().err
     assert "The loss is not finite at optimizer step 4" in said and "--lr" in said and "--clip-grad" in said
     now = everything_in(tmp_path / "train")
-    assert {name: now[name] for name in ("last.pth", "best.pth", "metrics.jsonl")} == {
-        name: kept[0][name] for name in ("last.pth", "best.pth", "metrics.jsonl")
+    assert {name: now[name] for name in kept[0] if name != "log.txt"} == {
+        name: content for name, content in kept[0].items() if name != "log.txt"
     }
+    assert any(name.startswith("checkpoints/") for name in now)
     assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "train" / "best.pth").values())
     assert run("train", *given, "--resume") == 0
     assert [line["epoch"] for line in lines(tmp_path / "train" / "metrics.jsonl")] == [1, 2]

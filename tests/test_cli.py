@@ -23,6 +23,7 @@ from runs import (
     SIZES,
     colour_folders,
     flags,
+    last_checkpoint,
     lines,
     read,
     run,
@@ -135,7 +136,7 @@ def test_the_moving_average_is_what_is_saved(data: Path, tmp_path: Path) -> None
     parts = ("--test-path", str(data / "test"), "--val-share", "0")  # the last epoch stays
     given = ("--model-ema", "--model-ema-decay", "0.5", "--epochs", "2", "--lr", "0.05")
     assert run("train", *flags(data / "train", tmp_path, *parts, *given)) == 0
-    last = torch.load(tmp_path / "train" / "last.pth", weights_only=True)
+    last = last_checkpoint(tmp_path / "train")
     average = {key.removeprefix("module."): tensor for key, tensor in last["ema"].items()}
     assert same_tensors(weights(tmp_path / "dense"), average)
     assert not same_tensors(last["model"], average)
@@ -170,7 +171,7 @@ def test_the_teacher_sees_the_students_images(data: Path, tmp_path: Path) -> Non
 def test_half_precision(data: Path, tmp_path: Path, precision: str) -> None:
     given = ("--precision", precision, *PHASES, "--finetune-epochs", "1")
     assert run("prune", *flags(data, tmp_path, *given)) == 0
-    last = torch.load(tmp_path / "prune" / "last.pth", weights_only=True)
+    last = last_checkpoint(tmp_path / "prune")
     assert bool(last["scaler"]) == (precision == "fp16"), "only fp16 scales its loss"
     config = read(tmp_path / "prune" / "config.json")
     assert config["resolved"]["precision"] == {"bf16": "bfloat16", "fp16": "float16"}[precision]
@@ -295,9 +296,9 @@ def test_model_of_whole_default_shape_is_named_by_flags_alone(data: Path, tmp_pa
 def test_an_interrupted_run_says_how_to_go_on(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import p3b.session
+    import p3b.part
 
-    real, epochs = p3b.session.train_epoch, []
+    real, epochs = p3b.part.train_epoch, []
 
     def interrupted(*given: object) -> float:
         epochs.append(given)
@@ -305,7 +306,7 @@ def test_an_interrupted_run_says_how_to_go_on(
             raise KeyboardInterrupt
         return real(*given)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(p3b.session, "train_epoch", interrupted)
+    monkeypatch.setattr(p3b.part, "train_epoch", interrupted)
     assert run("train", *flags(data, tmp_path, "--epochs", "3")) == INTERRUPTED
     assert "--resume" in capsys.readouterr().err
     assert run("train", *flags(data, tmp_path, "--epochs", "3", "--resume")) == 0

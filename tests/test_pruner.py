@@ -247,10 +247,10 @@ def _decision_of_step_4(schedule: p3b.Schedule, spoiled_step: int | None) -> Dec
 
 
 def test_a_step_with_gradients_that_are_not_finite_counts_for_nothing() -> None:
-    """Its scores and benefits are left out, as if the interval had begun a step later."""
+    """Scores and benefits are left out, as if the interval had begun a step later; in the warm-up the probes rest as well."""
     two_steps = p3b.Schedule(start=3, sparse=11, final=20, update_every=2)
     one_step = p3b.Schedule(start=4, sparse=8, final=20, update_every=1)  # the same progress at step 4
-    spoiled, later = _decision_of_step_4(two_steps, spoiled_step=3), _decision_of_step_4(one_step, spoiled_step=None)
+    spoiled, later = (_decision_of_step_4(schedule, spoiled_step=3) for schedule in (two_steps, one_step))
     assert spoiled.progress == later.progress
     assert spoiled.blocks == later.blocks
     assert all(torch.equal(spoiled.masks[gate], later.masks[gate]) for gate in later.masks)
@@ -271,6 +271,33 @@ def test_one_bad_batch_does_not_spoil_the_probes_for_good() -> None:
     assert all(block.benefit_cls != 0 and block.benefit_patch != 0 for block in decision.blocks)
     assert all(torch.isfinite(mask).all() for mask in decision.masks.values())
     run.to_the_end()
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+@pytest.mark.parametrize("step", [0, 4])
+def test_a_step_that_a_scaler_leaves_out_leaves_the_method_as_it_was(step: int, enabled: bool) -> None:
+    """In the warm-up and later: scores, benefits and probes know nothing of it; the step is counted."""
+    run = Run(tiny_vit()).steps(step)
+    scaler = torch.amp.GradScaler("cpu", init_scale=16.0, enabled=enabled)
+    scaler.scale(CE(run.model(images(4)), labels(4)) + run.pruner.loss(CE, labels(4))).backward()
+    run.model.blocks[0].attn.proj.weight.grad[1, 2] = float("inf")
+    scaler.unscale_(run.optimizer)
+    before = deepcopy(run.pruner.state_dict())
+    run.pruner.step(scaler)
+    scaler.step(run.optimizer)
+    scaler.update()
+    after = run.pruner.state_dict()
+    assert after["steps_done"] == before["steps_done"] + 1
+    for part in ("probes", "probe_optimizer"):
+        assert str(after["method"][part]) == str(before["method"][part])
+    probes = after["method"]["probes"]
+    assert all(torch.equal(probes[key], before["method"]["probes"][key]) for key in probes)
+    sums, sums_before = (state["method"]["meter"]["intervals"][-1] for state in (after, before))
+    for name, (total, count) in sums.items():
+        total_before, count_before = sums_before.get(name, (torch.zeros_like(total), torch.zeros(())))
+        assert torch.equal(total, total_before)
+        assert count == count_before
+    assert scaler.get_scale() == (8.0 if enabled else 1.0)
 
 
 @pytest.mark.parametrize("enabled", [True, False])

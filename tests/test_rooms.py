@@ -23,10 +23,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "scoring": {"scoring", *ANATOMY},
     "methods": {"methods", "scoring", *ANATOMY},
     "data": {"data"},
-    "train": {"train", "files", "methods.base", *ANATOMY},
-    "weights": ANATOMY,
+    "train": {"train", "files", "untrusted", "methods.base", *ANATOMY},
+    "pickles": set(),
+    "untrusted": {"pickles"},
+    "weights": {"untrusted", *ANATOMY},
     "models": {"weights", "artifact", *ANATOMY},
-    "artifact": {"files", *ANATOMY},
+    "artifact": {"files", "pickles", "untrusted", "__init__", *ANATOMY},
     "pruner": {"methods", "methods.base", "scoring.meter", "train.distributed", *ANATOMY},
     "bench": {"artifact", *ANATOMY},
     "export": {"artifact", "files", *ANATOMY},
@@ -36,7 +38,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 """Rooms and what each may import, beside `errors`, which is common ground. A name covers everything inside it."""
 
-COMMANDS = {"cli", "commands", "config", "inputs", "session", "demo.run", "__main__", "demo"}
+COMMANDS = {"cli", "commands", "config", "inputs", "part", "session", "demo.run", "__main__", "demo"}
 """The command line and what carries it out: it may import everything, and nothing below imports it."""
 
 NOT_TORCH = {"errors", "files", "report", "config", "cli", "__init__", "__main__"}

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import p3b
-import p3b.session
+import p3b.part
 from p3b.artifact import read_config
 from p3b.cli import INTERRUPTED
 from p3b.train.run_folder import StageFolder
@@ -26,6 +26,7 @@ from runs import (
     colour_folders,
     everything_in,
     flags,
+    last_checkpoint,
     lines,
     read,
     run,
@@ -61,10 +62,10 @@ def unfinetuned_run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 def test_prune_leaves_its_run_folder(pruned_run: Path) -> None:
     stage = pruned_run / "prune"
     assert {file.name for file in stage.iterdir()} == {
-        "config.json", "log.txt", "metrics.jsonl", "blocks.jsonl", "last.pth", "best.pth", "summary.json",
+        "config.json", "log.txt", "metrics.jsonl", "blocks.jsonl", "checkpoints", "best.pth", "summary.json",
         "benefit.png", "keep_ratio.png",
     }  # fmt: skip
-    assert {file.name for file in pruned_run.iterdir()} == {"prune", "pruned", "first_sparse_checkpoint.pth"}
+    assert {file.name for file in pruned_run.iterdir()} == {".lock", "prune", "pruned", "first_sparse_checkpoint.pth"}
     log = (stage / "log.txt").read_text()
     for said in (
         "19,347 parameters",
@@ -181,9 +182,9 @@ def test_pruned_model_loads_in_a_fresh_process(pruned_run: Path) -> None:
 
 def test_train_leaves_its_run_folder_and_the_best_epoch(data: Path, tmp_path: Path) -> None:
     assert run("train", *flags(data, tmp_path, "--epochs", "3", "--lr", "0.1")) == 0
-    assert {file.name for file in tmp_path.iterdir()} == {"train", "dense"}
+    assert {file.name for file in tmp_path.iterdir()} == {".lock", "train", "dense"}
     assert {file.name for file in (tmp_path / "train").iterdir()} == {
-        "config.json", "log.txt", "metrics.jsonl", "last.pth", "best.pth", "summary.json"
+        "config.json", "log.txt", "metrics.jsonl", "checkpoints", "best.pth", "summary.json"
     }  # fmt: skip
     metrics, summary = lines(tmp_path / "train" / "metrics.jsonl"), read(tmp_path / "train" / "summary.json")
     assert summary["accuracy"]["val"]["top1"] == max(line["val_top1"] for line in metrics)
@@ -195,8 +196,7 @@ def test_without_a_val_part_the_last_epoch_stays_and_test_chooses_nothing(data: 
     parts = ("--test-path", str(data / "test"), "--val-share", "0")
     assert run("train", *flags(data / "train", tmp_path, *parts, "--epochs", "2", "--lr", "0.1")) == 0
     assert not (tmp_path / "train" / "best.pth").exists()
-    last = torch.load(tmp_path / "train" / "last.pth", weights_only=True)["model"]
-    assert same_tensors(last, weights(tmp_path / "dense"))
+    assert same_tensors(last_checkpoint(tmp_path / "train")["model"], weights(tmp_path / "dense"))
     assert set(lines(tmp_path / "train" / "metrics.jsonl")[0]) >= {"test_top1", "test_top5", "test_loss"}
 
 
@@ -245,7 +245,7 @@ def test_svg_figures_where_asked(data: Path, tmp_path: Path) -> None:
 
 def kill_at(patch: pytest.MonkeyPatch, event: str, count: int) -> None:
     """Die right after the `count`-th checkpoint, or right before it ("unsaved": its lines are written, it is not)."""
-    save = p3b.session.save_checkpoint
+    save = p3b.part.save_checkpoint
     calls = 0
 
     def saving(*args: Any, **kwargs: Any) -> None:
@@ -258,7 +258,7 @@ def kill_at(patch: pytest.MonkeyPatch, event: str, count: int) -> None:
         if event == "unsaved":
             save(*args, **kwargs)
 
-    patch.setattr(p3b.session, "save_checkpoint", saving)
+    patch.setattr(p3b.part, "save_checkpoint", saving)
 
 
 def without_seconds(file: Path) -> list[dict[str, Any]]:
@@ -360,14 +360,15 @@ def test_resume_where_nothing_is_starts(data: Path, tmp_path: Path) -> None:
 def test_overwrite_removes_its_own_stage_only(data: Path, tmp_path: Path) -> None:
     assert run("train", *flags(data, tmp_path, "--epochs", "2")) == 0
     assert run("prune", *flags(data, tmp_path, "--epochs", "1", "--prune-start-epoch", "0")) == 0
-    (tmp_path / "train" / "stray.txt").write_text("left over")
+    (tmp_path / "train" / "notes.txt").write_text("mine")
     (tmp_path / "notes.txt").write_text("mine")
     before = everything_in(tmp_path)
     assert run("train", *flags(data, tmp_path, "--epochs", "1", "--overwrite")) == 0
     after = everything_in(tmp_path)
     others = {name: content for name, content in before.items() if not name.startswith(("train/", "dense/"))}
     assert {name: after[name] for name in others} == others
-    assert "train/stray.txt" not in after and len(lines(tmp_path / "train" / "metrics.jsonl")) == 1
+    assert "train/notes.txt" in after, "what is not of the run stays"
+    assert len(lines(tmp_path / "train" / "metrics.jsonl")) == 1
 
 
 # --- the folder itself ------------------------------------------------------------------------------------------------
@@ -376,14 +377,20 @@ def test_overwrite_removes_its_own_stage_only(data: Path, tmp_path: Path) -> Non
 def test_lines_after_the_checkpoint_and_half_lines_are_cut(tmp_path: Path) -> None:
     folder = StageFolder(tmp_path, "prune")
     folder.begin({}, overwrite=False)
-    for step in (3, 6, 9):
-        folder.append_line("metrics.jsonl", {"step": step, "phase": "sparsify"})
-        folder.append_line("blocks.jsonl", {"step": step, "phase": "sparsify"})
+    for step in (3, 6):
+        folder.append_line("metrics.jsonl", {"step": step})
+        folder.append_line("blocks.jsonl", {"step": step})
+        folder.append_line("blocks.jsonl", {"step": step + 1})
+    at_checkpoint = dict(folder.lines)
+    folder.append_line("blocks.jsonl", {"step": 9})
     with (folder.path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 6, "tr')
-    folder.cut_lines(6)
-    for name in ("metrics.jsonl", "blocks.jsonl"):
-        assert [line["step"] for line in lines(folder.path / name)] == [3, 6]
+        file.write('{"step": 9, "tr')
+    again = StageFolder(tmp_path, "prune")
+    again.cut_lines(at_checkpoint)
+    again.append_line("metrics.jsonl", {"step": 9})
+    assert [line["step"] for line in lines(folder.path / "metrics.jsonl")] == [3, 6, 9]
+    assert [line["step"] for line in lines(folder.path / "blocks.jsonl")] == [3, 4, 6, 7]
+    assert again.lines == {"metrics.jsonl": 3, "blocks.jsonl": 4}
 
 
 def evaluated(data: Path, saved: Path, *more: str) -> dict[str, Any]:

@@ -81,6 +81,33 @@ def test_a_pickled_state_dict_is_found_wherever_it_lies(wrap: Any, tmp_path: Pat
     assert report.replaced == report.resampled == report.missing == report.unexpected == ()
 
 
+@pytest.mark.parametrize("zipped", [True, False])
+def test_weights_are_found_beside_what_training_left(zipped: bool, tmp_path: Path) -> None:
+    """Half precision, tied tensors, views of one memory, an optimizer's state: nothing of it is unusual in a checkpoint."""
+    source = shaken(tiny()).half()
+    source.blocks[1].norm1.weight = source.blocks[0].norm1.weight
+    optimizer = torch.optim.AdamW(source.parameters())
+    sum(parameter.sum() for parameter in source.parameters()).backward()
+    optimizer.step()
+    flat = torch.cat([value.flatten() for value in source.state_dict().values()])
+    views = flat.split([value.numel() for value in source.state_dict().values()])
+    state = {key: view.view_as(value) for (key, value), view in zip(source.state_dict().items(), views, strict=True)}
+    for content in (source.state_dict(), state):
+        whole = {"model": content, "optimizer": optimizer.state_dict(), "random": torch.get_rng_state(), "epoch": 3}
+        torch.save(whole, tmp_path / "w.pth", _use_new_zipfile_serialization=zipped)
+        found = read_weights(tmp_path / "w.pth")
+        assert all(torch.equal(found[key], value) for key, value in source.state_dict().items())
+        assert rebuilt(tmp_path / "w.pth")[1].loaded == len(state)
+
+
+def test_a_patch_that_would_take_minutes_to_resample_is_refused(tmp_path: Path) -> None:
+    state = tiny().state_dict()
+    state["patch_embed.proj.weight"] = torch.zeros(1, 1, 1000, 1000)
+    torch.save(state, tmp_path / "w.pth")
+    with pytest.raises(WeightsError, match="patches of 1000x1000 pixels"):
+        rebuilt(tmp_path / "w.pth")
+
+
 def test_the_oldest_pickle_format_is_read(tmp_path: Path) -> None:
     source = shaken(tiny())
     torch.save(source.state_dict(), tmp_path / "w.pt", _use_new_zipfile_serialization=False)

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from p3b.config import DemoConfig, EvaluateConfig, FinetuneConfig, PruneConfig, TrainConfig
-from p3b.errors import UserError, unknown_name
+from p3b.errors import Stopped, UserError, unknown_name
 
-USER_ERROR, INTERRUPTED = 2, 130
+USER_ERROR, STOPPED, INTERRUPTED = 2, 75, 130
+"""75 is EX_TEMPFAIL of sysexits.h: nothing is wrong, try again."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ COMMANDS: dict[str, Command] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """`p3b <command> [flags]`: returns the exit status; 0 done, 2 a user's mistake, 130 interrupted."""
+    """`p3b <command> [flags]`: returns the exit status; 0 done, 2 what a user can mend, 75 stopped and saved, 130 cut short."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     if not given or given[0] in ("-h", "--help"):
         print(_usage())
@@ -74,12 +75,12 @@ def run_command(name: str, flags: Sequence[str], prog: str) -> int:
         if int(os.environ.get("RANK", 0)) == 0:  # every rank meets the same mistake; one says so
             print(f"p3b {name}: {error}", file=sys.stderr, flush=True)
         return USER_ERROR
+    except Stopped as stop:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"p3b {name}: {stop}; --resume goes on.", file=sys.stderr, flush=True)
+        return STOPPED
     except KeyboardInterrupt:
-        print(
-            f"p3b {name}: interrupted; what the last finished epoch saved is kept, --resume goes on.",
-            file=sys.stderr,
-            flush=True,
-        )
+        print(f"p3b {name}: interrupted; the last checkpoint is kept, --resume goes on.", file=sys.stderr, flush=True)
         return INTERRUPTED
     return 0
 

@@ -15,12 +15,13 @@ from p3b.bench import images_per_second
 from p3b.config import EvaluateConfig, PruneConfig, TrainConfig, check_evaluation, to_plain
 from p3b.core.schedule import Schedule, parse_duration
 from p3b.data import DataSplits
-from p3b.errors import ConfigError, DataError, RunFolderError, ScheduleError, UserError, WeightsError
+from p3b.errors import ConfigError, DataError, RunFolderError, ScheduleError, WeightsError
 from p3b.inputs import OpenedModel, num_workers, open_model, open_splits
+from p3b.part import train_part
 from p3b.pruner import Pruner
-from p3b.session import PRODUCTS, SPARSE_CHECKPOINT, Session, count_unreadable, evaluate_split, open_session, tell_for_one
+from p3b.session import PRODUCTS, SPARSE_CHECKPOINT, Session, count_unreadable, evaluate_split, explained, open_session
 from p3b.train.display import Display
-from p3b.train.distributed import Processes, process_group, wait_for_all
+from p3b.train.distributed import Processes, process_group
 from p3b.train.evaluate import Accuracy
 from p3b.train.optim import Precision
 from p3b.train.run_folder import StageFolder
@@ -52,7 +53,7 @@ def train(config: TrainConfig, stage: str = "train") -> dict[str, Any]:
             return finished
         model = session.open_model()
         checkpoint = session.begin(model)
-        session.train_part(model, stage, config.training.epochs, config.training.lr, checkpoint=checkpoint)
+        train_part(session, model, stage, config.training.epochs, config.training.lr, checkpoint=checkpoint)
         folder = session.save_model(model)
         accuracies = _final_accuracies(session, model)
         figures = _figures(session, [model], [accuracies])
@@ -94,8 +95,8 @@ def prune(config: PruneConfig) -> dict[str, Any]:
         if config.prune.prune_blocks_only:
             session.display.say("the prune ratio counts the blocks alone")
 
-        if checkpoint is None or checkpoint["progress"]["part"] == "prune":
-            session.train_part(model, "prune", prune_epochs, config.training.lr, pruner=pruner, checkpoint=checkpoint)
+        if checkpoint is None or checkpoint["progress"]["place"]["part"] == "prune":
+            train_part(session, model, "prune", prune_epochs, config.training.lr, pruner=pruner, checkpoint=checkpoint)
             session.log_decision(pruner.decide_last(), "finalize", schedule.final, pruner.kept_params())
             pruner.shrink()
             name, accuracy = session.evaluate(model)
@@ -108,7 +109,7 @@ def prune(config: PruneConfig) -> dict[str, Any]:
             model = session.reopen_sparse_checkpoint()
         if finetune_epochs:
             lr = config.prune.finetune_lr or config.training.lr
-            session.train_part(model, "fine-tune", finetune_epochs, lr, first_epoch=prune_epochs, checkpoint=checkpoint)
+            train_part(session, model, "fine-tune", finetune_epochs, lr, first_epoch=prune_epochs, checkpoint=checkpoint)
         folder = session.save_model(model)
         return _finish_pruning(session, model, folder, dense_accuracy)
 
@@ -157,7 +158,7 @@ def evaluate_saved(config: EvaluateConfig) -> dict[str, Any]:
     options = config.model
     if options.model_path is None and not options.model_pretrained:
         raise ConfigError(f"--model-path is missing: the model to evaluate, such as run/{PRODUCTS['prune']}.")
-    with process_group(config.run.device) as (processes, device):
+    with process_group(config.run.device, config.run.timeout_minutes) as (processes, device):
         display = Display(processes.is_main)
         precision = Precision.choose(config.precision, device)
         folder = None if config.run.output_dir is None else StageFolder(config.run.output_dir, "evaluate")
@@ -167,15 +168,13 @@ def evaluate_saved(config: EvaluateConfig) -> dict[str, Any]:
         cut_nothing = config.data.data_set.upper() == "FOLDER" and config.data.val_share is None
         splits = open_splits(replace(config.data, val_share=0.0) if cut_nothing else config.data, config.run.seed, processes)
         opened = _open_trained(config, splits)
-        wait_for_all()  # no rank may still be looking when the main one begins to write
-        if folder is not None and processes.is_main:
-            folder.begin(to_plain(config), config.run.overwrite)
-            display.log_to(folder.path / "log.txt")
-        try:
+        if folder is not None:
+            folder.claim_for_all(processes.is_main, display.say, resume=False, overwrite=config.run.overwrite)
+            if processes.is_main:
+                folder.begin(to_plain(config), config.run.overwrite)
+                display.log_to(folder.path / "log.txt")
+        with explained(processes, lambda: True):
             accuracies = _accuracies(config, splits, opened, processes, precision)
-        except UserError as error:
-            tell_for_one(error, processes)
-            raise
         model, image_shape = opened.model, opened.preprocessing.input_size
         speed = images_per_second([model], image_shape, batch_size=config.batch_size, device=device)[0]
         rows = [(name, f"{a.top1:.2f}", f"{a.top5:.2f}", f"{a.loss:.4f}", f"{a.images:,}") for name, a in accuracies.items()]
@@ -188,6 +187,7 @@ def evaluate_saved(config: EvaluateConfig) -> dict[str, Any]:
         summary = {"stage": "evaluate", **measured, "unreadable_images": unreadable}
         if folder is not None and processes.is_main:
             folder.write_json("summary.json", summary)
+            folder.release()
         return summary
 
 
@@ -274,7 +274,7 @@ def _finish_pruning(
 
 def _finished(session: Session) -> dict[str, Any] | None:
     """Summary of a stage that is resumed though it has come to its end."""
-    if not (session.config.run.resume and session.folder.finished):
+    if not (session.resume and session.folder.finished):
         return None
     session.display.say(f"{session.folder.path} is finished; nothing is left to do.")
     return session.folder.read_json("summary.json")

@@ -181,6 +181,10 @@ class RunOptions:
     """Go on from the last checkpoint of this stage in the output folder."""
     overwrite: bool = False
     """Remove what an earlier run of this stage left in the output folder."""
+    checkpoint_minutes: float = 10.0
+    """Minutes between two checkpoints within an epoch, besides the one at its end; 0: none within an epoch."""
+    timeout_minutes: float = 10.0
+    """Minutes that a process waits for one that does not answer, before the run stops."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     seed: int = 0
@@ -267,6 +271,7 @@ def check(config: TrainConfig) -> None:
     _check_inputs(config.data, config.model, run)
     if run.output_dir is None:
         raise ConfigError("--output-dir is missing: the folder that everything is written to.")
+    _not_negative(checkpoint_minutes=run.checkpoint_minutes)
     if run.resume and run.overwrite:
         raise ConfigError("--resume and --overwrite contradict each other; give one of them.")
     if config.model.resize_model_by_checkpoint and config.model.model_path is None:
@@ -298,6 +303,7 @@ def _check_inputs(data: DataOptions, model: ModelOptions, run: RunOptions) -> No
         raise ConfigError(f"--crop-pct must lie in (0, 1], got {model.crop_pct}.")
     if data.num_workers is not None:
         _not_negative(num_workers=data.num_workers)
+    _positive(timeout_minutes=run.timeout_minutes)
     if not 0 <= run.seed < 2**31:
         raise ConfigError(f"--seed must lie in [0, 2**31), got {run.seed}.")
 

@@ -46,6 +46,10 @@ class TrainingError(UserError, RuntimeError):
     """A run that cannot go on, for instance because its loss is not finite."""
 
 
+class Stopped(Exception):  # noqa: N818 - it is none
+    """A signal asked the run to stop: it has finished its step and saved; nothing went wrong and nothing is lost."""
+
+
 def unknown_name(kind: str, got: str, known: Iterable[str]) -> str:
     """Message for a name that is not known: what was got, the nearest known names, or all of them where none is near."""
     names = sorted(known)

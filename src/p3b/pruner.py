@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,7 +16,7 @@ from p3b.errors import ScheduleError, WeightsError
 from p3b.methods import create_method
 from p3b.methods.base import Criterion, Decision
 from p3b.scoring.meter import Reduce
-from p3b.train.distributed import all_reduce_mean, unwrap
+from p3b.train.distributed import all_reduce_mean, require_agreement, unwrap
 from p3b.vit.compact import apply_cuts, plan_cuts
 from p3b.vit.cost import block_params, kept_channels
 from p3b.vit.gates import Gates
@@ -41,7 +42,8 @@ class Pruner:
         prune_ratio: share of all parameters that goes, in [0, 1).
         method: name of a method ("block_benefit", published as "block_pr").
         schedule: phases in optimizer steps.
-        reduce: mean of a tensor over all ranks; by default over torch.distributed's group, if there is one.
+        reduce: mean of a tensor over all ranks, which hold equal shares of each batch; by default over torch.distributed's
+            group, if there is one, whose ranks then compare their masks after every decision.
         method_options: keyword arguments of the method, e.g. alpha=0.5, blocks_only=True, keep_ratios=[...].
 
     Raises:
@@ -65,6 +67,7 @@ class Pruner:
         self._model: VisionTransformer = require_vision_transformer(unwrap(model))
         self.schedule = schedule
         self.layout = read_layout(self._model)
+        self._reduce = reduce
         self._method = create_method(method, self._model, self.layout, prune_ratio, reduce, method_options)
         self.gates = Gates(self.layout, self._model)
         self.gates.attach(self._model)
@@ -82,22 +85,27 @@ class Pruner:
         """Collect what the finished backward passes measured, and renew the masks when due.
 
         Call it once per optimizer step: gradients complete (accumulated, averaged over ranks), weights not yet moved. With a
-        GradScaler call `scaler.unscale_(optimizer)` before and pass the scaler.
+        GradScaler call `scaler.unscale_(optimizer)` before and pass the scaler. Where a gradient is not finite, on any rank,
+        the step counts and nothing that it measured does: a loop that leaves such steps out calls this all the same.
 
         Returns:
             What was decided, at a mask update; None otherwise.
+
+        Raises:
+            TrainingError: a call of `loss` or earlier steps are missing, or the processes have come to different masks.
         """
         step = self.steps_done
         self.steps_done += 1
+        gradients_finite = self._gradients_finite()
         if step >= self.schedule.start:
-            self._method.collect(self._gradients_finite())
+            self._method.collect(gradients_finite)
         else:
             self._method.discard()
-        self._method.train_own(scaler)
+        self._method.train_own(gradients_finite, scaler)
         if not self.schedule.update_due(step):
             return None
         decision = self._method.renew(self._kept_params, self.schedule.progress(step), self.schedule.tau(step))
-        self._set_masks(decision.masks)
+        self._adopt(decision.masks)
         return decision
 
     @property
@@ -119,9 +127,13 @@ class Pruner:
         return self.layout.other_params + sum(self._kept_params.values())
 
     def decide_last(self) -> Decision:
-        """The last decision, from the last two intervals together, with hard masks; the model is not changed yet."""
+        """The last decision, from the last two intervals together, with hard masks; the model is not changed yet.
+
+        Raises:
+            TrainingError: nothing has been measured, or the processes have come to different masks.
+        """
         decision = self._method.last(self._kept_params)
-        self._set_masks(hard_masks(decision.masks))
+        self._adopt(hard_masks(decision.masks))
         return decision
 
     def finalize(self) -> nn.Module:
@@ -159,6 +171,12 @@ class Pruner:
         except (KeyError, RuntimeError, ValueError) as error:
             raise WeightsError(f"The pruner's state belongs to another model, method or version: {error}") from error
 
+    def _adopt(self, masks: Mapping[str, Tensor]) -> None:
+        """Set masks that have just been decided, if all ranks have decided the same."""
+        if self._reduce is all_reduce_mean:  # a reduction of the caller's own may span other processes than the group
+            require_agreement("the masks", _digest(masks))
+        self._set_masks(masks)
+
     def _set_masks(self, masks: Mapping[str, Tensor]) -> None:
         self.gates.set(masks)
         self._kept_params = self._count_kept()
@@ -168,5 +186,16 @@ class Pruner:
         return {block.name: int(block_params(block, kept_channels(block, masks))) for block in self.layout.blocks}
 
     def _gradients_finite(self) -> Tensor:
-        gradients = [parameter.grad for parameter in self._model.parameters() if parameter.grad is not None]
-        return torch.nn.utils.get_total_norm(gradients).isfinite()
+        """Whether all gradients are finite, one answer for all ranks; it stays on the device."""
+        parameters = list(self._model.parameters())
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        largest = torch.nn.utils.get_total_norm(gradients, norm_type=torch.inf)
+        return self._reduce(largest.isfinite().to(parameters[0].device, torch.float32)) == 1
+
+
+def _digest(masks: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(masks):
+        digest.update(name.encode())
+        digest.update(masks[name].cpu().numpy().tobytes())
+    return digest.hexdigest()

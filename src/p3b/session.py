@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import math
+import errno
 import platform
+import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -15,25 +16,24 @@ from typing import Any
 import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 import p3b
 from p3b import artifact
 from p3b.config import TrainConfig, check, to_plain
-from p3b.data import DataSplits, Preprocessing, TrainBatches, eval_batches, mixup, train_batches
-from p3b.errors import ConfigError, UserError
+from p3b.data import DataSplits, Preprocessing, TrainBatches, eval_batches, mixup, train_batches, worker_death
+from p3b.errors import ConfigError, RunFolderError, TrainingError, UserError
 from p3b.inputs import OpenedModel, answer_teacher_apart, augmentation, num_workers, open_model, open_splits, training_loss
 from p3b.methods.base import Decision
 from p3b.report.figures import draw_figures
-from p3b.train.checkpoint import read_checkpoint, restore, save_checkpoint, seed_everything
+from p3b.train.checkpoint import Checkpoint, Checkpoints, newest_for_all, seed_everything
 from p3b.train.display import Display
-from p3b.train.distributed import Processes, all_reduce_sum, gather, process_group, wait_for_all
+from p3b.train.distributed import Processes, all_reduce_sum, gather, lost_process, process_group, wait_for_all
 from p3b.train.evaluate import Accuracy, evaluate
-from p3b.train.loop import Learner, NoPruning, StepPruner, StepReport, not_finite, steps_per_epoch, train_epoch
-from p3b.train.optim import Precision, build_optimizer, cosine_schedule, scaled_lr
-from p3b.train.run_folder import StageFolder
+from p3b.train.interruption import Interruption
+from p3b.train.loop import steps_per_epoch
+from p3b.train.optim import Precision, build_optimizer, scaled_lr
+from p3b.train.run_folder import StageFolder, launch_name, restarted_by
 from p3b.vit.cost import count_parameters
 
 PRODUCTS = {"train": "dense", "prune": "pruned", "finetune": "finetuned"}
@@ -54,15 +54,21 @@ class Session:
         self.display = Display(processes.is_main)
         products = (PRODUCTS[stage], SPARSE_CHECKPOINT) if stage == "prune" else (PRODUCTS[stage],)
         self.folder = StageFolder(config.run.output_dir, stage, products)
-        self.folder.check(config.run.resume, config.run.overwrite)
+        # A launcher that starts a failed run again means this run, whatever stands in its flags.
+        again = self.folder.begun_by(restarted_by())
+        self.resume, self._overwrite = config.run.resume or again, config.run.overwrite and not again
+        self.folder.check(self.resume, self._overwrite)
+        self.checkpoints = Checkpoints(self.folder.path / "checkpoints")
+        self.interruption = Interruption(config.run.checkpoint_minutes, processes.is_main)
         self.precision = Precision.choose(config.training.precision, device)
         seed_everything(config.run.seed, processes.rank)
         self.splits: DataSplits = open_splits(config.data, config.run.seed, processes)
         if self.splits.val is None and self.splits.test is None:
             raise ConfigError("There is nothing to evaluate on: give --val-path, --test-path or a --val-share above 0.")
         self.started = time.time()
-        self._resumed: dict[str, Any] | None = None
+        self._resumed: Checkpoint | None = None
         self.began = False
+        self.last_top1 = "not evaluated yet"
 
     def open_model(self) -> VisionTransformer:
         """The model with its weights, and the batches that suit it."""
@@ -112,115 +118,40 @@ class Session:
         Returns:
             The checkpoint to go on from, where the run is resumed and there is one.
         """
-        run, last = self.config.run, self.folder.path / "last.pth"
-        plain = to_plain(self.config)
-        if run.resume and (self.folder.path / "config.json").exists():
-            self._require_same_settings(plain, self._resolved(model))
-            self._resumed = read_checkpoint(last) if last.exists() else None
+        plain, resolved = to_plain(self.config), self._resolved(model)
+        self.folder.claim_for_all(self.processes.is_main, self.display.say, resume=self.resume, overwrite=self._overwrite)
+        if self.resume and self.folder.has_begun:
+            self._require_same_settings(plain, resolved)
+            self._resumed = newest_for_all(self.checkpoints)
         wait_for_all()  # no rank may still be looking when the main one begins to write
         self.began = True
         if self.processes.is_main:
             if self._resumed is None:
-                self.folder.begin({**plain, "resolved": self._resolved(model)}, run.overwrite or run.resume)
-                self.folder.cut_lines(-1)
+                self.folder.begin({**plain, "resolved": resolved, "launch": launch_name()}, self._overwrite or self.resume)
             else:
-                # The last decision comes after the last checkpoint of pruning, and is made again.
-                progress = self._resumed["progress"]
-                self.folder.cut_lines(progress["step"], without_phase="finalize" if progress["part"] == "prune" else None)
+                self.folder.tidy()
+                self.checkpoints.tidy()
+                self.folder.cut_lines(self._resumed.content["progress"]["lines"])
             self.display.log_to(self.folder.path / "log.txt")
         wait_for_all()
-        self.display.say(f"{self.stage}: {self.config.model.model}, {count_parameters(model):,} parameters, seed {run.seed}")
+        self.display.say(
+            f"{self.stage}: {self.config.model.model}, {count_parameters(model):,} parameters, seed {self.config.run.seed}"
+        )
         self.display.say(f"data: {self.splits.description}")
         for line in [*self._weights_lines(), *self.notes]:
             self.display.say(line)
         self.display.say(
             f"{self.processes.world_size} process(es) on {self.device}, "
-            f"{str(self.precision.dtype or torch.float32).removeprefix('torch.')}, {self._global_batch()} images a step, "
+            f"{str(self.precision.dtype or torch.float32).removeprefix('torch.')}, {self.global_batch} images a step, "
             f"{self.steps_per_epoch} steps an epoch"
         )
-        if self._resumed is not None:
-            self.display.say(f"resumed after epoch {self._resumed['progress']['epoch']}")
-        return self._resumed
-
-    def train_part(
-        self,
-        model: VisionTransformer,
-        part: str,
-        epochs: int,
-        lr: float,
-        *,
-        first_epoch: int = 0,
-        pruner: StepPruner | None = None,
-        checkpoint: dict[str, Any] | None = None,
-    ) -> None:
-        """Train for some epochs; the model ends as the best one where a validation part chooses and nothing is pruned.
-
-        Args:
-            model: on the device; is changed.
-            part: what this part of the stage is called in checkpoints and, unless it prunes, in the metrics.
-            epochs: of this part.
-            lr: for a global batch of 512.
-            first_epoch: epochs that the stage has behind it.
-            pruner: then the learning rate stays constant and no best epoch is chosen, since every epoch has fewer parameters.
-            checkpoint: to go on from, within this part.
-        """
-        learner = self._learner(model, part, epochs, lr, pruner)
-        done, best = first_epoch, -1.0
-        if checkpoint is not None:
-            restore(learner, checkpoint, self.processes.rank)
-            done, best = checkpoint["progress"]["epoch"], checkpoint["progress"]["best"]
-        first_step = first_epoch * self.steps_per_epoch
-        watched = learner.ema.module if learner.ema is not None else model
-        total = epochs * self.steps_per_epoch
-        best_file = self.folder.path / "best.pth"
-        with self.display.progress(total, learner.steps_done), self.display.library_messages():
-            for epoch in range(done, first_epoch + epochs):
-                began, phase = time.time(), learner.pruner.phase
-                self.batches.set_epoch(epoch)
-
-                def look(report: StepReport, phase: str = phase, learner: Learner = learner) -> None:
-                    kept = f"{learner.pruner.kept_params():,} parameters"
-                    self.display.advance(learner.steps_done, f"{phase}, loss {report.loss:.3f}, {kept}, {self._last_top1}")
-
-                def log(decision: Decision, phase: str, learner: Learner = learner) -> None:
-                    self.log_decision(decision, phase, first_step + learner.steps_done, learner.pruner.kept_params())
-
-                train_loss = train_epoch(learner, self.batches, log, look)
-                trained = time.time()
-                name, accuracy = self.evaluate(watched)
-                step = first_step + learner.steps_done
-                if not math.isfinite(accuracy.loss):
-                    raise not_finite(f"The loss on the {name} part", step)
-                line = {
-                    "epoch": epoch + 1,
-                    "step": step,
-                    "phase": phase,
-                    "train_loss": train_loss,
-                    f"{name}_top1": accuracy.top1,
-                    f"{name}_top5": accuracy.top5,
-                    f"{name}_loss": accuracy.loss,
-                    "kept_params": learner.pruner.kept_params(),
-                    "lr": max(group["lr"] for group in learner.optimizer.param_groups),
-                    "train_seconds": trained - began,
-                    "seconds": time.time() - began,
-                }
-                self._log_epoch(line, first_epoch + epochs, name, accuracy)
-                if pruner is None and self.splits.val is not None and accuracy.top1 > best:
-                    best = accuracy.top1
-                    self._on_main(lambda: artifact.save_checkpoint(watched, best_file, **self._description()))
-                save_checkpoint(
-                    self.folder.path / "last.pth",
-                    learner,
-                    self.processes.is_main,
-                    part=part,
-                    epoch=epoch + 1,
-                    step=step,
-                    best=best,
-                )
-        wait_for_all()
-        if best >= 0:
-            watched = artifact.load(best_file, self.device)
-        model.load_state_dict(watched.state_dict())
+        if self._resumed is None:
+            return None
+        for damaged in self._resumed.passed_over:
+            self.display.say(f"a checkpoint was passed over: {damaged}")
+        place = self._resumed.content["progress"]["place"]
+        self.display.say(f"resumed after {place['epoch']} epochs, at step {place['step']}, from {self._resumed.file.name}")
+        return self._resumed.content
 
     def evaluate(self, model: nn.Module, part: str | None = None) -> tuple[str, Accuracy]:
         """Accuracy on a part of the data, by default on the one that is watched: val where there is one, else test.
@@ -235,8 +166,35 @@ class Session:
             model, dataset, self.preprocessing, self.precision, self.processes, self.config.training.batch_size,
             self._workers(), self.config.run.dist_eval,
         )  # fmt: skip
-        self._last_top1 = f"{name} top-1 {accuracy.top1:.1f} %"
+        self.last_top1 = f"{name} top-1 {accuracy.top1:.1f} %"
         return name, accuracy
+
+    @property
+    def global_batch(self) -> int:
+        """Images of an optimizer step over all ranks."""
+        return self.batches.batch_size * self.processes.world_size * self.config.training.grad_accum_steps
+
+    def on_main(self, act: Callable[[], object]) -> None:
+        """Do it on one rank alone, such as writing."""
+        if self.processes.is_main:
+            act()
+
+    def description(self) -> dict[str, Any]:
+        """What a saved model says of itself, besides its shape."""
+        return {
+            "class_names": self.splits.class_names,
+            "preprocessing": self.preprocessing.to_dict(),
+            "provenance": self._provenance(),
+        }
+
+    def log_epoch(self, line: dict[str, Any], epochs: int, name: str, accuracy: Accuracy) -> None:
+        """Add a line to metrics.jsonl and say it in short."""
+        self.on_main(lambda: self.folder.append_line("metrics.jsonl", line))
+        skipped = f"  {line['skipped_steps']} steps skipped, not finite" if line["skipped_steps"] else ""
+        self.display.say(
+            f"epoch {line['epoch']:>3}/{epochs}  {line['phase']:<9} loss {line['train_loss']:.4f}  "
+            f"{name} top-1 {accuracy.top1:6.2f} %  {line['kept_params']:,} parameters  {line['seconds']:.1f} s{skipped}"
+        )
 
     def log_decision(self, decision: Decision, phase: str, steps_done: int, kept_params: int) -> None:
         """Add a line to blocks.jsonl: the decision was made at the end of step `steps_done` and keeps so many parameters."""
@@ -249,19 +207,19 @@ class Session:
             "kept_params": kept_params,
             "blocks": [asdict(block) for block in decision.blocks],
         }
-        self._on_main(lambda: self.folder.append_line("blocks.jsonl", line))
+        self.on_main(lambda: self.folder.append_line("blocks.jsonl", line))
 
     def save_model(self, model: VisionTransformer) -> Path:
         """Write the stage's model folder."""
         folder = self.folder.root / PRODUCTS[self.stage]
-        self._on_main(lambda: artifact.save(model, folder, **self._description()))
+        self.on_main(lambda: artifact.save(model, folder, **self.description()))
         wait_for_all()
         return folder
 
     def save_sparse_checkpoint(self, model: VisionTransformer) -> Path:
         """Write the shrunk model before fine-tuning under its published name."""
         file = self.folder.root / SPARSE_CHECKPOINT
-        self._on_main(lambda: artifact.save_checkpoint(model, file, **self._description()))
+        self.on_main(lambda: artifact.save_checkpoint(model, file, **self.description()))
         wait_for_all()
         return file
 
@@ -278,37 +236,9 @@ class Session:
         summary["provenance"] = self._provenance()
         if unreadable:
             self.display.say(f"{unreadable} unreadable image(s) were skipped")
-        self._on_main(lambda: self.folder.write_json("summary.json", summary))
+        self.on_main(lambda: self.folder.write_json("summary.json", summary))
         wait_for_all()
         return summary
-
-    def _learner(self, model: VisionTransformer, part: str, epochs: int, lr: float, pruner: StepPruner | None) -> Learner:
-        training = self.config.training
-        optimizer = build_optimizer(model, training.opt, scaled_lr(lr, self._global_batch()), training.weight_decay)
-        wrapped: nn.Module = model
-        if self.processes.world_size > 1:
-            on_gpu = [self.device] if self.device.type == "cuda" else None
-            wrapped = DistributedDataParallel(model, device_ids=on_gpu)
-        scheduler = None
-        if pruner is None:
-            # min_lr is not scaled with the batch: where a small one starts below it, the rate must not climb to it.
-            least = min(training.min_lr, scaled_lr(lr, self._global_batch()))
-            scheduler = cosine_schedule(optimizer, epochs, self.steps_per_epoch, least, min(training.warmup_epochs, epochs - 1))
-        return Learner(
-            model=wrapped,
-            optimizer=optimizer,
-            loss=self.loss,
-            precision=self.precision,
-            scaler=self.precision.scaler(),
-            pruner=pruner or NoPruning(part, count_parameters(model)),
-            scheduler=scheduler,
-            ema=ModelEmaV3(model, decay=training.model_ema_decay) if training.model_ema else None,
-            mixup=self.mixup,
-            grad_accum_steps=training.grad_accum_steps,
-            clip_grad=training.clip_grad,
-        )
-
-    _last_top1 = "not evaluated yet"
 
     def _weights_lines(self) -> list[str]:
         """Where the weights come from, every mismatch by name."""
@@ -318,29 +248,8 @@ class Session:
             return [f"weights: timm's pretrained {self.config.model.model}"]
         return ["weights: none given, training starts from random ones"]
 
-    def _log_epoch(self, line: dict[str, Any], epochs: int, name: str, accuracy: Accuracy) -> None:
-        self._on_main(lambda: self.folder.append_line("metrics.jsonl", line))
-        self.display.say(
-            f"epoch {line['epoch']:>3}/{epochs}  {line['phase']:<9} loss {line['train_loss']:.4f}  "
-            f"{name} top-1 {accuracy.top1:6.2f} %  {line['kept_params']:,} parameters  {line['seconds']:.1f} s"
-        )
-
-    def _on_main(self, act: Any) -> None:
-        if self.processes.is_main:
-            act()
-
-    def _global_batch(self) -> int:
-        return self.batches.batch_size * self.processes.world_size * self.config.training.grad_accum_steps
-
     def _workers(self) -> int:
         return num_workers(self.config.data, self.processes, self.device)
-
-    def _description(self) -> dict[str, Any]:
-        return {
-            "class_names": self.splits.class_names,
-            "preprocessing": self.preprocessing.to_dict(),
-            "provenance": self._provenance(),
-        }
 
     def _provenance(self) -> dict[str, Any]:
         return {
@@ -360,9 +269,9 @@ class Session:
             "params": count_parameters(model),
             "classes": len(self.splits.class_names),
             "preprocessing": self.preprocessing.to_dict(),
-            "global_batch": self._global_batch(),
+            "global_batch": self.global_batch,
             "steps_per_epoch": self.steps_per_epoch,
-            "lr": scaled_lr(self.config.training.lr, self._global_batch()),
+            "lr": scaled_lr(self.config.training.lr, self.global_batch),
             "num_workers": self._workers(),
             "processes": self.processes.world_size,
             "precision": str(self.precision.dtype or torch.float32).removeprefix("torch."),
@@ -372,7 +281,15 @@ class Session:
         """A resumed run is told what the first was told and finds as much data in as many processes: else it is neither."""
         before = self.folder.read_json("config.json")
         places = {"output_dir", "data_path", "val_path", "test_path", "model_path", "teacher_path", "dense_run"}
-        free = places | {"resume", "overwrite", "device", "num_workers", "figure_format"}
+        free = places | {
+            "resume",
+            "overwrite",
+            "device",
+            "num_workers",
+            "figure_format",
+            "checkpoint_minutes",
+            "timeout_minutes",
+        }
         changed = [
             f"--{key.replace('_', '-')} was {before.get(group, {}).get(key)!r}, now {value!r}"
             for group, values in plain.items()
@@ -401,22 +318,61 @@ def _class_notes(opened: OpenedModel, class_names: tuple[str, ...]) -> list[str]
 
 @contextmanager
 def open_session(config: TrainConfig, stage: str) -> Iterator[Session]:
-    """Check the config, join the process group, open data and folder."""
+    """Check the config, join the process group, open data and folder; at the end let go of them.
+
+    Raises:
+        UserError: whatever the user can mend, also where it shows itself as some library's error in the middle of a run.
+    """
     check(config)
-    with process_group(config.run.device) as (processes, device):
+    with process_group(config.run.device, config.run.timeout_minutes) as (processes, device):
         session = Session(config, stage, processes, device)
         try:
-            yield session
-        except UserError as error:
-            if session.began:
-                tell_for_one(error, processes)
+            with explained(processes, lambda: session.began):
+                yield session
+        finally:
+            session.folder.release()
+
+
+@contextmanager
+def explained(processes: Processes, work_has_begun: Callable[[], bool]) -> Iterator[None]:
+    """Turn the machine's errors into ones that a user can mend, and let a rank that meets one alone say so.
+
+    Args:
+        work_has_begun: until then every rank meets the same errors, and the main one's word is enough.
+    """
+    try:
+        yield
+    except (UserError, OSError, RuntimeError) as error:
+        cause = error if isinstance(error, UserError) else explain(error)
+        if cause is None:
             raise
+        if work_has_begun() and not processes.is_main:
+            print(f"p3b, process {processes.rank}: {cause}", file=sys.stderr, flush=True)
+        if cause is error:
+            raise
+        raise cause from error
 
 
-def tell_for_one(error: UserError, processes: Processes) -> None:
-    """Say what one rank alone has met, such as an image in its share; what all of them meet the main one says."""
-    if not processes.is_main:
-        print(f"p3b, process {processes.rank}: {error}", file=sys.stderr, flush=True)
+def explain(error: OSError | RuntimeError) -> UserError | None:
+    """What went wrong with the machine, for a user who can mend it; None where it may be a mistake of ours."""
+    if (cause := worker_death(error) or lost_process(error)) is not None:
+        return cause
+    if isinstance(error, torch.OutOfMemoryError) or _OUT_OF_MEMORY.search(str(error)):
+        return TrainingError(
+            f"The memory is full ({str(error).splitlines()[0][:200]}). Lower --batch-size and raise --grad-accum-steps by as "
+            "much: the steps stay the same. --resume needs the same settings, so start again with --overwrite."
+        )
+    if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
+        return RunFolderError(f"{error}. The run stops; its last checkpoint stays. Mend that, then --resume goes on.")
+    return None
+
+
+_OUT_OF_MEMORY = re.compile(r"not enough memory|can't allocate memory")
+_DISK_ERRORS = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO),
+    *(errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.ESTALE),
+}
+"""Full, read-only, broken, forbidden, gone."""
 
 
 def count_unreadable(splits: DataSplits) -> int:

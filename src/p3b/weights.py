@@ -12,39 +12,27 @@ registers) that differ between file and model. Pickles are opened in weights-onl
 
 from __future__ import annotations
 
-import argparse
 import math
-import pickle
 import re
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from timm.models import clean_state_dict
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
 from p3b.errors import ModelError, WeightsError
+from p3b.untrusted import READ_ERRORS, first_line, is_finite, read_npz, read_pickle, read_safetensors
+from p3b.vit.architecture import MOST_BLOCKS
 
-_KINDS = {
-    ".pth": "a file that torch.save wrote",
-    ".pt": "a file that torch.save wrote",
-    ".safetensors": "a safetensors file",
-    ".npz": "a NumPy archive of plain arrays",
-}
+_SUFFIXES = (".pth", ".pt", ".safetensors", ".npz")
+_MOST_PATCH_PIXELS = 64 * 64  # timm resamples a kernel by one image for each of its pixels
 # Where training scripts put the weights inside a checkpoint, the trained ones before their moving average.
 _WRAPPERS = ("model", "state_dict", "model_ema", "state_dict_ema")
-# What torch's, NumPy's and timm's readers raise on contents that they cannot make sense of.
-_READ_ERRORS = (
-    *(AssertionError, AttributeError, EOFError, IndexError, KeyError, OSError, RuntimeError, TypeError, ValueError),
-    *(SafetensorError, pickle.UnpicklingError, zipfile.BadZipFile),
-)
 # Tensors that cannot be left out without changing what is computed; heads and tokens can be a choice.
 _ESSENTIAL = re.compile(r"(blocks|patch_embed|norm_pre|norm|fc_norm)\.|pos_embed$")
 # Tensors that a model has or has not by one of its arguments.
@@ -109,29 +97,18 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     if path.is_dir():
         raise WeightsError(
             f"'{path}' is a folder without a model that p3b saved (its config.json); expected such a folder or a weights "
-            f"file ({', '.join(_KINDS)})."
+            f"file ({', '.join(_SUFFIXES)})."
         )
     if not path.is_file():
         raise WeightsError(f"There is no weights file '{path}'. Check the path.")
-    if suffix not in _KINDS:
-        raise WeightsError(f"'{path}': unknown kind of weights file '{suffix}'; expected {', '.join(_KINDS)}.")
+    if suffix not in _SUFFIXES:
+        raise WeightsError(f"'{path}': unknown kind of weights file '{suffix}'; expected {', '.join(_SUFFIXES)}.")
     if path.stat().st_size == 0:
         raise WeightsError(f"'{path}' is empty, as after a broken download. Fetch or save it again.")
-    try:
-        content = _open(path, suffix)
-    except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL ([\w.]+)", str(error))
-        raise WeightsError(
-            f"'{path}' holds objects that are not weights{f' ({found[1]})' if found else ''}; pickles are only read in "
-            "weights-only mode, which runs no code. Save the weights alone, with torch.save(model.state_dict(), path) or as "
-            "safetensors."
-        ) from error
-    except _READ_ERRORS as error:
-        raise WeightsError(
-            f"'{path}' is damaged or not {_KINDS[suffix]} ({first_line(error)}). Fetch or save it again."
-        ) from error
-
-    state = _convert_npz(content, path) if suffix == ".npz" else _unwrap(content, path)
+    if suffix == ".npz":
+        state = _convert_npz(read_npz(path), path)
+    else:
+        state = _unwrap(read_safetensors(path) if suffix == ".safetensors" else read_pickle(path), path)
     _check_values(state, path)
     return state
 
@@ -159,10 +136,13 @@ def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor], source: str
     target = model.state_dict()
     beside = f"The checkpoint looks like {_anatomy(state_dict)}; the model has {_anatomy(target)}."
 
+    kernel = state_dict.get("patch_embed.proj.weight")
+    if kernel is not None and kernel.ndim == 4 and kernel[0, 0].numel() > _MOST_PATCH_PIXELS:
+        raise WeightsError(f"{label} are for patches of {kernel.shape[2]}x{kernel.shape[3]} pixels, which cannot be resampled.")
     prepared, prefix_notes = _fit_prefix_tokens(state_dict, model, label)
     try:
         fitted = checkpoint_filter_fn(prepared, model, adapt_layer_scale=True)
-    except _READ_ERRORS as error:
+    except READ_ERRORS as error:
         raise WeightsError(f"{label} belong to another architecture (timm: {first_line(error)}). {beside}") from error
     _require_fit(fitted, target, label, beside)
 
@@ -197,23 +177,7 @@ def shapes(found: Tensor, expected: Tensor) -> str:
     return f"checkpoint {tuple(found.shape)}, model {tuple(expected.shape)}"
 
 
-def first_line(error: BaseException) -> str:
-    """An error of a library in one line: its messages go on for many."""
-    return f"{type(error).__name__}: {error}".strip(": \n").splitlines()[0]
-
-
-# --------------------------------------------------------------------------------------------------- reading files
-
-
-def _open(path: Path, suffix: str) -> Any:
-    if suffix == ".safetensors":
-        return safetensors.torch.load_file(path)
-    if suffix == ".npz":
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:  # np.load leaves damaged files open
-            return dict(archive)
-    # timm and DeiT keep their command line in the checkpoint; a namespace is data and runs nothing.
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        return torch.load(path, map_location="cpu", weights_only=True)
+# --------------------------------------------------------------------------------------------- what a file holds
 
 
 def _unwrap(content: object, path: Path) -> dict[str, Tensor]:
@@ -233,7 +197,7 @@ def _check_values(state: Mapping[str, Tensor], path: Path) -> None:
     if not floating:
         raise WeightsError(f"'{path}' holds no floating-point tensors, so no weights. Give the weights of a model.")
     for key, value in floating.items():
-        if not torch.isfinite(value.float()).all():
+        if not is_finite(value):
             raise WeightsError(
                 f"'{path}': '{key}' holds NaN or infinite values, as after a training run that diverged. Give an earlier "
                 "checkpoint."
@@ -252,15 +216,28 @@ def _convert_npz(arrays: Mapping[str, np.ndarray], path: Path) -> dict[str, Tens
             f"its first names are {_first(list(arrays))}. Give a .pth or .safetensors file instead."
         )
     try:
+        arguments = _npz_arguments(arrays, prefix)
+        _require_room(arguments, arrays)
         with torch.random.fork_rng(devices=[]):  # its first values are all overwritten: they should cost no random numbers
-            model = VisionTransformer(**_npz_arguments(arrays, prefix))
+            model = VisionTransformer(**arguments)
         model.load_pretrained(str(path), prefix=prefix)
-    except _READ_ERRORS as error:
+    except READ_ERRORS as error:
         raise WeightsError(
             f"'{path}' begins like an archive of the ViT authors, but is not complete ({first_line(error)}). Fetch it "
             "again, or give a .pth or .safetensors file instead."
         ) from error
     return model.state_dict()
+
+
+def _require_room(arguments: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
+    """ValueError where the shapes of a few arrays speak of a model that is larger than all of them."""
+    if not 1 <= arguments["depth"] <= MOST_BLOCKS:
+        raise ValueError(f"it speaks of {arguments['depth']} blocks")
+    with torch.device("meta"):
+        wanted = sum(parameter.numel() for parameter in VisionTransformer(**arguments, weight_init="skip").parameters())
+    held = sum(array.size for array in arrays.values())
+    if wanted > held:
+        raise ValueError(f"its shapes are of a model of {wanted} parameters, it holds {held}")
 
 
 def _npz_arguments(arrays: Mapping[str, np.ndarray], prefix: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections import Counter
 
@@ -12,7 +13,7 @@ from PIL import Image
 
 from p3b.data.images import ArrayStore, LabelledImages
 from p3b.data.loaders import TrainBatches, default_num_workers, eval_batches, train_batches
-from p3b.data.transforms import Augmentation, Preprocessing
+from p3b.data.transforms import Augmentation, Preprocessing, mixup
 from p3b.errors import ConfigError, DataError
 
 CPU = torch.device("cpu")
@@ -41,6 +42,11 @@ def same(left: Batches, right: Batches) -> bool:
     return len(left) == len(right) and all(
         torch.equal(a, c) and torch.equal(b, d) for (a, b), (c, d) in zip(left, right, strict=True)
     )
+
+
+def begun_at(batches: TrainBatches, number: int, start: int) -> Batches:
+    batches.set_epoch(number, start)
+    return list(batches)
 
 
 def labels(batches: Batches) -> list[int]:
@@ -140,8 +146,8 @@ def test_repeated_augmentation_changes_each_copy_anew_and_keeps_the_epochs_lengt
     assert all(not torch.equal(a, b) for a, b, _ in copies.values())
 
 
-@pytest.mark.parametrize("count", [2, 3, 7, 8, 9, 31, 300])
-@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 8, 9, 31, 32, 300])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 6])
 @pytest.mark.parametrize("repeats", [1, 3])
 def test_all_ranks_make_the_same_number_of_batches_and_at_least_one(count: int, world_size: int, repeats: int) -> None:
     sizes = []
@@ -158,11 +164,105 @@ def test_all_ranks_make_the_same_number_of_batches_and_at_least_one(count: int, 
         assert set(made) == {batches.batch_size}
         sizes.append(made)
     assert all(made == sizes[0] for made in sizes)
-    per_rank = -(-count // world_size)
-    if per_rank >= 8:
-        assert sizes[0] == [8] * (per_rank // 8)
+    if count >= 8 * world_size:
+        assert sizes[0] == [8] * (count // (8 * world_size))
     else:
-        assert sizes[0] == [max(1, per_rank // 2 * 2)]
+        (size,) = sizes[0]
+        assert size % 2 == 0 and size <= 8
+        assert count <= size * world_size < count + math.lcm(8, 2 * world_size)
+
+
+GLOBAL_BATCH = 16
+
+
+def shared_by(world_size: int, count: int, repeats: int, number: int) -> Batches:
+    """The global batches of an epoch, put together from the shares of its ranks."""
+    shares = [
+        epoch(
+            training(
+                images(count),
+                Augmentation(repeats=repeats, erasing_probability=0.5),
+                batch_size=GLOBAL_BATCH // world_size,
+                rank=rank,
+                world_size=world_size,
+            ),
+            number,
+        )
+        for rank in range(world_size)
+    ]
+    return [
+        (torch.stack(pixels, dim=1).flatten(0, 1), torch.stack(targets, dim=1).flatten())
+        for pixels, targets in (zip(*batch, strict=True) for batch in zip(*shares, strict=True))
+    ]
+
+
+@pytest.mark.parametrize("count", [*range(1, 20), 23, 31, 32, 33, 47, 48, 50])
+@pytest.mark.parametrize("repeats", [1, 3])
+def test_a_global_batch_is_the_same_for_any_number_of_ranks(count: int, repeats: int) -> None:
+    """The same samples, each augmented and erased alike, in as many batches, whatever the data set's size."""
+    alone = shared_by(1, count, repeats, 2)
+    assert len(alone) == max(1, count // GLOBAL_BATCH)
+    for world_size in (2, 4):
+        assert same(shared_by(world_size, count, repeats, 2), alone)
+    if count >= GLOBAL_BATCH:
+        assert same(shared_by(8, count, repeats, 2), alone)
+
+
+def test_a_data_set_smaller_than_a_global_batch_is_in_it_whole_and_no_image_is_augmented_twice_alike() -> None:
+    ((pixels, targets),) = epoch(training(images(5), Augmentation(repeats=1), batch_size=64), 0)
+    assert Counter(Counter(targets.tolist()).values()) == {2: 3, 1: 2}
+    assert len({image.numpy().tobytes() for image in pixels}) == 8
+
+
+class CountingStore(ArrayStore):
+    """Counts how often each image is read, in this process and in workers."""
+
+    def open(self, index: int) -> Image.Image:
+        self.reads[index] += 1
+        return super().open(index)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize(("rank", "world_size"), [(0, 1), (1, 2)])
+def test_an_epoch_begun_at_any_batch_is_the_rest_of_the_whole_one(num_workers: int, rank: int, world_size: int) -> None:
+    """Bit for bit, with erasing and repeats, under a mixup that draws beside; what is left out is not read."""
+    count, number = 21 * world_size, 5
+    store = CountingStore(np.random.default_rng(0).integers(0, 256, (count, 8, 8, 3), dtype=np.uint8), "noise")
+    object.__setattr__(store, "reads", torch.zeros(count, dtype=torch.int64).share_memory_())
+    batches = training(
+        LabelledImages(store, np.arange(count)),
+        Augmentation(erasing_probability=0.5),
+        num_workers=num_workers,
+        rank=rank,
+        world_size=world_size,
+    )
+    mix = mixup(count)
+    assert mix is not None
+    np.random.seed(3)
+    generators, whole, plain = [], [], []
+    batches.set_epoch(number)
+    for images_, targets in batches:
+        generators.append(np.random.get_state())
+        plain.append((images_.clone(), targets))
+        whole.append(mix(images_, targets))
+    generators.append(np.random.get_state())
+    assert len(whole) == len(batches) == 5
+    epoch(batches, 1)  # another epoch in between leaves no trace
+    for start in range(len(batches) + 1):
+        store.reads.zero_()
+        assert same(begun_at(batches, number, start), plain[start:])
+        assert int(store.reads.sum()) == 4 * (5 - start)
+        assert len(batches) == 5
+        np.random.set_state(generators[start])
+        batches.set_epoch(number, start)
+        assert same([mix(images_, targets) for images_, targets in batches], whole[start:])
+    assert same(epoch(batches, number), plain)
+
+
+@pytest.mark.parametrize("start", [-1, 4])
+def test_an_epoch_cannot_begin_outside_itself(start: int) -> None:
+    with pytest.raises(ConfigError, match=f"at batch {start}: it has 3"):
+        training(images(12), PLAIN).set_epoch(0, start)
 
 
 def test_erasing_touches_about_its_share_of_the_images() -> None:
@@ -242,6 +342,7 @@ def test_on_cuda_an_epoch_is_reproducible_too_and_leaves_its_generator_alone() -
         )
         before = torch.cuda.get_rng_state(cuda)
         epochs.append(epoch(batches, 3))
+        assert same(begun_at(batches, 3, 1), epochs[-1][1:])
         assert torch.equal(torch.cuda.get_rng_state(cuda), before)
         torch.cuda.manual_seed(num_workers)
     assert same(*epochs)

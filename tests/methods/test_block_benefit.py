@@ -206,4 +206,48 @@ def test_micro_batches_are_averaged_and_measurements_pass_through_the_reduction(
     _measured(method, torch.full((2, 4), 3.0))
     decision = method.renew(_dense(), 1.0, 0.1)
     assert [block.benefit_patch for block in decision.blocks] == pytest.approx([4.0] * 4)
-    assert len(seen) == 1 + 4 * 3  # benefits, and the scores of every gate
+    assert [tuple(tensor.shape) for tensor in seen] == [(2, 4), (4 * (24 + 24) + 2 * (8 + 96),)]  # the scores all at once
+
+
+def _mean_with(other: Tensor) -> Any:
+    """The reduction of a process beside another one that hands in `other` where benefits are due, and the same elsewhere."""
+    return lambda tensor: (tensor + other) / 2 if tensor.shape == other.shape else tensor.clone()
+
+
+def test_benefits_that_are_not_finite_on_one_rank_count_on_none() -> None:
+    good, bad = torch.tensor([[4.0, 0.1, 0.1, 0.1]] * 2), torch.full((2, 4), float("nan"))
+    for mine, other in ((good, bad), (bad, good)):
+        method = _method(prune_ratio=0.4, reduce=_mean_with(other))
+        _measured(method, mine)
+        assert method.renew(_dense(), 1.0, 0.1).blocks[0].benefit_cls == 0
+
+
+def test_the_sums_that_a_checkpoint_keeps_are_over_all_ranks() -> None:
+    mine, other = torch.full((2, 4), 1.0), torch.full((2, 4), 3.0)
+    states = []
+    for first, second in ((mine, other), (other, mine)):
+        method = _method(prune_ratio=0.4, reduce=_mean_with(second))
+        _measured(method, first)
+        states.append(method.state_dict()["meter"]["intervals"][-1]["benefits"])
+    assert torch.equal(states[0][0], states[1][0])
+    assert (states[0][0] == 2).all()
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_probes_rest_where_a_gradient_is_not_finite_be_it_theirs_or_the_models(scaled: bool) -> None:
+    for gradients_finite, gradient, moves in ((True, 1.0, True), (False, 1.0, False), (True, float("inf"), False)):
+        method = _method()
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0, enabled=scaled)
+        model = torch.nn.Parameter(torch.ones(()))
+        optimizer = torch.optim.SGD([model])
+        for step_gradient, finite in ((1.0, True), (gradient, gradients_finite)):  # momentum must not move them either
+            before = {key: value.clone() for key, value in method._probes.state_dict().items()}
+            for parameter in method._probes.parameters():
+                parameter.grad = torch.full_like(parameter, step_gradient)
+            scaler.scale(1.0 * model).backward()
+            scaler.unscale_(optimizer)
+            method.train_own(torch.tensor(finite), scaler)
+            scaler.update()
+            assert all(parameter.grad is None for parameter in method._probes.parameters())
+        after = method._probes.state_dict()
+        assert any(not torch.equal(after[key], before[key]) for key in after) == moves

@@ -32,6 +32,7 @@ def test_laws_of_two_processes(tmp_path: Path) -> None:
     script = Path(__file__).with_name("two_ranks.py")
     done = subprocess.run([sys.executable, script, tmp_path], capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    for law in ("collectives", "evaluation", "pruning", "resuming", "one_rank_alone_fails"):
+    laws = ("collectives", "evaluation", "pruning", "disagreeing", "a_step_that_is_not_finite_on_one_rank", "resuming")
+    for law in (*laws, "one_rank_alone_fails"):
         assert f"{law} holds" in done.stdout
     assert "p3b, process 1: Cannot read the image" in done.stderr

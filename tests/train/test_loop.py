@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -10,9 +11,9 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 import p3b
-from p3b.errors import TrainingError
+from p3b.errors import Stopped, TrainingError
 from p3b.methods.base import Decision
-from p3b.train.loop import Learner, NoPruning, StepReport, steps_per_epoch, train_epoch
+from p3b.train.loop import MOST_SKIPPED_IN_A_ROW, EpochProgress, Learner, NoPruning, steps_per_epoch, train_epoch
 from p3b.train.losses import TrainingLoss
 from p3b.train.optim import Precision
 from tiny import images, labels, tiny_vit
@@ -39,11 +40,15 @@ def learner(lr: float = 0.1, **changed: Any) -> Learner:
     return Learner(**parts)
 
 
-def train(given: Learner, batches: list[tuple[Tensor, Tensor]]) -> tuple[float, list[tuple[Decision, str]], list[StepReport]]:
+def train(given: Learner, batches: list[tuple[Tensor, Tensor]]) -> tuple[float, list[tuple[Decision, str]], list[float]]:
+    """The loss, the decisions with their phases, and the mean loss after each step."""
     decisions: list[tuple[Decision, str]] = []
-    reports: list[StepReport] = []
-    loss = train_epoch(given, batches, lambda *decided: decisions.append(decided), reports.append)
-    return loss, decisions, reports
+    means: list[float] = []
+    progress = EpochProgress("train", CPU)
+    loss = train_epoch(
+        given, batches, progress, lambda *decided: decisions.append(decided), lambda: means.append(progress.mean_loss())
+    )
+    return loss, decisions, means
 
 
 def difference(left: nn.Module, right: nn.Module) -> float:
@@ -127,15 +132,44 @@ def test_the_moving_average_follows_every_step() -> None:
         torch.testing.assert_close(kept, expected)
 
 
-def test_the_loss_is_the_mean_over_batches_and_is_looked_at() -> None:
+def test_the_loss_is_the_mean_over_batches_at_every_step() -> None:
     batches = batches_of(20, 2)
-    given = learner(lr=0.0)
-    loss, _, reports = train(given, batches)
+    given = learner(lr=0.0, grad_accum_steps=2)
+    loss, _, means = train(given, batches)
     with torch.no_grad():
         losses = [float(nn.functional.cross_entropy(given.model(x), y)) for x, y in batches]
     assert loss == pytest.approx(sum(losses) / 20, rel=1e-5)
-    assert [report.steps for report in reports] == [10, 20]
-    assert reports[0].loss == pytest.approx(sum(losses[:10]) / 10, rel=1e-5)
+    assert means == pytest.approx([sum(losses[:seen]) / seen for seen in range(2, 21, 2)], rel=1e-5)
+
+
+class FromPlace(list[tuple[Tensor, Tensor]]):
+    """Batches of an epoch of which the first ones have been used."""
+
+    used = 0
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return iter(self[self.used :])
+
+
+def test_an_epoch_that_is_left_and_gone_on_with_ends_as_if_it_had_never_stopped() -> None:
+    """After any of its steps, with accumulation and an odd number of batches; `on_step` ends it by what it raises."""
+    batches, whole = FromPlace(batches_of(7, 2)), learner(grad_accum_steps=2)
+    loss, _, _ = train(whole, batches)
+    for last_step in range(1, 5):
+        given, before, after = learner(grad_accum_steps=2), EpochProgress("train", CPU), EpochProgress("other", CPU)
+
+        def leave(given: Learner = given, last_step: int = last_step) -> None:
+            if given.steps_done == last_step:
+                raise Stopped
+
+        batches.used = 0
+        with pytest.raises(Stopped):
+            train_epoch(given, batches, before, lambda *_: None, leave)
+        after.load_state_dict(before.state_dict())
+        batches.used = after.micro_steps
+        assert (after.phase, after.micro_steps) == ("train", min(7, 2 * last_step))
+        assert train_epoch(given, batches, after, lambda *_: None, lambda: None) == loss
+        assert given.steps_done == whole.steps_done and difference(given.model, whole.model) == 0
 
 
 def test_a_loss_that_is_not_finite_says_its_step() -> None:
@@ -145,9 +179,41 @@ def test_a_loss_that_is_not_finite_says_its_step() -> None:
         train(learner(), batches)
 
 
-def test_weights_that_the_last_step_has_ruined_are_told_before_a_checkpoint_is_made() -> None:
+def test_weights_that_the_last_step_has_ruined_are_told() -> None:
+    given = learner(lr=float("inf"))
+    train(given, batches_of(1, 4))
     with pytest.raises(TrainingError, match="A weight is not finite at optimizer step 0"):
-        train(learner(lr=float("inf")), batches_of(1, 4))
+        given.require_finite_weights()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_mixed_precision_skips_a_step_that_is_not_finite_and_counts_it(dtype: torch.dtype) -> None:
+    """Weights, probes, scores and the mean loss are as if the batch had not been there; the step counts as done."""
+    batches, model = batches_of(3, 4), tiny_vit(img_size=16)
+    pruner = p3b.Pruner(model, 0.5, schedule=p3b.Schedule(0, 8, 9, 8))
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0, enabled=dtype is torch.float16)
+    given = learner(model=model, precision=Precision(CPU, dtype), scaler=scaler, pruner=pruner)
+    train(given, batches[:1])
+    sums = {name: total.clone() for name, (total, _) in pruner.state_dict()["method"]["meter"]["intervals"][-1].items()}
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    loss, _, _ = train(given, [(batches[1][0] * float("nan"), batches[1][1])])
+    assert all(map(torch.equal, model.parameters(), before)) and loss == 0.0
+    assert (given.steps_done, given.skipped_steps, given.skipped_in_a_row) == (2, 1, 1)
+    now = pruner.state_dict()["method"]["meter"]["intervals"][-1]
+    assert all(torch.equal(now[name][0], total) for name, total in sums.items())
+    if scaler.is_enabled():
+        assert scaler.get_scale() == 1.0, "the scale comes down"
+    loss, _, _ = train(given, batches[2:])
+    assert loss > 0 and not any(map(torch.equal, model.parameters(), before))
+    assert (given.steps_done, given.skipped_steps, given.skipped_in_a_row) == (3, 1, 0)
+
+
+def test_steps_that_are_skipped_again_and_again_end_the_run() -> None:
+    bad = [(x * float("nan"), y) for x, y in batches_of(MOST_SKIPPED_IN_A_ROW + 1, 1)]
+    given = learner(precision=Precision(CPU, torch.bfloat16))
+    with pytest.raises(TrainingError, match=f"{MOST_SKIPPED_IN_A_ROW}th time in a row.*--lr"):
+        train(given, bad)
+    assert given.steps_done == given.skipped_steps == MOST_SKIPPED_IN_A_ROW
 
 
 def test_the_model_trains_in_training_mode_and_stays_so() -> None:

@@ -6,6 +6,7 @@ B: blocks (attention and MLP in turn). Parameters are counted in elements. All r
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -25,19 +26,21 @@ def block_importance(benefit: Tensor, kept_params: Tensor, benefit_scale: float 
     Args:
         benefit: (B,) mean benefit over an interval, in units of the loss; any sign, finite.
         kept_params: (B,) parameters that each block now keeps, >= 0.
-        benefit_scale: T > 0.
+        benefit_scale: T in [0.01, 1000]; beyond, the difference of softplus drowns in rounding or overflows.
 
     Returns:
         (B,) >= 0 with mean 1; all ones where no block helps (max(u) <= 0), since then nothing tells the blocks apart.
 
     Raises:
-        ValueError: a benefit is not finite, or the shapes differ.
+        ValueError: a benefit is not finite, the shapes differ, or benefit_scale is outside its range.
 
     Source: arXiv 2506.23675. Departure: with max(u) <= 0 the published division would turn every sign.
     """
     _require_finite(benefit, "benefit")
     if benefit.shape != kept_params.shape or benefit.ndim != 1:
         raise ValueError(f"benefit {tuple(benefit.shape)} and kept_params {tuple(kept_params.shape)} must both be (B,)")
+    if not 0.01 <= benefit_scale <= 1000:
+        raise ValueError(f"benefit_scale must lie in [0.01, 1000], got {benefit_scale}")
     benefit = benefit.double()
     if not _any_block_helps(benefit):
         return torch.ones_like(benefit)
@@ -97,20 +100,20 @@ def keep_ratios(importance: Tensor, params: Tensor, other_params: float, prune_r
     params = params.double()
     budget = block_budget(float(params.sum()), float(other_params), prune_ratio)
     weight = importance.double()
-    # The scale is free; dividing by the largest keeps tiny importances from underflowing when they meet the parameters.
-    weight = weight / weight.max() if weight.max() > 0 else torch.ones_like(weight)
 
-    # With blocks in descending importance the full ones are a prefix. Try every length of it at once: `scale[j]` is the c that
-    # spends the budget when exactly j blocks are full, and the first j whose next block stays below 1 is the solution.
+    # With blocks in descending importance the full ones are a prefix. Try every length of it at once: `level[j]` is what block
+    # j keeps when exactly the j blocks before it are full and the rest of the budget goes to it and those after it in the ratio
+    # of their importances; the first j whose block stays below 1 is the solution. Importances are divided by each other alone:
+    # however far apart they lie, nothing that counts under- or overflows.
     order = torch.argsort(weight, descending=True, stable=True)
     weight, cost = weight[order], params[order]
     full_cost = torch.cat([cost.new_zeros(1), cost.cumsum(0)])[:-1]
-    open_demand = (weight * cost).flip(0).cumsum(0).flip(0)
-    scale = (budget - full_cost).clamp(min=0) / open_demand
-    solved = (scale * weight <= 1) & (open_demand > 0)
+    relative = torch.triu(weight / weight[:, None])  # row j: blocks j.. against block j, in [0, 1]
+    level = (budget - full_cost).clamp(min=0) / (relative * cost).sum(1)
+    solved = (level <= 1) & (weight > 0)
     if solved.any():
         first = int(solved.to(torch.uint8).argmax())
-        ratio = torch.where(torch.arange(len(weight), device=weight.device) < first, 1.0, scale[first] * weight)
+        ratio = torch.where(torch.arange(len(weight), device=weight.device) < first, 1.0, level[first] * relative[first])
     else:  # every block of positive importance is full
         useless = weight == 0
         left = (budget - cost[~useless].sum()).clamp(min=0)
@@ -129,7 +132,7 @@ def block_budget(block_params: float, other_params: float, prune_ratio: float) -
     if not 0 <= prune_ratio < 1:
         raise BudgetError(f"The prune ratio must lie in [0, 1), got {prune_ratio}. It is the share of parameters that goes.")
     budget = (1 - prune_ratio) * (block_params + other_params) - other_params
-    if budget < 0:
+    if budget < -4 * sys.float_info.epsilon * (block_params + other_params):  # below zero by more than rounding
         largest = math.floor(1e4 * block_params / (block_params + other_params)) / 1e4
         raise BudgetError(
             f"A prune ratio of {prune_ratio:g} cannot be met: the {other_params:,.0f} parameters outside the blocks "
@@ -137,7 +140,7 @@ def block_budget(block_params: float, other_params: float, prune_ratio: float) -
             f"{(1 - prune_ratio) * (block_params + other_params):,.0f} that may remain. "
             f"The largest ratio that can be met is {largest:.4f}; or count the blocks alone (--prune-blocks-only)."
         )
-    return budget
+    return max(budget, 0.0)
 
 
 def given_keep_ratios(ratios: Sequence[float], num_blocks: int) -> Tensor:

@@ -15,6 +15,9 @@ from torch import Tensor
 GATE_FACTORS: Mapping[str, float] = {"in": 1.0, "head": 1.0, "hidden": 0.75, "out": 1.5}
 """Factor on the ranks of a gate's elements, by kind: output channels are given up later, hidden channels earlier."""
 
+_BELOW_HALF = 0.5 - 2.0**-25
+"""The largest float32 below 0.5."""
+
 
 def soft_mask(scores: Tensor, num_pruned: float, tau: float) -> Tensor:
     """Mask that gives up the lowest scores but lets a gradient through, so that they can return.
@@ -34,7 +37,10 @@ def soft_mask(scores: Tensor, num_pruned: float, tau: float) -> Tensor:
 
     Source: arXiv 2506.23675, with the slope of its published run.
     """
-    return torch.sigmoid(math.log(9) * (_positions(scores) - num_pruned) / (len(scores) * tau + 1e-8)).float()
+    distance = _positions(scores) - num_pruned
+    mask = torch.sigmoid(math.log(9) * distance / (len(scores) * tau + 1e-8)).float()
+    # With a very large tau the sigmoid rounds to 0.5; what was given up must still count as given up.
+    return torch.where(distance < 0, mask.clamp(max=_BELOW_HALF), mask)
 
 
 def rank_scores(scores: Tensor) -> Tensor:

@@ -50,7 +50,13 @@ class Schedule:
     def from_epochs(
         cls, start: float, sparse: float, final: float, steps_per_epoch: int, update_every: int | None = None
     ) -> Schedule:
-        """Convert epochs to steps. `update_every` is in steps; None means three times an epoch."""
+        """Convert epochs to steps. `update_every` is in steps; None means three times an epoch.
+
+        Raises:
+            ScheduleError: an epoch is not finite, or the steps are out of order.
+        """
+        if not all(map(math.isfinite, (start, sparse, final))):
+            raise ScheduleError(f"Phases must begin and end at finite epochs, got {start:g}, {sparse:g} and {final:g}.")
         start_step, sparse_step, final_step = (round(epochs * steps_per_epoch) for epochs in (start, sparse, final))
         if update_every is None:
             update_every = max(1, round(steps_per_epoch / 3))
@@ -86,7 +92,7 @@ def parse_duration(text: str, total_epochs: float, steps_per_epoch: int) -> floa
         ScheduleError: anything else.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*(|epochs?|steps?|%)\s*", text)
-    if match is None:
+    if match is None or math.isinf(float(match[1])):
         raise ScheduleError(
             f"'{text}' is not a duration; give epochs (10), optimizer steps (500steps) or a share of the run (20%)."
         )

@@ -26,6 +26,10 @@ from p3b.errors import DataError
 
 logger = logging.getLogger("p3b.data")
 
+MIN_IMAGES_TRIED = 32
+"""From so many images on it tells of the whole data set, not of single images, if more than half cannot be read."""
+_READ, _UNREADABLE = 1, 2  # of an image that was tried; 0: not tried yet
+
 
 class ImageStore(Protocol):
     """Images by number, without labels."""
@@ -33,7 +37,8 @@ class ImageStore(Protocol):
     def __len__(self) -> int: ...
 
     def open(self, index: int) -> Image.Image:
-        """Image `index`, decoded, in any mode; raises whatever the decoder raises."""
+        """Image `index`, decoded, in any mode; raises whatever the decoder raises, and `DataError` where not this image
+        but all that the store reads from is at fault."""
         ...
 
     def name(self, index: int) -> str:
@@ -49,7 +54,9 @@ class LabelledImages(Dataset[tuple[Any, int]]):
         store: where the pixels are.
         targets: (len(store),) class index of every image of the store.
         skip_unreadable: False: an image that cannot be decoded is a `DataError` that names it. True: `dataset[i]`
-            answers with the next image of this set that can be read, and the bad one is listed in `unreadable`.
+            answers with the next image of this set that can be read, and the bad one is listed in `unreadable`. That
+            is for single bad images: it stays a `DataError` if the folder or tar itself is gone, or if more than half of
+            the images that one process and its workers have tried, once these are 32, cannot be read.
         indices: (n,) the images of the store that belong to this set, all by default.
 
     Attributes:
@@ -70,9 +77,9 @@ class LabelledImages(Dataset[tuple[Any, int]]):
         self.transform: Callable[[Image.Image], Any] | None = None
         self._store_targets = np.asarray(targets, dtype=np.int64)
         self._indices = np.arange(len(store)) if indices is None else indices
-        # One flag per image in memory that worker processes share: says which and how many, counts none twice, needs
+        # One value per image in memory that worker processes share: says which and how many, counts none twice, needs
         # no lock.
-        self._flags = torch.zeros(len(store), dtype=torch.bool).share_memory_()
+        self._tried = torch.zeros(len(store), dtype=torch.uint8).share_memory_()
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -87,24 +94,49 @@ class LabelledImages(Dataset[tuple[Any, int]]):
         raise DataError(f"None of the {len(self)} images can be read, {self.name(position)} among them.")
 
     def get_readable(self, position: int) -> tuple[Any, int] | None:
-        """The sample at `position`; None if it cannot be read and `skip_unreadable` is set, a `DataError` if it is
-        not set."""
+        """The sample at `position`; None if it cannot be read and `skip_unreadable` is set, a `DataError` if it is not
+        set or if it is more than this image that cannot be read."""
         index = int(self._indices[position])
-        if self.skip_unreadable and self._flags[index]:
+        if self.skip_unreadable and self._tried[index] == _UNREADABLE:
             return None
         try:
             image = to_rgb(self.store.open(index))
+        except DataError:
+            raise
         except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, zlib.error ...
+            self._require_the_place(error, index)
             if not self.skip_unreadable:
                 raise DataError(
                     f"Cannot read the image {self.store.name(index)} ({type(error).__name__}: {error}). Mend or remove the "
                     "file, or go on without such images with --skip-unreadable."
                 ) from error
-            self._flags[index] = True
+            self._tried[index] = _UNREADABLE
+            self._require_most(error, index)
             logger.warning("Skipped an image that cannot be read: %s (%s)", self.store.name(index), error)
             return None
+        if self.skip_unreadable:
+            self._tried[index] = _READ
         label = int(self._store_targets[index])
         return (image if self.transform is None else self.transform(image)), label
+
+    def _require_the_place(self, error: Exception, index: int) -> None:
+        """Raise `DataError` where the image is not at fault but the folder that it lies in, or one above."""
+        lost = _lost_folder(error)
+        if lost is not None:
+            raise DataError(
+                f"{lost}; it was needed for the image {self.store.name(index)} ({error}). Was it unmounted, moved or deleted "
+                "during the run? Bring it back and start again."
+            ) from error
+
+    def _require_most(self, error: Exception, index: int) -> None:
+        """Raise `DataError` where most of what was tried cannot be read."""
+        tried, unreadable = int((self._tried > 0).sum()), int((self._tried == _UNREADABLE).sum())
+        if tried >= MIN_IMAGES_TRIED and 2 * unreadable > tried:
+            raise DataError(
+                f"{unreadable} of the first {tried} images cannot be read, the last of them {self.store.name(index)} "
+                f"({type(error).__name__}: {error}). --skip-unreadable is for single bad images; here the data set itself "
+                "is damaged, moved or of another format. Mend it and start again."
+            ) from error
 
     @property
     def targets(self) -> NDArray[np.int64]:
@@ -114,7 +146,7 @@ class LabelledImages(Dataset[tuple[Any, int]]):
     @property
     def unreadable(self) -> tuple[str, ...]:
         """Names of the images of this set found unreadable so far by this process and its loaders' workers."""
-        return tuple(self.store.name(int(index)) for index in self._indices[self._flags.numpy()[self._indices]])
+        return tuple(self.store.name(int(index)) for index in self._indices[self._tried.numpy()[self._indices] == _UNREADABLE])
 
     def name(self, position: int) -> str:
         """What a user calls the image at `position`."""
@@ -189,9 +221,21 @@ class TarStore:
         return len(self._names)
 
     def open(self, index: int) -> Image.Image:
-        with self._path.open("rb", buffering=0) as file:
-            file.seek(int(self._offsets[index]))
-            return _decoded(io.BytesIO(file.read(int(self._sizes[index]))))
+        try:
+            with self._path.open("rb", buffering=0) as file:
+                file.seek(int(self._offsets[index]))
+                content = file.read(int(self._sizes[index]))
+        except OSError as error:
+            raise DataError(
+                f"The tar {self._path} cannot be read any more ({error}). Was it unmounted, moved or deleted during the run? "
+                "Bring it back and start again."
+            ) from error
+        if len(content) < self._sizes[index]:
+            raise DataError(
+                f"The tar {self._path} ends before its image {self.name(index)}: it was cut short or replaced during the run. "
+                "Bring it back and start again."
+            )
+        return _decoded(io.BytesIO(content))
 
     def name(self, index: int) -> str:
         return f"{self._path}:{os.fsdecode(bytes(self._names[index]))}"
@@ -257,3 +301,21 @@ def _decoded(file: Any) -> Image.Image:
     image = Image.open(file)
     image.load()  # PIL decodes lazily, and the file closes when the caller leaves
     return image
+
+
+def _lost_folder(error: Exception) -> str | None:
+    """The uppermost folder above the file of an error that is gone, empty or shut, in words; None where only the file is."""
+    if not isinstance(error, OSError) or not isinstance(error.filename, str | bytes):
+        return None
+    lost = None
+    for folder in Path(os.fsdecode(error.filename)).absolute().parents:
+        try:
+            with os.scandir(folder) as entries:
+                if next(entries, None) is not None:
+                    return lost
+            lost = f"The folder {folder} is empty"  # what is left of a place where nothing is mounted any more
+        except (FileNotFoundError, NotADirectoryError):
+            lost = f"There is no folder {folder} any more"
+        except OSError as reason:
+            lost = f"The folder {folder} cannot be read any more ({reason.strerror})"
+    return lost

@@ -1,36 +1,39 @@
 """Batches on the device.
 
-Every random choice depends on (seed, epoch, rank, place in the epoch) alone: the order comes from a generator seeded
-for the epoch, and each sample travels with a seed of its own to whichever worker makes it. So an epoch is the same
-bit for bit whether the run was resumed or not, and with any number of workers. The global generators of Python, NumPy
-and torch, from which timm's transforms draw, are put back as they were: loading disturbs no randomness of the
-training loop.
+Every random choice depends on (seed, epoch, place in the epoch) alone: the order comes from a generator seeded for the
+epoch, and each sample travels with seeds of its own to whichever worker makes it and to the device. So an epoch is the
+same bit for bit whether it is gone through from its beginning or from any batch on, with any number of workers, and,
+all ranks taken together, with any number of ranks. The global generators of Python, NumPy and torch, from which
+timm's transforms draw, are put back as they were: loading disturbs no randomness of the training loop.
 
-Legend: S samples of a batch, C channels, H and W height and width.
+Legend: S samples of a batch, K batches, C channels, H and W height and width.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import random
-import warnings
 from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import contextmanager
-from typing import Any, Literal, final
+from typing import Any, final
 
 import numpy as np
 import torch
 from PIL import Image
 from timm.data.distributed_sampler import RepeatAugSampler
 from timm.data.loader import PrefetchLoader, fast_collate
+from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from p3b.data.images import LabelledImages, to_rgb
 from p3b.data.transforms import Augmentation, Preprocessing, eval_transform, train_transform
+from p3b.data.workers import begin_worker, run_workers, told_of_deaths
 from p3b.errors import ConfigError, DataError
 
-_SampleKey = tuple[int, int]  # position in the data set, seed of this sample's augmentation
+_SampleKey = tuple[int, int, int]  # position in the data set, seeds of this sample's augmentation and of its erasing
+_EVEN_SHARES_OF = 8  # every one of 1, 2 and 4 ranks has an even share of so many samples
 
 
 def train_batches(
@@ -57,6 +60,7 @@ def train_batches(
         device: where the batches go.
         seed: of order and augmentation.
         rank, world_size: this process among those that share an epoch; every rank gets the same number of batches.
+            `batch_size` and `seed` must be the same on all of them.
 
     Raises:
         DataError: an empty data set. ConfigError: a batch size below 1, a rank outside 0 .. world_size - 1, an
@@ -89,10 +93,21 @@ class TrainBatches:
     """One epoch of training batches at each iteration: images (S, C, H, W) float32 normalised, targets (S,) int64, on
     the device.
 
-    All batches are full, and what does not fill one is left out; an epoch has about len(dataset) / world_size samples
-    a rank, repeats included. A data set smaller than one batch makes one smaller batch, of even size if it has two
-    samples or more. Call `set_epoch` before each epoch; without it every epoch is epoch 0. One iteration at a time:
-    workers stay alive from epoch to epoch.
+    A global batch is what all ranks get in their batch of the same number: batch_size * world_size samples, of which rank
+    r has every world_size-th from the r-th on. An epoch is cut into global batches, so which samples are in one, and
+    how each is augmented and erased, does not depend on how many ranks share it. (The device's generator makes the
+    pixels that are erased with: they are the same on devices of one kind.)
+
+    All batches are full, and what does not fill one is left out; an epoch has len(dataset) samples at most, repeats
+    included. A data set smaller than one global batch makes one smaller one: all its images, and as many of them again as
+    it takes to fill a multiple of 8 (of 2 * world_size, too), so that the law above holds for 1, 2 and 4 ranks here
+    as well and an even batch size stays even; but never more than the global batch that was asked for.
+
+    Call `set_epoch` before each epoch; without it every epoch is epoch 0. One iteration at a time. Where an iteration
+    ends, by itself, by `break` or by an error, its workers end, too.
+
+    Iterating raises:
+        DataError: an image cannot be read, its folder is gone, a worker died.
     """
 
     def __init__(
@@ -111,7 +126,6 @@ class TrainBatches:
         _check_counts(_length(dataset), batch_size, rank, world_size)
         repeats = max(1, augmentation.repeats) if augmentation.enabled else 1
         self._order = _EpochOrder(dataset, repeats, batch_size, seed, rank, world_size)
-        self._device = device
         self._loader = _on_device(
             _Samples(dataset, train_transform(preprocessing, augmentation), preprocessing.input_size),
             self._order,
@@ -122,27 +136,34 @@ class TrainBatches:
         )
 
     def __len__(self) -> int:
-        """Batches of an epoch on this rank; the same on every rank."""
+        """Batches of a whole epoch on this rank, wherever the iteration begins; the same on every rank."""
         return len(self._order)
 
     @property
     def batch_size(self) -> int:
-        """Samples of each batch; smaller than asked for only if the data set is smaller than one batch."""
+        """Samples of each batch; smaller than asked for only if the data set is smaller than one global batch."""
         return self._order.batch_size
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose which epoch the next iteration is."""
-        self._order.epoch = epoch
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """Choose which epoch the next iteration is, and at which of its batches it begins.
+
+        Args:
+            epoch: from 0.
+            start: in 0 .. len(self). The batches before are not read; those from there on are bit for bit what they are
+                in the whole epoch.
+
+        Raises:
+            ConfigError: `start` is outside its range.
+        """
+        if not 0 <= start <= len(self):
+            raise ConfigError(
+                f"An epoch cannot begin at batch {start}: it has {len(self)}. Are data set, batch size and number of processes "
+                "those that the run began with?"
+            )
+        self._order.epoch, self._order.start = epoch, start
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        batches = iter(self._loader)
-        # Erasing happens in this process, hence one seed for each step; the last is for finding the end.
-        for step_seed in self._order.seeds("steps", len(self) + 1):
-            with _generators_kept(self._device):
-                _seed_generators(step_seed, self._device)
-                batch = next(batches, None)
-            if batch is not None:
-                yield batch
+        return told_of_deaths(self._loader)
 
 
 @final
@@ -151,7 +172,7 @@ class EvalBatches:
 
     Rank r has images r, r + world_size, ...: no image is repeated to make ranks even, so ranks may differ by one
     image, hence by one batch, and may have none. An unreadable image that is skipped is left out, not replaced. Can
-    be iterated any number of times.
+    be iterated any number of times, one iteration at a time; raises what `TrainBatches` raises.
     """
 
     def __init__(
@@ -166,7 +187,7 @@ class EvalBatches:
         world_size: int,
     ) -> None:
         _check_counts(_length(dataset), batch_size, rank, world_size)
-        keys = _chunks([(index, 0) for index in range(rank, _length(dataset), world_size)], batch_size)
+        keys = _chunks([(index, 0, 0) for index in range(rank, _length(dataset), world_size)], batch_size)
         self._loader = _on_device(
             _Samples(dataset, eval_transform(preprocessing), preprocessing.input_size, replace_unreadable=False),
             keys,
@@ -181,7 +202,7 @@ class EvalBatches:
         return len(self._loader)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return iter(self._loader)
+        return told_of_deaths(self._loader)
 
 
 def default_num_workers(local_world_size: int = 1, on_cpu: bool = True) -> int:
@@ -220,30 +241,39 @@ def _length(dataset: Dataset[Any]) -> int:
 
 @final
 class _EpochOrder:
-    """What DataLoader takes as batch sampler: this rank's batches of the epoch that is current when an iteration starts."""
+    """What DataLoader takes as batch sampler: this rank's batches, from `start` on, of the epoch that is current when an
+    iteration starts."""
 
     def __init__(self, dataset: Dataset[Any], repeats: int, batch_size: int, seed: int, rank: int, world_size: int) -> None:
-        self.epoch = 0
-        self._seed, self._rank = seed, rank
-        # timm leaves out up to 255 images to make the epoch a multiple of 256 (selected_round); whole batches are enough.
-        self._sampler = RepeatAugSampler(dataset, num_replicas=world_size, rank=rank, num_repeats=repeats, selected_round=0)
-        num_samples = len(self._sampler)
-        largest_even = max(1, num_samples - num_samples % 2)
-        self.batch_size = batch_size if num_samples >= batch_size else largest_even
+        self.epoch, self.start = 0, 0
+        self._seed, self._rank, self._world_size = seed, rank, world_size
+        # Shuffling and repeats for all ranks at once: timm's shares would depend on how many there are, through the
+        # rounding of each. It also leaves out up to 255 images to make the epoch a multiple of 256 (selected_round);
+        # whole batches are enough.
+        self._sampler = RepeatAugSampler(dataset, num_replicas=1, rank=0, num_repeats=repeats, selected_round=0)
+        self._places = len(self._sampler)
+        even_shares = math.lcm(_EVEN_SHARES_OF, 2 * world_size)
+        self._global_batch = min(batch_size * world_size, math.ceil(self._places / even_shares) * even_shares)
+        self._count = max(1, self._places // self._global_batch)
+        self.batch_size = self._global_batch // world_size
 
     def __len__(self) -> int:
-        return len(self._sampler) // self.batch_size
+        return self._count
 
     def __iter__(self) -> Iterator[list[_SampleKey]]:
-        # The order is one for all ranks, each takes its share of it; the seeds of the samples are each rank's own.
-        self._sampler.set_epoch(int(np.random.default_rng([self._seed, self.epoch]).integers(2**63)))
-        keys = list(zip(self._sampler, self.seeds("samples", len(self._sampler)), strict=True))
-        return iter(_chunks(keys, self.batch_size)[: len(self)])
+        self._sampler.set_epoch(int(self._stream(0).integers(2**63)))
+        order = np.fromiter(self._sampler, np.int64, self._places)
+        first, end = self.start * self._global_batch, self._count * self._global_batch
+        share = np.arange(first + self._rank, end, self._world_size).reshape(-1, self.batch_size)
+        augmentation, erasing = (self._stream(purpose).integers(2**32, size=end)[share] for purpose in (1, 2))
+        positions = order[share % self._places]  # a data set smaller than its batch begins again
+        return (
+            list(zip(*(part.tolist() for part in batch), strict=True))
+            for batch in zip(positions, augmentation, erasing, strict=True)
+        )
 
-    def seeds(self, purpose: Literal["samples", "steps"], count: int) -> list[int]:
-        """`count` seeds in [0, 2**32) that depend on seed, epoch, rank and purpose."""
-        stream = ["samples", "steps"].index(purpose)
-        return np.random.default_rng([self._seed, self.epoch, self._rank, stream]).integers(2**32, size=count).tolist()
+    def _stream(self, purpose: int) -> np.random.Generator:
+        return np.random.default_rng([self._seed, self.epoch, purpose])
 
 
 # --- in the workers ---------------------------------------------------------------------------------------------------
@@ -251,7 +281,7 @@ class _EpochOrder:
 
 @final
 class _Samples(Dataset[Any]):
-    """Samples by key, ready to be collated: (uint8 (C, H, W), class index)."""
+    """Samples by key, ready to be collated: (uint8 (C, H, W), class index, seed of the erasing)."""
 
     def __init__(
         self,
@@ -265,13 +295,13 @@ class _Samples(Dataset[Any]):
         self._grey = input_size[0] == 1
         self._replace_unreadable = replace_unreadable
 
-    def __getitems__(self, keys: list[_SampleKey]) -> list[tuple[Tensor, int]] | DataError:
+    def __getitems__(self, keys: list[_SampleKey]) -> list[tuple[Tensor, int, int]] | DataError:
         """A whole batch. A `DataError` is returned, not raised: on its way to the main process it would grow a traceback."""
         cpu = torch.device("cpu")
         samples = []
         with _generators_kept(cpu):
-            for position, sample_seed in keys:
-                _seed_generators(sample_seed, cpu)
+            for position, augmentation_seed, erasing_seed in keys:
+                _seed_generators(augmentation_seed, cpu)
                 try:
                     sample = self._read(position)
                 except DataError as error:
@@ -279,7 +309,7 @@ class _Samples(Dataset[Any]):
                 if sample is not None:
                     image, label = sample
                     image = image.convert("L") if self._grey else to_rgb(image)
-                    samples.append((self._transform(image), label))
+                    samples.append((self._transform(image), label, erasing_seed))
         return samples
 
     def _read(self, position: int) -> tuple[Image.Image, int] | None:
@@ -288,10 +318,12 @@ class _Samples(Dataset[Any]):
         return self._dataset[position]
 
 
-def _collate(samples: list[tuple[Tensor, int]] | DataError) -> tuple[Tensor, Tensor] | DataError | None:
+def _collate(samples: list[tuple[Tensor, int, int]] | DataError) -> tuple[tuple[Tensor, Tensor], list[int]] | DataError | None:
     if isinstance(samples, DataError):
         return samples
-    return fast_collate(samples) if samples else None
+    if not samples:
+        return None
+    return fast_collate([(image, label) for image, label, _ in samples]), [seed for _, _, seed in samples]
 
 
 @final
@@ -299,12 +331,14 @@ class _Batches:
     """uint8 batches from a DataLoader; errors that came as values are raised, empty batches are left out."""
 
     def __init__(self, samples: _Samples, batch_keys: Any, num_workers: int, device: torch.device) -> None:
+        self.erasing_seeds: list[int] = []  # of the batch that was last handed out
         self._loader: DataLoader[Any] = DataLoader(
             samples,
             batch_sampler=batch_keys,
             num_workers=num_workers,
             collate_fn=_collate,
             pin_memory=device.type == "cuda",
+            worker_init_fn=begin_worker,
             generator=torch.Generator(),  # DataLoader draws a seed for its workers; not from the global generator
         )
 
@@ -312,16 +346,27 @@ class _Batches:
         return len(self._loader)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        with warnings.catch_warnings():
-            # torch has threads of its own, and Python >= 3.12 warns of any fork beside threads; workers use none of them.
-            warnings.filterwarnings("ignore", message=r".*use of fork\(\)", category=DeprecationWarning)
-            batches = iter(self._loader)
-        for batch in batches:
-            if isinstance(batch, DataError):
-                del batches  # ends the workers now, not when the last traceback that holds this frame is gone
-                raise DataError(str(batch))
-            if batch is not None:
+        for made in run_workers(self._loader):
+            if isinstance(made, DataError):
+                raise DataError(str(made))
+            if made is not None:
+                batch, self.erasing_seeds = made
                 yield batch
+
+
+@final
+class _Erasing:
+    """timm's random erasing, each image under a seed of its own. PrefetchLoader calls it right after it took a batch."""
+
+    def __init__(self, erase: RandomErasing, batches: _Batches, device: torch.device) -> None:
+        self._erase, self._batches, self._device = erase, batches, device
+
+    def __call__(self, images: Tensor) -> Tensor:
+        with _generators_kept(self._device):
+            for image, seed in zip(images, self._batches.erasing_seeds, strict=True):
+                _seed_generators(seed, self._device)
+                self._erase(image)
+        return images
 
 
 def _on_device(
@@ -333,7 +378,7 @@ def _on_device(
     augmentation: Augmentation,
 ) -> PrefetchLoader:
     batches: Any = _Batches(samples, batch_keys, num_workers, device)
-    return PrefetchLoader(
+    loader = PrefetchLoader(
         batches,
         mean=preprocessing.mean,
         std=preprocessing.std,
@@ -343,6 +388,10 @@ def _on_device(
         re_mode=augmentation.erasing_mode,
         re_count=augmentation.erasing_count,
     )
+    if loader.random_erasing is not None:
+        erasing: Any = _Erasing(loader.random_erasing, batches, device)
+        loader.random_erasing = erasing
+    return loader
 
 
 # --- randomness -------------------------------------------------------------------------------------------------------

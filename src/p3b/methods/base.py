@@ -56,8 +56,8 @@ class Method(Protocol):
         """Forget what the step measured."""
         ...
 
-    def train_own(self, scaler: torch.amp.GradScaler | None) -> None:
-        """One optimizer step of the method's own parameters, where it has any."""
+    def train_own(self, gradients_finite: Tensor, scaler: torch.amp.GradScaler | None) -> None:
+        """One optimizer step of the method's own parameters, where it has any; none where a gradient is not finite."""
         ...
 
     def renew(self, kept_params: Mapping[str, int], progress: float, tau: float) -> Decision:

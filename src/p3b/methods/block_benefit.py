@@ -17,7 +17,8 @@ Departures from the paper and its published code:
 - A block's kept parameters count as at least 1 % of its dense ones when the benefit is divided by them. Without this floor a
   block that has vanished for one interval has an unbounded importance in the next and takes the whole mean with it.
 - Scores are read before the weights move, and gates are never moved by an optimizer.
-- The model trains in training mode while it is pruned: drop path acts, and batch norm in the probes keeps statistics.
+- The model trains in training mode while it is pruned: drop path acts.
+- Batch norm in the probes sees the batch of all processes, so that their number changes no benefit; it keeps no statistics.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class BlockBenefit:
         reduce: mean of a tensor over all ranks.
         alpha: weight of the class token against the patches, in [0, 1].
         gamma: weight of a new interval in the smoothed importance, in (0, 1].
-        benefit_scale: T > 0.
+        benefit_scale: T in [0.01, 1000].
         blocks_only: count the budget over the blocks alone (P_rest = 0).
         keep_ratios: given by hand, one per block; then nothing is probed and prune_ratio plays no part.
         probe_lr: learning rate of the probes, not scaled with the batch size.
@@ -85,7 +86,7 @@ class BlockBenefit:
     ) -> None:
         _require(0 <= alpha <= 1, "alpha", alpha, "[0, 1]")
         _require(0 < gamma <= 1, "gamma", gamma, "(0, 1]")
-        _require(benefit_scale > 0, "benefit_scale", benefit_scale, "(0, inf)")
+        _require(0.01 <= benefit_scale <= 1000, "benefit_scale", benefit_scale, "[0.01, 1000]")
         _require(probe_lr > 0, "probe_lr", probe_lr, "(0, inf)")
         _require(probe_weight_decay >= 0, "probe_weight_decay", probe_weight_decay, "[0, inf)")
         self._layout, self._reduce = layout, reduce
@@ -106,7 +107,7 @@ class BlockBenefit:
             example = next(model.parameters())
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(probe_seed)
-                self._probes = BlockProbes(layout).to(example.device, example.dtype)
+                self._probes = BlockProbes(layout, reduce).to(example.device, example.dtype)
             self._optimizer = torch.optim.AdamW(param_groups_weight_decay(self._probes, probe_weight_decay), lr=probe_lr)
             self._taps.attach(model)
 
@@ -127,22 +128,23 @@ class BlockBenefit:
             for gate, score in taylor(block, self._weights).items():
                 self._meter.add(gate, score, gradients_finite)
         if self._pending_benefits:
-            benefits_2B = torch.stack(self._pending_benefits).mean(0)
+            # Reduced at every step, so that the sums, which a checkpoint keeps, are the same on every rank.
+            benefits_2B = self._reduce(torch.stack(self._pending_benefits).mean(0))
             self._meter.add("benefits", benefits_2B, gradients_finite & benefits_2B.isfinite().all())
         self.discard()
 
     def discard(self) -> None:
         self._pending_benefits.clear()
 
-    def train_own(self, scaler: torch.amp.GradScaler | None) -> None:
+    def train_own(self, gradients_finite: Tensor, scaler: torch.amp.GradScaler | None) -> None:
         if self._probes is None:
             return
-        self._average_gradients(self._probes)
-        if scaler is None or not scaler.is_enabled():
-            _drop_unless_finite(self._probes)
+        gradients = self._average_gradients(self._probes)
+        if scaler is not None and scaler.is_enabled():
+            if gradients_finite:
+                scaler.step(self._optimizer)  # looks for itself whether the probes' gradients are finite
+        elif gradients_finite & torch.nn.utils.get_total_norm(gradients, norm_type=torch.inf).isfinite():
             self._optimizer.step()
-        else:
-            scaler.step(self._optimizer)
         self._optimizer.zero_grad()
 
     def renew(self, kept_params: Mapping[str, int], progress: float, tau: float) -> Decision:
@@ -181,7 +183,7 @@ class BlockBenefit:
         importance_B = None
         if benefits_2B is not None:
             # Decisions are made on the CPU, in float64 and from reduced sums: the same on every rank and every device.
-            benefits_2B = self._reduce(benefits_2B).double().cpu()
+            benefits_2B = benefits_2B.double().cpu()
             floor = LEAST_KEPT_SHARE * self._params
             kept = torch.tensor([kept_params[block.name] for block in blocks], dtype=torch.float64).maximum(floor)
             self._importance = [
@@ -192,10 +194,9 @@ class BlockBenefit:
         goals = self._goals(importance_B)
         applied = [applied_keep_ratio(goal, progress) for goal in goals]
 
+        scores = self._scores(mean)
         orders = [
-            order_elements(
-                [self._reduce(mean(block.gate(dim))).cpu() for dim in block.dims], [GATE_FACTORS[dim] for dim in block.dims]
-            )
+            order_elements([scores[block.gate(dim)] for dim in block.dims], [GATE_FACTORS[dim] for dim in block.dims])
             for block in blocks
         ]
         shares = [ratio * params for ratio, params in zip(applied, self._params.tolist(), strict=True)]
@@ -228,22 +229,24 @@ class BlockBenefit:
         assert importance_B is not None
         return keep_ratios(importance_B, self._params, self._other_params, self._prune_ratio).tolist()
 
-    def _average_gradients(self, probes: BlockProbes) -> None:
-        """Average over ranks in one go: probes are outside the distributed wrapper, since they run after its forward pass."""
+    def _scores(self, mean: Any) -> dict[str, Tensor]:
+        """Mean score of every element over the interval and over ranks, by gate name, on the CPU."""
+        gates = {block.gate(dim): size for block in self._layout.blocks for dim, size in block.dims.items()}
+        reduced = self._reduce(torch.cat([mean(gate) for gate in gates])).cpu()
+        return dict(zip(gates, reduced.split(list(gates.values())), strict=True))
+
+    def _average_gradients(self, probes: BlockProbes) -> list[Tensor]:
+        """Average over ranks in one go: probes are outside the distributed wrapper, since they run after its forward pass.
+
+        Returns:
+            The gradients, which the probes' parameters hold.
+        """
         gradients = [parameter.grad for parameter in probes.parameters() if parameter.grad is not None]
-        if not gradients or self._reduce(gradients[0]) is gradients[0]:  # a single process: spare the copies
-            return
-        flat = self._reduce(torch.cat([gradient.flatten() for gradient in gradients]))
-        for gradient, average in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-            gradient.copy_(average.view_as(gradient))
-
-
-def _drop_unless_finite(probes: BlockProbes) -> None:
-    """What a GradScaler does by skipping the step: one bad batch must not leave NaN in the probes for good."""
-    gradients = [parameter.grad for parameter in probes.parameters() if parameter.grad is not None]
-    finite = torch.nn.utils.get_total_norm(gradients).isfinite()
-    for gradient in gradients:
-        gradient.copy_(torch.where(finite, gradient, 0.0))
+        if gradients and not probes.alone:  # a single process is spared the copies
+            flat = self._reduce(torch.cat([gradient.flatten() for gradient in gradients]))
+            for gradient, average in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+                gradient.copy_(average.view_as(gradient))
+        return gradients
 
 
 def _require(holds: bool, name: str, value: float, allowed: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,9 +13,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
-from p3b.errors import ConfigError
+from p3b.errors import ConfigError, TrainingError
+
+_LOST_PEER = re.compile(r"[Cc]onnection (closed|reset|refused)|[Tt]imed out|timeout|Socket|gloo|NCCL|Broken pipe")
+"""How gloo's and NCCL's plain RuntimeErrors read when a peer is lost."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +60,17 @@ def process_group(device: str, timeout_minutes: float = 10.0) -> Iterator[tuple[
     on_gpu = chosen.type == "cuda"
     if on_gpu:
         torch.cuda.set_device(chosen)
+    timeout = timedelta(minutes=timeout_minutes)
+    store, rank, world_size = next(iter(rendezvous("env://", timeout=timeout)))
+    # torchrun keeps one store over its restarts (as of torch 2.14), and in it the addresses of the processes that died.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     dist.init_process_group(
-        "nccl" if on_gpu else "gloo", timeout=timedelta(minutes=timeout_minutes), device_id=chosen if on_gpu else None
+        "nccl" if on_gpu else "gloo",
+        store=dist.PrefixStore(f"attempt {attempt}", store),
+        rank=rank,
+        world_size=world_size,
+        timeout=timeout,
+        device_id=chosen if on_gpu else None,
     )
     try:
         yield processes, chosen
@@ -91,6 +105,21 @@ def gather(value: Any) -> list[Any]:
     return gathered
 
 
+def require_agreement(what: str, digest: str) -> None:
+    """Compare a digest of something that every rank has worked out for itself.
+
+    Raises:
+        TrainingError: the ranks differ; on every rank, so that none goes on with what the others have not.
+    """
+    digests = gather(digest)
+    if len(set(digests)) > 1:
+        found = ", ".join(f"rank {rank}: {value[:12]}" for rank, value in enumerate(digests))
+        raise TrainingError(
+            f"The processes disagree on {what} ({found}); the run stops and keeps its last checkpoint. They must run the same "
+            "code on the same kind of device; --resume goes on from the checkpoint."
+        )
+
+
 def unwrap(model: nn.Module) -> nn.Module:
     """The model itself, without the distributed wrapper."""
     return model.module if isinstance(model, DistributedDataParallel) else model
@@ -100,6 +129,18 @@ def wait_for_all() -> None:
     """Return when every rank has come here."""
     if in_group():
         dist.barrier()
+
+
+def lost_process(error: BaseException) -> TrainingError | None:
+    """What to tell the user where an error means that another process is gone or does not answer; None where it does not."""
+    told = str(error)
+    if not isinstance(error, dist.DistError) and not (isinstance(error, RuntimeError) and _LOST_PEER.search(told)):
+        return None
+    cause = told.splitlines()[0][:200] if told else type(error).__name__
+    return TrainingError(
+        f"Another process of this run is gone or did not answer in time ({cause}). Its own message says why. The run stops and "
+        "keeps its last checkpoint: --resume goes on, or start it with torchrun --max-restarts, which does so by itself."
+    )
 
 
 def in_group() -> bool:

@@ -21,6 +21,8 @@ from p3b.train.optim import Precision
 
 CHECK_LOSS_EVERY = 10
 """Optimizer steps between two looks at the loss: each look waits for the device."""
+MOST_SKIPPED_IN_A_ROW = 30
+"""Steps that mixed precision may skip one after the other. A loss scale that starts at 2**16 may take 16 to come down."""
 
 
 class Batches(Iterable[tuple[Tensor, Tensor]], Sized, Protocol):
@@ -87,14 +89,62 @@ class Learner:
     grad_accum_steps: int = 1
     clip_grad: float | None = None
     steps_done: int = 0
+    skipped_steps: int = 0
+    """Steps, among those done, at which the weights did not move, since a gradient was not finite."""
+    skipped_in_a_row: int = 0
+
+    def require_finite_weights(self) -> None:
+        """Raises:
+        TrainingError: a weight is not finite. The next loss would tell, but a checkpoint comes before it.
+        """
+        if not all(bool(parameter.isfinite().all()) for parameter in self.model.parameters()):
+            raise not_finite("A weight", self.steps_done - 1)
 
 
-@dataclass(frozen=True)
-class StepReport:
-    """What a look at the running epoch shows: optimizer steps done in it, and the mean task loss so far."""
+class EpochProgress:
+    """How far an epoch has come; part of every checkpoint, so that a resumed epoch ends as if it had never stopped.
 
-    steps: int
-    loss: float
+    Args:
+        phase: what the epoch is called in the metrics: the phase of its first step.
+        device: where losses are summed, so that adding one costs no waiting.
+    """
+
+    def __init__(self, phase: str, device: torch.device) -> None:
+        self.phase, self.micro_steps = phase, 0
+        self._loss_sum, self._losses = torch.zeros((), device=device), torch.zeros((), device=device)
+        self._first_bad = torch.full((), -1, device=device)
+
+    def add(self, loss: Tensor, step: int) -> None:
+        """Count the loss of a micro-batch of an optimizer step; one that is not finite stays out of the mean."""
+        loss, finite = loss.detach(), loss.detach().isfinite()
+        self._loss_sum += torch.where(finite, loss, 0.0)
+        self._losses += finite
+        self._first_bad = torch.where((self._first_bad < 0) & ~finite, step, self._first_bad)
+        self.micro_steps += 1
+
+    def mean_loss(self) -> float:
+        """Mean over the micro-batches so far."""
+        return float(self._loss_sum) / max(float(self._losses), 1.0)
+
+    def require_finite(self) -> None:
+        """Raises:
+        TrainingError: a loss was not finite; the message says at which optimizer step.
+        """
+        if (step := int(self._first_bad)) >= 0:
+            raise not_finite("The loss", step)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "phase": self.phase,
+            "micro_steps": self.micro_steps,
+            "loss_sum": float(self._loss_sum),
+            "losses": float(self._losses),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.phase, self.micro_steps = str(state["phase"]), int(state["micro_steps"])
+        self._loss_sum.fill_(state["loss_sum"])
+        self._losses.fill_(state["losses"])
 
 
 def steps_per_epoch(batches: Sized, grad_accum_steps: int) -> int:
@@ -105,48 +155,51 @@ def steps_per_epoch(batches: Sized, grad_accum_steps: int) -> int:
 def train_epoch(
     learner: Learner,
     batches: Batches,
+    progress: EpochProgress,
     on_decision: Callable[[Decision, str], None],
-    on_look: Callable[[StepReport], None],
+    on_step: Callable[[], None],
 ) -> float:
-    """Train for one epoch.
+    """Train for one epoch, or for the rest of one.
 
     Args:
         learner: is changed.
-        batches: this rank's batches.
+        batches: this rank's batches, from `progress.micro_steps` on; their length is that of the whole epoch.
+        progress: is changed.
         on_decision: hears of every mask update, and of the phase of the step that it ends.
-        on_look: hears of the running loss every few steps.
+        on_step: is called at the end of every optimizer step, where all can be saved; what it raises ends the epoch.
 
     Returns:
         Mean task loss (without what the method adds).
 
     Raises:
-        TrainingError: the loss, or a weight after the last step, is not finite; the message says at which optimizer step.
+        TrainingError: the loss is not finite, or under mixed precision too many steps in a row had to be skipped.
     """
     model, pruner, scaler = learner.model, learner.pruner, learner.scaler
     model.train()
-    watch = _LossWatch(learner.precision.device)
-    for micro_step, (images, hard_targets) in enumerate(batches):
+    for images, hard_targets in batches:
         targets = hard_targets
         if learner.mixup is not None:
             images, targets = learner.mixup(images, hard_targets)
-        window_start = micro_step - micro_step % learner.grad_accum_steps
+        window_start = progress.micro_steps - progress.micro_steps % learner.grad_accum_steps
         window = min(learner.grad_accum_steps, len(batches) - window_start)
-        completes_step = micro_step == window_start + window - 1
+        completes_step = progress.micro_steps == window_start + window - 1
         with _gradients_stay_local(model, until=completes_step):
             with learner.precision.autocast():
                 task_loss = learner.loss(images, model(images), targets)
                 loss = task_loss + pruner.loss(learner.loss.task, targets)
             scaler.scale(loss / window).backward()
-        watch.add(task_loss, learner.steps_done)
+        progress.add(task_loss, learner.steps_done)
         if not completes_step:
             continue
 
         scaler.unscale_(learner.optimizer)
+        skipped = learner.precision.is_mixed and not _gradients_finite(model)
         phase = pruner.phase
         decision = pruner.step(scaler)  # gradients exist, weights have not moved yet
-        if learner.clip_grad is not None:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), learner.clip_grad)
-        scaler.step(learner.optimizer)
+        if not skipped:
+            if learner.clip_grad is not None:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), learner.clip_grad)
+            scaler.step(learner.optimizer)
         scaler.update()
         learner.optimizer.zero_grad()
         learner.steps_done += 1
@@ -156,20 +209,20 @@ def train_epoch(
             learner.ema.update(unwrap(model), step=learner.steps_done)
         if decision is not None:
             on_decision(decision, phase)
-        if learner.steps_done % CHECK_LOSS_EVERY == 0:
-            watch.require_finite()
-            on_look(StepReport(micro_step // learner.grad_accum_steps + 1, watch.mean()))
-    watch.require_finite()
-    if not all(bool(parameter.isfinite().all()) for parameter in model.parameters()):
-        raise not_finite("A weight", learner.steps_done - 1)  # the next loss would tell, but a checkpoint comes before it
-    return watch.mean()
+        _count_skipped(learner, skipped)
+        if learner.steps_done % CHECK_LOSS_EVERY == 0 and not learner.precision.is_mixed:
+            progress.require_finite()
+        on_step()
+    if not learner.precision.is_mixed:
+        progress.require_finite()
+    return progress.mean_loss()
 
 
 def not_finite(what: str, step: int) -> TrainingError:
     """The error of a run that has lost its way at an optimizer step."""
     return TrainingError(
-        f"{what} is not finite at optimizer step {step}; the run stops and keeps its last checkpoint. Lower the "
-        "learning rate (--lr), clip gradients (--clip-grad 1.0) or train in --precision fp32 or bf16."
+        f"{what} is not finite at optimizer step {step}; the run stops and keeps its last checkpoint. Lower the learning rate "
+        "(--lr), clip gradients (--clip-grad 1.0) or train in --precision fp32 (or bf16 in place of fp16), with --overwrite."
     )
 
 
@@ -178,23 +231,14 @@ def _gradients_stay_local(model: nn.Module, until: bool) -> Any:
     return model.no_sync() if isinstance(model, DistributedDataParallel) and not until else nullcontext()
 
 
-class _LossWatch:
-    """Sums the loss on the device and remembers the first step at which it was not finite."""
+def _gradients_finite(model: nn.Module) -> bool:
+    """Whether all gradients are finite, the same on every rank once they are averaged. Waits for the device."""
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    return bool(torch.nn.utils.get_total_norm(gradients, norm_type=float("inf")).isfinite())
 
-    def __init__(self, device: torch.device) -> None:
-        self._sum = torch.zeros((), device=device)
-        self._count = 0
-        self._first_bad = torch.full((), -1, device=device)
 
-    def add(self, loss: Tensor, step: int) -> None:
-        loss = loss.detach()
-        self._sum += loss
-        self._count += 1
-        self._first_bad = torch.where((self._first_bad < 0) & ~loss.isfinite(), step, self._first_bad)
-
-    def require_finite(self) -> None:
-        if (step := int(self._first_bad)) >= 0:
-            raise not_finite("The loss", step)
-
-    def mean(self) -> float:
-        return float(self._sum) / max(self._count, 1)
+def _count_skipped(learner: Learner, skipped: bool) -> None:
+    learner.skipped_steps += skipped
+    learner.skipped_in_a_row = learner.skipped_in_a_row + 1 if skipped else 0
+    if learner.skipped_in_a_row >= MOST_SKIPPED_IN_A_ROW:
+        raise not_finite(f"A gradient, for the {learner.skipped_in_a_row}th time in a row,", learner.steps_done - 1)

@@ -89,6 +89,11 @@ class Precision:
             name = "bf16" if _multiplies_bf16(device) else "fp32"
         return cls(device, {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[name])
 
+    @property
+    def is_mixed(self) -> bool:
+        """Whether steps compute in less than float32, where a gradient that is not finite is no reason to stop at once."""
+        return self.dtype is not None
+
     def autocast(self) -> AbstractContextManager[Any]:
         """Context of the forward pass and the losses."""
         return nullcontext() if self.dtype is None else torch.autocast(self.device.type, self.dtype)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
+import torch
 from timm.layers import LayerNorm, LayerNormFp32, LayerScale, get_act_layer
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
@@ -38,11 +39,76 @@ _ACTIVATIONS = (
 )
 
 
+MOST_BLOCKS, MOST_CHANNELS = 1024, 1 << 16
+"""Far above any Vision Transformer. A description is read from files, and building what it asks for must stay cheap."""
+
+
+def _is_whole(low: int, high: int) -> Callable[[Any], bool]:
+    return lambda value: type(value) is int and low <= value <= high
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and 0.0 <= value <= MOST_CHANNELS
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(map(_is_whole(1, MOST_CHANNELS), value))
+
+
+def _is_one_of(known: Iterable[Any]) -> Callable[[Any], bool]:
+    choices = tuple(known)
+    return lambda value: type(value) in map(type, choices) and value in choices
+
+
+_ARGUMENTS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(("img_size", "patch_size"), (_is_pair, f"two whole numbers from 1 to {MOST_CHANNELS}")),
+    **dict.fromkeys(
+        ("in_chans", "embed_dim", "num_heads"), (_is_whole(1, MOST_CHANNELS), f"a whole number from 1 to {MOST_CHANNELS}")
+    ),
+    "num_classes": (_is_whole(0, 1 << 24), "a whole number from 0 to 16777216"),
+    "reg_tokens": (_is_whole(0, MOST_CHANNELS), f"a whole number from 0 to {MOST_CHANNELS}"),
+    "depth": (_is_whole(1, MOST_BLOCKS), f"a whole number from 1 to {MOST_BLOCKS}"),
+    **dict.fromkeys(("mlp_ratio", "norm_eps"), (_is_number, f"a number from 0 to {MOST_CHANNELS}")),
+    "init_values": (lambda value: value is None or _is_number(value), "a number or null"),
+    **dict.fromkeys(
+        (
+            *("class_token", "no_embed_class", "pre_norm", "final_norm", "fc_norm", "pool_include_prefix", "dynamic_img_size"),
+            *("qkv_bias", "proj_bias"),
+        ),
+        (lambda value: type(value) is bool, "true or false"),
+    ),
+    "global_pool": (_is_one_of(("", "avg", "avgmax", "max", "token", "map", "prr")), "a pooling of timm"),
+    "pos_embed": (_is_one_of(("learn", "none")), "learn or none"),
+    "act_layer": (_is_one_of(_ACTIVATIONS), f"one of {', '.join(_ACTIVATIONS)}"),
+    "norm_layer": (_is_one_of(_NORMS), f"one of {', '.join(_NORMS)}"),
+}
+"""The arguments of a description, all of which it has: what each may be, as a question and in words."""
+
+
+def check_description(architecture: object) -> None:
+    """See that a description, from whatever file, is one that `describe_dense` could have given, before anything is built.
+
+    Raises:
+        ModelError: it lacks something, or an argument is of another type or out of its range.
+    """
+    kind, arguments = (architecture.get(key) if isinstance(architecture, dict) else None for key in ("class", "arguments"))
+    if not isinstance(arguments, dict) or not _is_one_of(_CLASSES)(kind):
+        raise ModelError(f"the architecture is not a class ({', '.join(_CLASSES)}) with its arguments")
+    if arguments.keys() != _ARGUMENTS.keys():
+        odd = ", ".join(sorted(map(str, arguments.keys() ^ _ARGUMENTS.keys()))[:5])
+        raise ModelError(f"the architecture lacks arguments or has others than are known ({odd[:200]})")
+    for name, (fits, expected) in _ARGUMENTS.items():
+        if not fits(arguments[name]):
+            raise ModelError(f"the architecture's {name} is {str(arguments[name])[:80]}; expected {expected}")
+    if arguments["embed_dim"] % arguments["num_heads"]:
+        raise ModelError(f"{arguments['embed_dim']} channels cannot be shared among {arguments['num_heads']} heads")
+
+
 def describe_dense(vit: VisionTransformer) -> dict[str, Any]:
     """Class and constructor arguments of the dense model that this one is or was cut from, read off the module.
 
     Raises:
-        ModelError: a part that the arguments cannot express.
+        ModelError: a part that the arguments cannot express, or a size that `check_description` would refuse.
     """
     kind = type(vit).__name__
     if kind not in _CLASSES or type(vit) is not _CLASSES[kind]:
@@ -69,7 +135,9 @@ def describe_dense(vit: VisionTransformer) -> dict[str, Any]:
         "pool_include_prefix": vit.pool_include_prefix,
         "dynamic_img_size": vit.dynamic_img_size,
     }
-    return {"class": kind, "arguments": {**arguments, **describe_blocks(vit)}}
+    description = {"class": kind, "arguments": {**arguments, **describe_blocks(vit)}}
+    check_description(description)
+    return description
 
 
 def describe_blocks(vit: VisionTransformer) -> dict[str, Any]:
@@ -98,10 +166,29 @@ def describe_blocks(vit: VisionTransformer) -> dict[str, Any]:
 
 
 def build_dense(architecture: Mapping[str, Any]) -> VisionTransformer:
-    """The dense model of a description, freshly initialised (or without values, in a meta-device context)."""
+    """The dense model of a description, freshly initialised.
+
+    Raises:
+        ModelError: the description is not one of `describe_dense`.
+    """
+    return _build(architecture)
+
+
+def build_skeleton(architecture: Mapping[str, Any]) -> VisionTransformer:
+    """The dense model of a description on the meta device: shapes without memory.
+
+    Raises:
+        ModelError: the description is not one of `describe_dense`.
+    """
+    with torch.device("meta"):
+        return _build(architecture, weight_init="skip")  # drawing values that nobody holds takes most of the time
+
+
+def _build(architecture: Mapping[str, Any], **more: Any) -> VisionTransformer:
+    check_description(architecture)
     arguments = dict(architecture["arguments"])
     norm = partial(_NORMS[arguments.pop("norm_layer")], eps=arguments.pop("norm_eps"))
-    return _CLASSES[architecture["class"]](**arguments, norm_layer=norm)
+    return _CLASSES[architecture["class"]](**arguments, norm_layer=norm, **more)
 
 
 def _activation_name(activation: nn.Module) -> str:

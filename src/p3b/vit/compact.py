@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from itertools import pairwise
 
 import torch
 from timm.layers import LayerScale
@@ -24,11 +25,14 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from p3b.errors import ModelError
 from p3b.vit.architecture import BLOCK_ARGUMENTS, describe_blocks
 from p3b.vit.cost import block_params
 from p3b.vit.layout import BlockLayout, ModelLayout, Weight, read_layout, split_axis
 
 WHOLE, SMALL, CONSTANT, GONE = "whole", "small", "constant", "gone"
+MOST_INNER = 1 << 24
+"""Far above any width inside a block."""
 _SHAPES = "p3b_branch_shapes"
 """Attribute of a small model that says what its blocks were given: widths alone do not tell a small MLP from a dense one."""
 
@@ -75,6 +79,24 @@ class BranchShape:
     inputs: tuple[int, ...] = ()
     inner: int = 0
     outputs: tuple[int, ...] = ()
+
+
+def shapes_from_plain(entries: object, depth: int, width: int) -> list[BranchShape]:
+    """Shapes of all blocks from plain values of unknown origin: what `dataclasses.asdict` made of them, as JSON keeps it.
+
+    Args:
+        entries: one mapping for each block.
+        depth: timm blocks of the model, each with an attention and an MLP.
+        width: channels of the residual stream.
+
+    Raises:
+        ModelError: blocks are missing, too many or out of order, or one has a form or channels that cannot be.
+    """
+    names = [f"blocks.{index}.{branch}" for index in range(depth) for branch in ("attn", "mlp")]
+    if not isinstance(entries, list) or len(entries) != len(names):
+        found = len(entries) if isinstance(entries, list) else "no list of"
+        raise ModelError(f"there are {found} blocks for a model of depth {depth}; expected {len(names)}")
+    return [_shape_from_plain(entry, name, width) for entry, name in zip(entries, names, strict=True)]
 
 
 def plan_cuts(layout: ModelLayout, masks: Mapping[str, Tensor]) -> CutPlan:
@@ -195,6 +217,23 @@ class NoBranch(nn.Module):
 
     def forward(self, x: Tensor, **_attention: object) -> Tensor:
         return x.new_zeros(())
+
+
+def _shape_from_plain(entry: object, name: str, width: int) -> BranchShape:
+    if not isinstance(entry, dict) or entry.keys() != {field.name for field in fields(BranchShape)} or entry["name"] != name:
+        raise ModelError(f"the entry of {name} is missing, misplaced or incomplete")
+    form, inner = entry["form"], entry["inner"]
+    for side in ("inputs", "outputs"):
+        channels = entry[side]
+        if not isinstance(channels, list) or not all(type(channel) is int and 0 <= channel < width for channel in channels):
+            raise ModelError(f"the {side} of {name} are not whole numbers within 0..{width - 1}")
+        if any(low >= high for low, high in pairwise(channels)):
+            raise ModelError(f"the {side} of {name} are not in rising order")
+    has = (bool(entry["inputs"]), bool(entry["outputs"]), type(inner) is int and 1 <= inner <= MOST_INNER)
+    allowed = {WHOLE: (False, False, False), GONE: (False, False, False), CONSTANT: (False, True, False), SMALL: (True,) * 3}
+    if type(form) is not str or allowed.get(form) != has or (form != SMALL and inner != 0) or type(inner) is not int:
+        raise ModelError(f"the form of {name}, {str(form)[:20]!r}, does not go with its channels")
+    return BranchShape(name, form, tuple(entry["inputs"]), inner, tuple(entry["outputs"]))
 
 
 def _form(block: BlockLayout, kept: Mapping[str, tuple[int, ...]], params: int) -> str:
