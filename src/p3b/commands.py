@@ -173,7 +173,7 @@ def evaluate_saved(config: EvaluateConfig) -> dict[str, Any]:
             if processes.is_main:
                 folder.begin(to_plain(config), config.run.overwrite)
                 display.log_to(folder.path / "log.txt")
-        with explained(processes, lambda: True):
+        with explained(processes, config.run.output_dir, lambda: True):
             accuracies = _accuracies(config, splits, opened, processes, precision)
         model, image_shape = opened.model, opened.preprocessing.input_size
         speed = images_per_second([model], image_shape, batch_size=config.batch_size, device=device)[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import platform
 import re
 import sys
@@ -327,23 +328,24 @@ def open_session(config: TrainConfig, stage: str) -> Iterator[Session]:
     with process_group(config.run.device, config.run.timeout_minutes) as (processes, device):
         session = Session(config, stage, processes, device)
         try:
-            with explained(processes, lambda: session.began):
+            with explained(processes, session.folder.root, lambda: session.began):
                 yield session
         finally:
             session.folder.release()
 
 
 @contextmanager
-def explained(processes: Processes, work_has_begun: Callable[[], bool]) -> Iterator[None]:
+def explained(processes: Processes, folder: Path | None, work_has_begun: Callable[[], bool]) -> Iterator[None]:
     """Turn the machine's errors into ones that a user can mend, and let a rank that meets one alone say so.
 
     Args:
+        folder: where the run writes.
         work_has_begun: until then every rank meets the same errors, and the main one's word is enough.
     """
     try:
         yield
     except (UserError, OSError, RuntimeError) as error:
-        cause = error if isinstance(error, UserError) else explain(error)
+        cause = error if isinstance(error, UserError) else explain(error, folder)
         if cause is None:
             raise
         if work_has_begun() and not processes.is_main:
@@ -353,8 +355,13 @@ def explained(processes: Processes, work_has_begun: Callable[[], bool]) -> Itera
         raise cause from error
 
 
-def explain(error: OSError | RuntimeError) -> UserError | None:
-    """What went wrong with the machine, for a user who can mend it; None where it may be a mistake of ours."""
+def explain(error: OSError | RuntimeError, folder: Path | None = None) -> UserError | None:
+    """What went wrong with the machine, for a user who can mend it; None where it may be a mistake of ours.
+
+    Args:
+        error: some library's.
+        folder: where the run writes: a file that is not there, or forbidden, is the user's to mend if it lies in it.
+    """
     if (cause := worker_death(error) or lost_process(error)) is not None:
         return cause
     if isinstance(error, torch.OutOfMemoryError) or _OUT_OF_MEMORY.search(str(error)):
@@ -362,17 +369,20 @@ def explain(error: OSError | RuntimeError) -> UserError | None:
             f"The memory is full ({str(error).splitlines()[0][:200]}). Lower --batch-size and raise --grad-accum-steps by as "
             "much: the steps stay the same. --resume needs the same settings, so start again with --overwrite."
         )
-    if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
+    if isinstance(error, OSError) and (error.errno in _DISK_ERRORS or _lies_in(error.filename, folder)):
         return RunFolderError(f"{error}. The run stops; its last checkpoint stays. Mend that, then --resume goes on.")
     return None
 
 
 _OUT_OF_MEMORY = re.compile(r"not enough memory|can't allocate memory")
-_DISK_ERRORS = {
-    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO),
-    *(errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.ESTALE),
-}
-"""Full, read-only, broken, forbidden, gone."""
+_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE}
+"""Full, read-only, broken, gone."""
+
+
+def _lies_in(file: Any, folder: Path | None) -> bool:
+    return (
+        isinstance(file, (str, os.PathLike)) and folder is not None and Path(file).absolute().is_relative_to(folder.absolute())
+    )
 
 
 def count_unreadable(splits: DataSplits) -> int:
