@@ -16,7 +16,7 @@ test: $(READY)  ## the default tests
 test-slow: $(READY)  ## the real thing at full size
 	$(BIN)/python -m pytest -n auto -m slow
 
-faults: $(READY)  ## laws, damaged files, killed runs and other numbers of processes in large numbers: hours (docs/reliability.md)
+faults: $(READY)  ## laws, damaged files, killed runs and other numbers of processes in large numbers: a quarter of an hour (docs/reliability.md)
 	$(BIN)/python benchmarks/faults/campaign.py run
 	$(BIN)/python benchmarks/faults/campaign.py table
 

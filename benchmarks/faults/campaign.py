@@ -1,6 +1,6 @@
 """The campaign of faults: laws on random examples, other numbers of processes, damaged files, killed runs.
 
-    python benchmarks/faults/campaign.py run                        # all parts at full size; hours on 2 cores
+    python benchmarks/faults/campaign.py run                        # all parts at full size; a quarter of an hour on 2 cores
     python benchmarks/faults/campaign.py run --part laws            # one part
     python benchmarks/faults/campaign.py run --small                # a few cases of every part; changes no record
     python benchmarks/faults/campaign.py table                      # the tables of docs/reliability.md from the JSON lines

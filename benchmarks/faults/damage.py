@@ -56,7 +56,7 @@ def cases(count: int, seed: int, work: Path) -> Iterator[dict[str, Any]]:
         work: folder to work in; what is damaged there is removed again.
 
     Yields:
-        One case each: part, case, ok, detail, and the figures seconds and megabytes.
+        One case each: part, kind, case, ok, detail, what came of it, and the figures seconds and megabytes.
     """
     chance, hostile = random.Random(seed), 0
     with _Opener() as opener:
@@ -66,7 +66,7 @@ def cases(count: int, seed: int, work: Path) -> Iterator[dict[str, Any]]:
             folder = work / "hostile"
             folder.mkdir(parents=True)
             path = HOSTILE[name](folder)
-            yield _judged(f"hostile: {name}", opener.open(path), path, folder, ())
+            yield _judged("made to harm", name, opener.open(path), path, folder, ())
             shutil.rmtree(folder)
 
         originals = _originals(work / "originals")
@@ -78,7 +78,7 @@ def cases(count: int, seed: int, work: Path) -> Iterator[dict[str, Any]]:
             copy_of(originals[name], path)
             done = _damage(path, chance)
             allowed = (wanted[name], fallback) if name == "checkpoints" else (wanted[name],)
-            yield _judged(f"{name}: {done}", opener.open(path), path, work, allowed)
+            yield _judged(f"{name}, damaged by chance", f"{name}: {done}", opener.open(path), path, work, allowed)
             shutil.rmtree(work / "damaged")
 
 
@@ -100,7 +100,9 @@ def open_any(path: Path) -> Any:
     return p3b.load(path)
 
 
-def _judged(case: str, seen: Mapping[str, Any], path: Path, folder: Path, allowed: tuple[str, ...]) -> dict[str, Any]:
+def _judged(
+    kind: str, case: str, seen: Mapping[str, Any], path: Path, folder: Path, allowed: tuple[str, ...]
+) -> dict[str, Any]:
     """Whether what was seen is one clear error in time, or content that is allowed."""
     message = seen.get("message", "")
     files = (str(path), *(file.name for file in path.iterdir())) if path.is_dir() else (str(path),)
@@ -113,9 +115,12 @@ def _judged(case: str, seen: Mapping[str, Any], path: Path, folder: Path, allowe
     detail = f"{seen['outcome']}: {message}" if message else seen["outcome"] + (" as saved" if same else ", ANOTHER MODEL")
     return {
         "part": "damage",
+        "kind": kind,
         "case": case,
         "ok": bool((clear or same) and cheap and not harm),
         "detail": detail.replace(str(path), path.name)[:400] + (f"; DID {harm}" if harm else ""),
+        "refused_with_a_message": bool(clear),
+        "read_as_it_was_saved": same,
         "seconds": round(seen["seconds"], 3),
         "megabytes": round(seen.get("megabytes", 0.0), 1),
     }
