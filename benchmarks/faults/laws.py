@@ -36,7 +36,6 @@ from p3b.core.allocation import (
 )
 from p3b.core.masks import (
     GATE_FACTORS,
-    BlockOrder,
     block_masks,
     count_to_prune,
     hard_masks,
@@ -488,10 +487,7 @@ def _shares_are_met(given: Shares) -> None:
     enclose zero, and the nearer one is at most half a step away, or the one taken misses no more than the blocks before did.
     """
     tables = [_doubles(table) for table in given.remaining]
-    # What an order says beside its length plays no part: the tables stand for orders and costs together.
-    orders = [BlockOrder(table, (len(table) - 1,), torch.arange(len(table))[:, None]) for table in tables]
-    costs = [lambda _kept, table=table: table for table in tables]
-    counts = shares_to_counts(orders, costs, given.shares)
+    counts = shares_to_counts(tables, given.shares)
     missed, largest = Fraction(0), Fraction(0)
     for table, share, count in zip(given.remaining, given.shares, counts, strict=True):
         demand(0 <= count < len(table), f"{count} elements of {len(table) - 1} go")
@@ -862,7 +858,7 @@ def _decision_meets_the_budget(given: Case) -> None:
     )
     method.detach()
     meter = IntervalMeter()
-    for name, values in {**scores, "benefits": torch.tensor(given.benefits)}.items():
+    for name, values in {"scores": torch.cat(list(scores.values())), "benefits": torch.tensor(given.benefits)}.items():
         meter.add(name, values, torch.tensor(True))
     method.load_state_dict({**method.state_dict(), "meter": meter.state_dict()})
     kept_now = dict(zip((block.name for block in layout.blocks), params, strict=True))

@@ -18,7 +18,7 @@ from p3b.methods.base import Criterion, Decision
 from p3b.scoring.meter import Reduce
 from p3b.train.distributed import all_reduce_mean, require_agreement, unwrap
 from p3b.vit.compact import apply_cuts, plan_cuts
-from p3b.vit.cost import block_params, kept_channels
+from p3b.vit.cost import dense_params, kept_params
 from p3b.vit.gates import Gates
 from p3b.vit.layout import read_layout, require_vision_transformer
 
@@ -71,7 +71,7 @@ class Pruner:
         self._method = create_method(method, self._model, self.layout, prune_ratio, reduce, method_options)
         self.gates = Gates(self.layout, self._model)
         self.gates.attach(self._model)
-        self._kept_params = self._count_kept()
+        self._kept_params = {block.name: dense_params(block) for block in self.layout.blocks}
         self.steps_done = 0
 
     def loss(self, criterion: Criterion, targets: Any) -> Tensor:
@@ -179,11 +179,7 @@ class Pruner:
 
     def _set_masks(self, masks: Mapping[str, Tensor]) -> None:
         self.gates.set(masks)
-        self._kept_params = self._count_kept()
-
-    def _count_kept(self) -> dict[str, int]:
-        masks = {name: mask.cpu() for name, mask in self.gates.masks.items()}
-        return {block.name: int(block_params(block, kept_channels(block, masks))) for block in self.layout.blocks}
+        self._kept_params = kept_params(self.layout, masks)  # of those just decided, which are on the CPU
 
     def _gradients_finite(self) -> Tensor:
         """Whether all gradients are finite, one answer for all ranks; it stays on the device."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from itertools import pairwise
 from pathlib import Path
 
@@ -106,7 +107,7 @@ def _remaining_by_hand(block: BlockLayout, order: BlockOrder) -> list[int]:
     gate_of = [dim for dim, size in block.dims.items() for _ in range(size)]
     kept = dict(block.dims)
     remaining = [dense_params(block)]
-    for element in sorted(range(len(gate_of)), key=lambda e: (order.merit[e].item(), e)):
+    for element in sorted(range(len(gate_of)), key=lambda e: order.positions[e].item()):
         kept[gate_of[element]] -= 1
         remaining.append(int(block_params(block, {dim: torch.tensor(count) for dim, count in kept.items()})))
     return remaining
@@ -115,8 +116,42 @@ def _remaining_by_hand(block: BlockLayout, order: BlockOrder) -> list[int]:
 def test_elements_of_all_gates_are_sorted_together_by_rank_times_factor() -> None:
     order = order_elements([torch.tensor([0.3, 0.1]), torch.tensor([9.0, 8.0, 7.0, 6.0])], [1.0, 0.75])
     assert order.sizes == (2, 4)
-    assert order.merit.tolist() == pytest.approx([1.0, 0.5, 0.75, 0.75 * 0.75, 0.375, 0.1875])
+    assert order.positions.tolist() == [6, 3, 5, 4, 2, 1]  # by merits of 1, 0.5 and 0.75, 0.5625, 0.375, 0.1875
     assert order.kept.tolist() == [[2, 4], [2, 3], [2, 2], [1, 2], [1, 1], [1, 0], [0, 0]]
+
+
+def _plain_positions(gate_scores: list[Tensor], factors: list[float]) -> Tensor:
+    """The definition: the rank of every element within its gate times the gate's factor, all of a block sorted together."""
+    merit: list[float] = []
+    for scores, factor in zip(gate_scores, factors, strict=True):
+        ranks = torch.empty(len(scores), dtype=torch.float64)
+        ranks[torch.argsort(scores, stable=True)] = torch.arange(1, len(scores) + 1, dtype=torch.float64)
+        merit += (factor * (ranks / len(scores))).tolist()
+    positions = torch.empty(len(merit), dtype=torch.float64)
+    positions[torch.argsort(torch.tensor(merit, dtype=torch.float64), stable=True)] = torch.arange(
+        1, len(merit) + 1, dtype=torch.float64
+    )
+    return positions
+
+
+@pytest.mark.parametrize("sizes", [(24, 8, 24), (24, 96, 24), (384, 1536, 384), (1, 1, 1), (6, 4)])
+@pytest.mark.parametrize("levels", [0, 3, 10**6])
+@pytest.mark.parametrize("tau", [0.1, 0.0])
+def test_blocks_together_get_bit_for_bit_the_masks_of_the_plain_definition(
+    sizes: tuple[int, ...], levels: int, tau: float
+) -> None:
+    """Also with ties within a gate, and with gates of one size whose factors are equal, so that merits are."""
+    generator = torch.Generator().manual_seed(levels)
+    blocks, factors = 5, [1.0, 0.75, 1.5][: len(sizes)] if levels else [1.0] * len(sizes)
+    scores = [(levels * torch.rand(blocks, size, generator=generator)).floor() for size in sizes]
+    counts = torch.randint(sum(sizes) + 1, (blocks, 1), generator=generator)
+    together = block_masks(order_elements(scores, factors), counts, tau)
+    for b in range(blocks):
+        positions = _plain_positions([gate[b] for gate in scores], factors)
+        n, t = sum(sizes), int(counts[b])
+        mask = torch.sigmoid(math.log(9) * (positions - (t + 0.5)) / (n * tau + 1e-8)).float()
+        mask = torch.where(positions < t + 0.5, mask.clamp(max=0.5 - 2.0**-25), mask)
+        assert torch.equal(torch.cat([gate[b] for gate in together]), mask)
 
 
 def test_output_channels_go_later_and_hidden_ones_earlier() -> None:
@@ -167,7 +202,7 @@ def test_all_blocks_together_miss_the_budget_by_less_than_one_element(seed: int)
     ratios = torch.rand(len(blocks), generator=generator, dtype=torch.float64).tolist()
     ratios[seed % len(ratios)] = float(seed % 2)
     shares = [ratio * dense_params(block) for ratio, block in zip(ratios, blocks, strict=True)]
-    counts = shares_to_counts(orders, costs, shares)
+    counts = shares_to_counts([cost(order.kept).double() for cost, order in zip(costs, orders, strict=True)], shares)
     largest_element, total = 0.0, 0.0
     for order, cost, share, count in zip(orders, costs, shares, counts, strict=True):
         remaining = cost(order.kept).double()

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from p3b.core.allocation import keep_ratios, mix_importance, update_importance
+from p3b.core.masks import GATE_FACTORS, block_masks, order_elements
 from p3b.errors import BudgetError, ConfigError, TrainingError
 from p3b.methods import METHODS, PUBLISHED_NAMES, create_method
 from p3b.methods.block_benefit import BlockBenefit
-from p3b.vit.cost import dense_params
+from p3b.vit.cost import dense_params, kept_params, prefix_cost
 from p3b.vit.layout import read_layout
 from tiny import tiny_vit
 
@@ -123,6 +124,25 @@ def test_a_decision_follows_the_equations() -> None:
         assert abs(total - wanted) < 100
         kept = {block.name: block.kept_params for block in decision.blocks}
     assert (decision.progress, decision.tau) == (0.6, 0.1)
+
+
+def test_blocks_that_are_worked_out_together_get_the_masks_that_each_would_get_alone() -> None:
+    model = tiny_vit(depth=3)
+    layout = read_layout(model)
+    method = BlockBenefit(model, layout, 0.4, lambda tensor: tensor)
+    _measured(method, torch.randn(2, 6, generator=torch.Generator().manual_seed(1)))
+    gates = {block.gate(dim): size for block in layout.blocks for dim, size in block.dims.items()}
+    scores = dict(zip(gates, method._meter._intervals[-1]["scores"][0].split(list(gates.values())), strict=True))
+    decision = method.renew({block.name: dense_params(block) for block in layout.blocks}, progress=0.7, tau=0.1)
+    assert list(decision.masks) == list(gates)
+    for block, decided in zip(layout.blocks, decision.blocks, strict=True):
+        order = order_elements([scores[block.gate(dim)] for dim in block.dims], [GATE_FACTORS[dim] for dim in block.dims])
+        count = sum(int((decision.masks[block.gate(dim)] < 0.5).sum()) for dim in block.dims)
+        assert (
+            int(prefix_cost(block)(order.kept)[count]) == decided.kept_params == kept_params(layout, decision.masks)[block.name]
+        )
+        for dim, mask in zip(block.dims, block_masks(order, count, tau=0.1), strict=True):
+            assert torch.equal(decision.masks[block.gate(dim)], mask)
 
 
 def test_where_no_block_ever_helped_the_budget_is_shared_evenly() -> None:

@@ -260,11 +260,11 @@ def test_asked_against_reached_on_the_published_shapes(name: str, prune_ratio: f
     ]
     costs = [prefix_cost(block) for block in layout.blocks]
     masks: Masks = {}
-    for block, order, count in zip(layout.blocks, orders, shares_to_counts(orders, costs, shares), strict=True):
+    remaining_by_block = [cost(order.kept).double() for cost, order in zip(costs, orders, strict=True)]
+    for block, order, count in zip(layout.blocks, orders, shares_to_counts(remaining_by_block, shares), strict=True):
         masks |= zip((block.gate(dim) for dim in block.dims), block_masks(order, count, tau=0.0), strict=True)
 
-    for block, order, cost, share in zip(layout.blocks, orders, costs, shares, strict=True):
-        remaining = cost(order.kept)
+    for block, remaining, share in zip(layout.blocks, remaining_by_block, shares, strict=True):
         now = int(block_params(block, kept_channels(block, masks)))
         position = int((remaining > now).sum())
         assert remaining[position] == now

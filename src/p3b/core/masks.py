@@ -1,13 +1,19 @@
 """From keep ratio to mask: section 6 of the method.
 
-A block has gates; a gate has elements. G gates, n elements over all gates of one block, t elements to go.
+A block has gates; a gate has elements. G gates, n elements over all gates of one block, t elements to go. Blocks of one shape
+may be treated together: where a shape begins with "...", those dimensions count blocks.
+
+What a block gives up goes by ranks within its gates alone. So the way in which its gates take turns, and what is left after t
+elements, follow from the sizes of the gates before any score is known (`take_turns`); at a mask update nothing but the scores
+of each gate have to be sorted.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -37,15 +43,41 @@ def soft_mask(scores: Tensor, num_pruned: float, tau: float) -> Tensor:
 
     Source: arXiv 2506.23675, with the slope of its published run.
     """
-    distance = _positions(scores) - num_pruned
-    mask = torch.sigmoid(math.log(9) * distance / (len(scores) * tau + 1e-8)).float()
-    # With a very large tau the sigmoid rounds to 0.5; what was given up must still count as given up.
-    return torch.where(distance < 0, mask.clamp(max=_BELOW_HALF), mask)
+    return _mask_at(_positions(scores), num_pruned, tau)
 
 
 def rank_scores(scores: Tensor) -> Tensor:
-    """Ranks 1/n .. n/n of (n,) scores in ascending order, float64; equal scores keep their order."""
-    return _positions(scores) / len(scores)
+    """Ranks 1/n .. n/n of (..., n) scores in ascending order, float64; equal scores keep their order."""
+    return _positions(scores).double() / scores.shape[-1]
+
+
+@dataclass(frozen=True)
+class Turns:
+    """How the gates of a block take turns in giving up elements, whatever the scores.
+
+    Attributes:
+        places: G tensors, each (size of the gate,), int64: the place, 1..n, at which the element of rank 1, 2, .. goes.
+        kept: (n + 1, G) elements that each gate still has after the t lowest of the block are gone, t = 0..n.
+    """
+
+    places: tuple[Tensor, ...]
+    kept: Tensor
+
+
+@lru_cache(maxsize=64)
+def take_turns(sizes: tuple[int, ...], factors: tuple[float, ...]) -> Turns:
+    """Sort the ranks of all gates of a block together, each times its gate's factor; at a tie the earlier gate gives first.
+
+    Args:
+        sizes: elements of each gate, summing to n.
+        factors: G factors on the ranks (see `GATE_FACTORS`).
+    """
+    ranks = (torch.arange(1, size + 1, dtype=torch.float64) / size for size in sizes)
+    merit = torch.cat([factor * rank for factor, rank in zip(factors, ranks, strict=True)])
+    gate_of_element = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+    gone = torch.nn.functional.one_hot(gate_of_element[torch.argsort(merit, stable=True)], len(sizes)).cumsum(0)
+    total = torch.tensor(sizes)
+    return Turns(torch.split(_positions(merit), list(sizes)), torch.cat([total[None], total - gone]))
 
 
 @dataclass(frozen=True)
@@ -53,30 +85,27 @@ class BlockOrder:
     """In which order a block gives up its elements, over all its gates.
 
     Attributes:
-        merit: (n,) what the order goes by: rank within the gate times the gate's factor; gates one after the other.
+        positions: (..., n) int64, the place, 1..n, at which each element goes; gates one after the other.
         sizes: elements of each gate, summing to n.
         kept: (n + 1, G) elements that each gate still has after the t lowest of the block are gone, t = 0..n.
     """
 
-    merit: Tensor
+    positions: Tensor
     sizes: tuple[int, ...]
     kept: Tensor
 
 
 def order_elements(gate_scores: Sequence[Tensor], factors: Sequence[float]) -> BlockOrder:
-    """Sort the elements of all gates of a block together.
+    """Sort the elements of all gates of a block together, by their rank within the gate times the gate's factor.
 
     Args:
-        gate_scores: G tensors, each (size of the gate,), finite.
+        gate_scores: G tensors, each (..., size of the gate), finite, on the CPU.
         factors: G factors on the ranks (see `GATE_FACTORS`).
     """
-    sizes = tuple(len(scores) for scores in gate_scores)
-    merit = torch.cat([factor * rank_scores(scores) for scores, factor in zip(gate_scores, factors, strict=True)])
-    gate_of_element = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes)).to(merit.device)
-    gate_in_order = gate_of_element[torch.argsort(merit, stable=True)]
-    gone = torch.nn.functional.one_hot(gate_in_order, len(sizes)).cumsum(0)
-    total = torch.tensor(sizes, device=merit.device)
-    return BlockOrder(merit, sizes, torch.cat([total[None], total - gone]))
+    sizes = tuple(scores.shape[-1] for scores in gate_scores)
+    turns = take_turns(sizes, tuple(factors))
+    positions = [places[_positions(scores) - 1] for places, scores in zip(turns.places, gate_scores, strict=True)]
+    return BlockOrder(torch.cat(positions, dim=-1), sizes, turns.kept)
 
 
 def count_to_prune(remaining: Tensor, share: float, surplus: float = 0.0) -> int:
@@ -99,30 +128,35 @@ def count_to_prune(remaining: Tensor, share: float, surplus: float = 0.0) -> int
     return below if missed <= exceeded else below - 1
 
 
-def shares_to_counts(
-    orders: Sequence[BlockOrder], costs: Sequence[Callable[[Tensor], Tensor]], shares: Sequence[float]
-) -> list[int]:
+def shares_to_counts(remaining: Sequence[Tensor], shares: Sequence[float]) -> list[int]:
     """Elements to give up in every block.
 
     Each block ends within one element of its share, and all together within about one element of the sum of shares.
 
     Args:
-        orders: B orders.
-        costs: B functions from (n + 1, G) kept elements to (n + 1,) parameters that remain.
+        remaining: B tensors, each (n + 1,): parameters left after t elements of the block are gone.
         shares: B numbers of parameters that may stay.
     """
     counts, surplus = [], 0.0
-    for order, cost, share in zip(orders, costs, shares, strict=True):
-        remaining = cost(order.kept).double()
-        count = count_to_prune(remaining, share, surplus)
-        surplus += float(remaining[count]) - share
+    for left, share in zip(remaining, shares, strict=True):
+        count = count_to_prune(left, share, surplus)
+        surplus += float(left[count]) - share
         counts.append(count)
     return counts
 
 
-def block_masks(order: BlockOrder, num_pruned: int, tau: float) -> list[Tensor]:
-    """Soft (tau > 0) or hard (tau = 0) masks of a block's gates: G tensors, exactly `num_pruned` elements below 0.5."""
-    return list(torch.split(soft_mask(order.merit, num_pruned + 0.5, tau), list(order.sizes)))
+def block_masks(order: BlockOrder, num_pruned: int | Tensor, tau: float) -> list[Tensor]:
+    """Soft (tau > 0) or hard (tau = 0) masks of a block's gates, exactly `num_pruned` elements of each block below 0.5.
+
+    Args:
+        order: of one block or of several alike.
+        num_pruned: elements to go; for several blocks a tensor that broadcasts against (..., n).
+        tau: softness >= 0.
+
+    Returns:
+        G tensors, each (..., size of the gate).
+    """
+    return list(torch.split(_mask_at(order.positions, num_pruned + 0.5, tau), list(order.sizes), dim=-1))
 
 
 def hard_masks(masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -130,7 +164,15 @@ def hard_masks(masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: (mask >= 0.5).to(mask.dtype) for name, mask in masks.items()}
 
 
+def _mask_at(positions: Tensor, num_pruned: float | Tensor, tau: float) -> Tensor:
+    distance = positions.double() - num_pruned
+    mask = torch.sigmoid(math.log(9) * distance / (positions.shape[-1] * tau + 1e-8)).float()
+    # With a very large tau the sigmoid rounds to 0.5; what was given up must still count as given up.
+    return torch.where(distance < 0, mask.clamp(max=_BELOW_HALF), mask)
+
+
 def _positions(scores: Tensor) -> Tensor:
-    positions = torch.empty(len(scores), dtype=torch.float64, device=scores.device)
-    positions[torch.argsort(scores, stable=True)] = torch.arange(1, len(scores) + 1, dtype=torch.float64, device=scores.device)
-    return positions
+    """(..., n) int64: 1 for the lowest of the last dimension, n for the highest; equal scores keep their order."""
+    order = torch.argsort(scores, dim=-1, stable=True)
+    places = torch.arange(1, scores.shape[-1] + 1, device=scores.device).expand_as(order)
+    return torch.empty_like(order).scatter_(-1, order, places)

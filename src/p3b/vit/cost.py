@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from p3b.vit.layout import Axis, BlockLayout, ModelLayout
+from p3b.vit.layout import Axis, BlockLayout, ModelLayout, alike
 
 Count = TypeVar("Count", int, Tensor)
 
@@ -49,6 +49,17 @@ def prefix_cost(block: BlockLayout) -> Callable[[Tensor], Tensor]:
 def kept_channels(block: BlockLayout, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Channels of each dimension that count as kept (mask >= 0.5), as 0-dim tensors."""
     return {dim: (masks[block.gate(dim)] >= 0.5).sum() for dim in block.dims}
+
+
+def kept_params(layout: ModelLayout, masks: Mapping[str, Tensor]) -> dict[str, int]:
+    """Parameters that each block keeps under the masks, by block name."""
+    kept = [kept_channels(block, masks) for block in layout.blocks]
+    by_block = {block.name: 0 for block in layout.blocks}
+    for group in alike(layout.blocks):
+        shape = layout.blocks[group[0]]
+        counts = block_params(shape, {dim: torch.stack([kept[b][dim] for b in group]) for dim in shape.dims})
+        by_block |= zip((layout.blocks[b].name for b in group), counts.tolist(), strict=True)
+    return by_block
 
 
 def block_macs(block: BlockLayout, kept: Mapping[str, int], tokens: int) -> int:

@@ -79,11 +79,19 @@ class Gates:
         """
         if {name: mask.shape for name, mask in masks.items()} != {name: mask.shape for name, mask in self.masks.items()}:
             raise ModelError("The masks do not fit the model: their names or sizes are those of another architecture.")
-        self.masks = {name: mask.to(self.masks[name]) for name, mask in masks.items()}
+        sizes = [len(mask) for mask in self.masks.values()]
+        together = torch.cat([masks[name] for name in self.masks]).to(next(iter(self.masks.values())))  # one transfer for all
+        self.masks = dict(zip(self.masks, together.split(sizes), strict=True))
         self._closed = True
+        expanded = {
+            (gate, factors): expand_along(self.masks[gate], factors)
+            for weights in self._gated.values()
+            for gated in weights
+            for _, gate, factors in gated.gates
+        }
         self._scales = {
             (layer, gated.parameter): [
-                _along_axis(expand_along(self.masks[gate], factors), axis, self._ranks[f"{layer}.{gated.parameter}"])
+                _along_axis(expanded[gate, factors], axis, self._ranks[f"{layer}.{gated.parameter}"])
                 for axis, gate, factors in gated.gates
             ]
             for layer, weights in self._gated.items()

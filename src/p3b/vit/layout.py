@@ -14,7 +14,7 @@ dimension "head" lies along that axis 3 * heads times. Costs, gates, scores and 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -141,6 +141,16 @@ def require_vision_transformer(model: nn.Module) -> VisionTransformer:
     return model
 
 
+def alike(blocks: Sequence[BlockLayout]) -> list[list[int]]:
+    """Indices of the blocks of one shape together: what follows from the shape alone is worked out once for all of them."""
+    groups: dict[object, list[int]] = {}
+    for number, block in enumerate(blocks):
+        constants = (block.constant_without_input, block.constant_without_inner)
+        shape = (block.kind, tuple(block.dims.items()), tuple(weight.axes for weight in block.weights), constants)
+        groups.setdefault(shape, []).append(number)
+    return list(groups.values())
+
+
 def split_axis(tensor: Tensor, axis: int, factors: Axis, sizes: Mapping[str, int]) -> Tensor:
     """View of a weight with one axis unfolded into its factors, e.g. (3 * H * K, D) -> (3, H, K, D)."""
     shape = [sizes[factor] if isinstance(factor, str) else factor for factor in factors]
@@ -149,7 +159,8 @@ def split_axis(tensor: Tensor, axis: int, factors: Axis, sizes: Mapping[str, int
 
 def expand_along(vector: Tensor, factors: Axis) -> Tensor:
     """A dimension's vector repeated along an axis: (K,) -> (3 * H * K,) for the factors (3, H, "head")."""
-    return vector.repeat(math.prod(factor for factor in factors if isinstance(factor, int)))
+    times = math.prod(factor for factor in factors if isinstance(factor, int))
+    return vector if times == 1 else vector.repeat(times)
 
 
 def dims_of(axis: Axis) -> tuple[str, ...]:
