@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 SHELL  := /bin/bash
 
-.PHONY: demo test test-slow faults check lint types setup lock clean
+.PHONY: demo test test-slow faults bench check lint types setup lock clean
 
 demo: $(READY)  ## the whole job on embedded data, in minutes
 	$(BIN)/p3b demo
@@ -19,6 +19,9 @@ test-slow: $(READY)  ## the real thing at full size
 faults: $(READY)  ## laws, damaged files, killed runs and other numbers of processes in large numbers: a quarter of an hour (docs/reliability.md)
 	$(BIN)/python benchmarks/faults/campaign.py run
 	$(BIN)/python benchmarks/faults/campaign.py table
+
+bench: $(READY)  ## what pruning costs beside plain training, side by side (docs/performance.md)
+	$(BIN)/python benchmarks/bench.py run
 
 check: lint types test  ## what CI runs
 

@@ -10,6 +10,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from p3b.core.finite import all_finite
 from p3b.core.masks import hard_masks
 from p3b.core.schedule import Schedule
 from p3b.errors import ScheduleError, WeightsError
@@ -102,11 +103,7 @@ class Pruner:
         else:
             self._method.discard()
         self._method.train_own(gradients_finite, scaler)
-        if not self.schedule.update_due(step):
-            return None
-        decision = self._method.renew(self._kept_params, self.schedule.progress(step), self.schedule.tau(step))
-        self._adopt(decision.masks)
-        return decision
+        return self._renew(step) if self.schedule.update_due(step) else None
 
     @property
     def done(self) -> bool:
@@ -171,6 +168,12 @@ class Pruner:
         except (KeyError, RuntimeError, ValueError) as error:
             raise WeightsError(f"The pruner's state belongs to another model, method or version: {error}") from error
 
+    def _renew(self, step: int) -> Decision:
+        """A mask update, as it is due at the end of a step."""
+        decision = self._method.renew(self._kept_params, self.schedule.progress(step), self.schedule.tau(step))
+        self._adopt(decision.masks)
+        return decision
+
     def _adopt(self, masks: Mapping[str, Tensor]) -> None:
         """Set masks that have just been decided, if all ranks have decided the same."""
         if self._reduce is all_reduce_mean:  # a reduction of the caller's own may span other processes than the group
@@ -185,8 +188,7 @@ class Pruner:
         """Whether all gradients are finite, one answer for all ranks; it stays on the device."""
         parameters = list(self._model.parameters())
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        largest = torch.nn.utils.get_total_norm(gradients, norm_type=torch.inf)
-        return self._reduce(largest.isfinite().to(parameters[0].device, torch.float32)) == 1
+        return self._reduce(all_finite(gradients).to(parameters[0].device, torch.float32)) == 1
 
 
 def _digest(masks: Mapping[str, Tensor]) -> str:

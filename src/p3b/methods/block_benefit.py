@@ -32,6 +32,7 @@ from timm.optim import param_groups_weight_decay
 from torch import Tensor
 
 from p3b.core.allocation import block_budget, given_keep_ratios, keep_ratios, mix_importance, update_importance
+from p3b.core.finite import all_finite
 from p3b.core.masks import GATE_FACTORS, block_masks, order_elements, shares_to_counts, take_turns
 from p3b.core.schedule import applied_keep_ratio
 from p3b.errors import ConfigError, TrainingError
@@ -143,7 +144,7 @@ class BlockBenefit:
         if scaler is not None and scaler.is_enabled():
             if gradients_finite:
                 scaler.step(self._optimizer)  # looks for itself whether the probes' gradients are finite
-        elif gradients_finite & torch.nn.utils.get_total_norm(gradients, norm_type=torch.inf).isfinite():
+        elif gradients_finite & all_finite(gradients):
             self._optimizer.step()
         self._optimizer.zero_grad()
 

@@ -13,6 +13,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from p3b.core.finite import all_finite
 from p3b.errors import TrainingError
 from p3b.methods.base import Criterion, Decision
 from p3b.train.distributed import unwrap
@@ -234,7 +235,7 @@ def _gradients_stay_local(model: nn.Module, until: bool) -> Any:
 def _gradients_finite(model: nn.Module) -> bool:
     """Whether all gradients are finite, the same on every rank once they are averaged. Waits for the device."""
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    return bool(torch.nn.utils.get_total_norm(gradients, norm_type=float("inf")).isfinite())
+    return bool(all_finite(gradients))
 
 
 def _count_skipped(learner: Learner, skipped: bool) -> None:

@@ -108,9 +108,10 @@ class Gates:
             kept: dict[str, nn.Parameter] = {}
             for gated in gated_weights:
                 weight = kept[gated.parameter] = layer._parameters[gated.parameter]
-                product: Tensor = weight
-                for scale in self._scales[layer_name, gated.parameter]:
-                    product = product * scale.to(weight.dtype)
+                first, *others = self._scales[layer_name, gated.parameter]
+                product = weight * first.to(weight.dtype)
+                for scale in others:
+                    product = product.mul_(scale.to(weight.dtype))
                 # The registry may hold any tensor while the layer computes; __setattr__ would refuse it.
                 layer._parameters[gated.parameter] = product
             layer._ungated_parameters = kept

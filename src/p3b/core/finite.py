@@ -1,0 +1,26 @@
+"""Whether numbers are all finite, at the price of one look at them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def all_finite(tensors: Sequence[Tensor]) -> Tensor:
+    """Whether no element of any of the tensors is infinite or NaN; exact, also where a sum would overflow.
+
+    Args:
+        tensors: floating-point, on one device.
+
+    Returns:
+        0-dim bool tensor on that device: nothing waits for it. True where there is nothing to look at.
+    """
+    if not tensors:
+        return torch.ones((), dtype=torch.bool)
+    if tensors[0].device.type != "cpu":  # one kernel for many tensors
+        return torch.nn.utils.get_total_norm(tensors, norm_type=torch.inf).isfinite()
+    # The lowest and the highest element tell it too, and on a CPU they are found about ten times as fast as a norm.
+    extremes = [extreme.double() for tensor in tensors if tensor.numel() for extreme in torch.aminmax(tensor)]
+    return torch.stack(extremes).isfinite().all() if extremes else torch.ones((), dtype=torch.bool)
