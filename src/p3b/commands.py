@@ -12,11 +12,12 @@ from timm.models.vision_transformer import VisionTransformer
 
 from p3b import artifact
 from p3b.bench import images_per_second
-from p3b.config import EvaluateConfig, PruneConfig, TrainConfig, check_evaluation, to_plain
+from p3b.config import EvaluateConfig, PruneConfig, PruneOptions, TrainConfig, check_evaluation, to_plain
 from p3b.core.schedule import Schedule, parse_duration
 from p3b.data import DataSplits
 from p3b.errors import ConfigError, DataError, RunFolderError, ScheduleError, WeightsError
 from p3b.inputs import OpenedModel, num_workers, open_model, open_splits
+from p3b.methods import METHODS, method_options
 from p3b.part import train_part
 from p3b.pruner import Pruner
 from p3b.session import PRODUCTS, SPARSE_CHECKPOINT, Session, count_unreadable, evaluate_split, explained, open_session
@@ -78,6 +79,7 @@ def finetune(config: TrainConfig) -> dict[str, Any]:
 
 def prune(config: PruneConfig) -> dict[str, Any]:
     """Transfer and prune on the way, and fine-tune where asked for; returns the summary."""
+    options = method_options_of(config)
     with open_session(config, "prune") as session:
         if finished := _finished(session):
             return finished
@@ -85,7 +87,7 @@ def prune(config: PruneConfig) -> dict[str, Any]:
         model = session.open_model()
         schedule, prune_epochs = prune_schedule(config, session.steps_per_epoch)
         finetune_epochs = config.training.epochs - prune_epochs + config.prune.finetune_epochs
-        pruner = _pruner(config, model, schedule)
+        pruner = Pruner(model, config.prune.prune_ratio, config.prune.prune_method, schedule, **options)
         dense_params = count_parameters(model)
         checkpoint = session.begin(model)
         session.display.say(
@@ -144,6 +146,39 @@ def prune_schedule(config: PruneConfig, steps_per_epoch: int) -> tuple[Schedule,
         update_every = asked if asked <= steps_per_epoch else None
     schedule = Schedule.from_epochs(start, sparse, final, steps_per_epoch, update_every)
     return schedule, int(final)
+
+
+METHOD_OPTIONS = {
+    "prune_blocks_only": "blocks_only",
+    "prune_keep_ratios": "keep_ratios",
+    "prune_alpha": "alpha",
+    "prune_gamma": "gamma",
+    "prune_benefit_scale": "benefit_scale",
+    "probe_lr": "probe_lr",
+}
+"""Settings of the command that are for the method alone, and what the methods that take them call them."""
+
+
+def method_options_of(config: PruneConfig) -> dict[str, Any]:
+    """The options of the chosen method, each with what the command was told.
+
+    Raises:
+        ConfigError: the method is unknown, or a setting that it does not take was changed: it would be ignored otherwise.
+    """
+    options, defaults, method = config.prune, PruneOptions(), config.prune.prune_method
+    taken = method_options(method)
+    given: dict[str, Any] = {"seed": config.run.seed} if "seed" in taken else {}
+    for setting, option in METHOD_OPTIONS.items():
+        value = getattr(options, setting)
+        if option in taken:
+            given[option] = None if value == () else value
+        elif value != getattr(defaults, setting):
+            takers = [name for name in METHODS if option in method_options(name)]
+            raise ConfigError(
+                f"--{setting.replace('_', '-')} {value} means nothing to --prune-method {method}, only to {', '.join(takers)}; "
+                "leave it out or choose another method."
+            )
+    return given
 
 
 def evaluate_saved(config: EvaluateConfig) -> dict[str, Any]:
@@ -226,22 +261,6 @@ def _accuracies(
         for name, part in parts.items()
         if part is not None
     }
-
-
-def _pruner(config: PruneConfig, model: VisionTransformer, schedule: Schedule) -> Pruner:
-    options = config.prune
-    return Pruner(
-        model,
-        options.prune_ratio,
-        options.prune_method,
-        schedule,
-        alpha=options.prune_alpha,
-        gamma=options.prune_gamma,
-        benefit_scale=options.prune_benefit_scale,
-        blocks_only=options.prune_blocks_only,
-        keep_ratios=options.prune_keep_ratios or None,
-        probe_lr=options.probe_lr,
-    )
 
 
 def _finish_pruning(

@@ -140,7 +140,12 @@ class PruneOptions:
     """Pruning."""
 
     prune_method: str = "block_benefit"
-    """block_benefit (P3B, arXiv 2506.23675; also accepted under its published name block_pr)."""
+    """What decides how much of each block stays, and which elements:
+    block_benefit: shares by block benefit (P3B, arXiv 2506.23675), published as block_pr;
+    uniform: the same share of every block, elements by Taylor score;
+    random: the same share of every block, random elements;
+    magnitude: L2 norms of weights, ranked over the whole network (Li et al., ICLR 2017);
+    taylor: squared Taylor scores, ranked over the whole network (Molchanov et al., CVPR 2019)."""
     prune_ratio: float = 0.5
     """Share of all parameters that goes, in [0, 1)."""
     prune_blocks_only: bool = False

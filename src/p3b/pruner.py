@@ -41,11 +41,13 @@ class Pruner:
     Args:
         model: dense timm VisionTransformer; may be wrapped in DistributedDataParallel before or after.
         prune_ratio: share of all parameters that goes, in [0, 1).
-        method: name of a method ("block_benefit", published as "block_pr").
+        method: name of a method: "block_benefit" (P3B, published as "block_pr"), or one to compare it with: "uniform",
+            "random", "magnitude", "taylor".
         schedule: phases in optimizer steps.
         reduce: mean of a tensor over all ranks, which hold equal shares of each batch; by default over torch.distributed's
             group, if there is one, whose ranks then compare their masks after every decision.
-        method_options: keyword arguments of the method, e.g. alpha=0.5, blocks_only=True, keep_ratios=[...].
+        method_options: keyword arguments of the method, e.g. alpha=0.5, blocks_only=True, keep_ratios=[...]; those that it does
+            not take are refused.
 
     Raises:
         ModelError: a part of the model is not covered. BudgetError, ConfigError, ScheduleError: settings that cannot be met.

@@ -9,12 +9,19 @@ from typing import Any
 from timm.models.vision_transformer import VisionTransformer
 
 from p3b.errors import ConfigError, unknown_name
+from p3b.methods import global_score, uniform
 from p3b.methods.base import Method
 from p3b.methods.block_benefit import BlockBenefit
 from p3b.scoring.meter import Reduce
 from p3b.vit.layout import ModelLayout
 
-METHODS: Mapping[str, Callable[..., Method]] = {"block_benefit": BlockBenefit}
+METHODS: Mapping[str, Callable[..., Method]] = {
+    "block_benefit": BlockBenefit,
+    "uniform": uniform.uniform,
+    "random": uniform.random,
+    "magnitude": global_score.magnitude,
+    "taylor": global_score.taylor,
+}
 PUBLISHED_NAMES = {"block_pr": "block_benefit"}
 
 
@@ -27,12 +34,21 @@ def create_method(
         ConfigError: the name or an option is unknown; the message lists the nearest known ones.
         BudgetError: the prune ratio cannot be met.
     """
+    known = method_options(name)
     name = PUBLISHED_NAMES.get(name, name)
-    if name not in METHODS:
-        raise ConfigError(unknown_name("prune method", name, [*METHODS, *PUBLISHED_NAMES]))
-    build = METHODS[name]
-    known = [key for key, p in inspect.signature(build).parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY]
     for option in options:
         if option not in known:
             raise ConfigError(unknown_name(f"option of {name}", option, known))
-    return build(model, layout, prune_ratio, reduce, **options)
+    return METHODS[name](model, layout, prune_ratio, reduce, **options)
+
+
+def method_options(name: str) -> list[str]:
+    """The options that a method takes.
+
+    Raises:
+        ConfigError: the name is unknown; the message lists the nearest known ones.
+    """
+    build = METHODS.get(PUBLISHED_NAMES.get(name, name))
+    if build is None:
+        raise ConfigError(unknown_name("prune method", name, [*METHODS, *PUBLISHED_NAMES]))
+    return [key for key, p in inspect.signature(build).parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY]

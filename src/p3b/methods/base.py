@@ -1,13 +1,21 @@
-"""What a pruning method offers to the training loop, whichever it is."""
+"""What a pruning method offers to the training loop, whichever it is, and what methods have in common."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from p3b.core.allocation import block_budget
+from p3b.core.masks import GATE_FACTORS, block_masks, order_elements, shares_to_counts, take_turns
+from p3b.core.schedule import applied_keep_ratio
+from p3b.errors import TrainingError
+from p3b.scoring.scores import ElementScores
+from p3b.vit.cost import dense_params, prefix_cost
+from p3b.vit.layout import BlockLayout, ModelLayout, alike
 
 Criterion = Callable[[Tensor, Any], Tensor]
 
@@ -84,3 +92,161 @@ class Method(Protocol):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict`."""
         ...
+
+
+Decide = Callable[[Tensor, float, float], Decision]
+"""From (N,) scores of all elements, progress and tau to new masks."""
+
+
+class ScoreMethod:
+    """The `Method` that measures nothing but a score for each element: no probe, no loss and no parameter of its own.
+
+    Args:
+        name: of the method; a state of another one is refused.
+        model: on whose device the loss is 0.
+        scores: what elements are ranked by.
+        decide: what the ranking comes to.
+    """
+
+    def __init__(self, name: str, model: nn.Module, scores: ElementScores, decide: Decide) -> None:
+        self._name, self._model, self._scores, self._decide = name, model, scores, decide
+
+    def loss(self, criterion: Criterion, targets: Any) -> Tensor:
+        return torch.zeros((), device=next(self._model.parameters()).device)
+
+    def collect(self, gradients_finite: Tensor) -> None:
+        self._scores.collect(gradients_finite)
+
+    def discard(self) -> None:
+        pass
+
+    def train_own(self, gradients_finite: Tensor, scaler: torch.amp.GradScaler | None) -> None:
+        pass
+
+    def renew(self, kept_params: Mapping[str, int], progress: float, tau: float) -> Decision:
+        self._scores.close()
+        return self._decide(_measured(self._scores.of_interval()), progress, tau)
+
+    def last(self, kept_params: Mapping[str, int]) -> Decision:
+        self._scores.close()
+        return self._decide(_measured(self._scores.of_last_two()), 1.0, 0.0)
+
+    def detach(self) -> None:
+        pass
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"name": self._name, "scores": self._scores.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state_dict`.
+
+        Raises:
+            ValueError, KeyError: it belongs to another method or model.
+        """
+        if state["name"] != self._name:
+            raise ValueError(f"it is a state of {state['name']}, this is {self._name}")
+        self._scores.load_state_dict(state["scores"])
+
+
+class BlockShares:
+    """From the share that each block may keep to its masks, for all methods that share the budget out among blocks.
+
+    Within a block the elements of all gates are ranked together and the lowest go until the block meets its share.
+
+    Args:
+        blocks: B blocks.
+
+    Attributes:
+        params: (B,) float64, P_b.
+    """
+
+    def __init__(self, blocks: Sequence[BlockLayout]) -> None:
+        self._blocks = blocks
+        self.params = torch.tensor([dense_params(block) for block in blocks], dtype=torch.float64)
+        self._alike, self._remaining = alike(blocks), _remaining(blocks)
+
+    def decide(
+        self,
+        goals: Sequence[float],
+        scores: Mapping[str, Tensor],
+        progress: float,
+        tau: float,
+        benefits_2B: Tensor | None = None,
+        importance_B: Tensor | None = None,
+    ) -> Decision:
+        """Goals -> applied ratios -> counts -> masks.
+
+        Args:
+            goals: k_b in [0, 1] for each block.
+            scores: by gate name, on the CPU; only their order within a gate counts.
+            progress, tau: from the schedule.
+            benefits_2B, importance_B: what the goals come from, where that was measured; it is passed on.
+        """
+        applied = [applied_keep_ratio(goal, progress) for goal in goals]
+        shares = [ratio * params for ratio, params in zip(applied, self.params.tolist(), strict=True)]
+        counts = shares_to_counts(self._remaining, shares)
+        decisions = [
+            BlockDecision(
+                name=block.name,
+                kind=block.kind,
+                benefit_cls=None if benefits_2B is None else float(benefits_2B[0, b]),
+                benefit_patch=None if benefits_2B is None else float(benefits_2B[1, b]),
+                importance=None if importance_B is None else float(importance_B[b]),
+                keep_ratio_goal=goals[b],
+                keep_ratio=applied[b],
+                kept_params=int(self._remaining[b][counts[b]]),
+                params=int(self.params[b]),
+            )
+            for b, block in enumerate(self._blocks)
+        ]
+        return Decision(self._masks(scores, counts, tau), tuple(decisions), progress, tau)
+
+    def _masks(self, scores: Mapping[str, Tensor], counts: Sequence[int], tau: float) -> dict[str, Tensor]:
+        """Masks of all gates, in the order of `scores`; blocks of one shape are worked out together."""
+        found: dict[str, Tensor] = {}
+        for group in self._alike:
+            dims = self._blocks[group[0]].dims
+            together = [torch.stack([scores[self._blocks[b].gate(dim)] for b in group]) for dim in dims]
+            order = order_elements(together, _factors(self._blocks[group[0]]))
+            to_go = torch.tensor([counts[b] for b in group])[:, None]
+            for dim, masks in zip(dims, block_masks(order, to_go, tau), strict=True):
+                found |= zip((self._blocks[b].gate(dim) for b in group), masks, strict=True)
+        return {gate: found[gate] for gate in scores}
+
+
+def overall_keep_ratio(layout: ModelLayout, prune_ratio: float, blocks_only: bool) -> float:
+    """What all blocks together may keep of their parameters, in [0, 1].
+
+    Args:
+        layout: of the model.
+        prune_ratio: rho, share of parameters that goes, in [0, 1).
+        blocks_only: count the budget over the blocks alone (P_rest = 0).
+
+    Raises:
+        BudgetError: it cannot be met.
+    """
+    in_blocks = float(sum(dense_params(block) for block in layout.blocks))
+    return block_budget(in_blocks, 0 if blocks_only else layout.other_params, prune_ratio) / in_blocks
+
+
+def _measured(scores_N: Tensor | None) -> Tensor:
+    if scores_N is None:
+        raise TrainingError(
+            "Nothing has been measured that masks could be decided from. Call pruner.step() after each backward pass, and let "
+            "pruning start before it is due to end."
+        )
+    return scores_N
+
+
+def _remaining(blocks: Sequence[BlockLayout]) -> list[Tensor]:
+    """Parameters that each block has left after t of its elements are gone, t = 0..n: (n + 1,) float64, exact."""
+    found: dict[int, Tensor] = {}
+    for group in alike(blocks):
+        shape = blocks[group[0]]
+        kept = take_turns(tuple(shape.dims.values()), _factors(shape)).kept
+        found |= dict.fromkeys(group, prefix_cost(shape)(kept).double())
+    return [found[b] for b in range(len(blocks))]
+
+
+def _factors(block: BlockLayout) -> tuple[float, ...]:
+    return tuple(GATE_FACTORS[dim] for dim in block.dims)

@@ -33,15 +33,13 @@ from torch import Tensor
 
 from p3b.core.allocation import block_budget, given_keep_ratios, keep_ratios, mix_importance, update_importance
 from p3b.core.finite import all_finite
-from p3b.core.masks import GATE_FACTORS, block_masks, order_elements, shares_to_counts, take_turns
-from p3b.core.schedule import applied_keep_ratio
 from p3b.errors import ConfigError, TrainingError
-from p3b.methods.base import BlockDecision, Criterion, Decision
-from p3b.scoring.criteria import taylor
+from p3b.methods.base import BlockShares, Criterion, Decision
+from p3b.scoring.criteria import by_gate, taylor
 from p3b.scoring.meter import IntervalMeter, Reduce
 from p3b.scoring.probes import BlockProbes
-from p3b.vit.cost import dense_params, prefix_cost
-from p3b.vit.layout import BlockLayout, ModelLayout, alike
+from p3b.scoring.scores import of_all
+from p3b.vit.layout import ModelLayout
 from p3b.vit.taps import Taps
 
 LEAST_KEPT_SHARE = 0.01
@@ -93,8 +91,8 @@ class BlockBenefit:
         self._layout, self._reduce = layout, reduce
         self._alpha, self._gamma, self._benefit_scale = alpha, gamma, benefit_scale
         self._prune_ratio, self._other_params = prune_ratio, 0 if blocks_only else layout.other_params
-        self._params = torch.tensor([dense_params(block) for block in layout.blocks], dtype=torch.float64)
-        self._alike, self._remaining = alike(layout.blocks), _remaining(layout.blocks)
+        self._shares = BlockShares(layout.blocks)
+        self._params = self._shares.params
         self._given = None if keep_ratios is None else given_keep_ratios(keep_ratios, len(layout.blocks))
         if self._given is None:
             block_budget(float(self._params.sum()), self._other_params, prune_ratio)  # cannot be met: say so before training
@@ -126,8 +124,7 @@ class BlockBenefit:
         return loss
 
     def collect(self, gradients_finite: Tensor) -> None:
-        scores = [score for block in self._layout.blocks for score in taylor(block, self._weights).values()]
-        self._meter.add("scores", torch.cat(scores), gradients_finite)
+        self._meter.add("scores", of_all(taylor, self._layout, self._weights), gradients_finite)
         if self._pending_benefits:
             # Reduced at every step, so that the sums, which a checkpoint keeps, are the same on every rank.
             benefits_2B = self._reduce(torch.stack(self._pending_benefits).mean(0))
@@ -173,7 +170,7 @@ class BlockBenefit:
             self._optimizer.load_state_dict(state["probe_optimizer"])
 
     def _decide(self, mean: Any, kept_params: Mapping[str, int], progress: float, tau: float) -> Decision:
-        """Benefits -> importance -> goals -> applied ratios -> masks, all from means over an interval."""
+        """Benefits -> importance -> goals -> masks, all from means over an interval."""
         blocks = self._layout.blocks
         benefits_2B = mean("benefits")
         if mean("scores") is None or (self._probes is not None and benefits_2B is None):
@@ -192,51 +189,15 @@ class BlockBenefit:
                 for previous, benefit in zip(self._importance, benefits_2B, strict=True)
             ]
             importance_B = mix_importance(self._importance[0], self._importance[1], self._alpha)  # type: ignore[arg-type]
-        goals = self._goals(importance_B)
-        applied = [applied_keep_ratio(goal, progress) for goal in goals]
-
-        shares = [ratio * params for ratio, params in zip(applied, self._params.tolist(), strict=True)]
-        counts = shares_to_counts(self._remaining, shares)
-        decisions = [
-            BlockDecision(
-                name=block.name,
-                kind=block.kind,
-                benefit_cls=None if benefits_2B is None else float(benefits_2B[0, b]),
-                benefit_patch=None if benefits_2B is None else float(benefits_2B[1, b]),
-                importance=None if importance_B is None else float(importance_B[b]),
-                keep_ratio_goal=goals[b],
-                keep_ratio=applied[b],
-                kept_params=int(self._remaining[b][counts[b]]),
-                params=int(self._params[b]),
-            )
-            for b, block in enumerate(blocks)
-        ]
-        return Decision(self._masks(self._scores(mean), counts, tau), tuple(decisions), progress, tau)
-
-    def _masks(self, scores: Mapping[str, Tensor], counts: Sequence[int], tau: float) -> dict[str, Tensor]:
-        """Masks of all gates, in the order of `scores`; blocks of one shape are worked out together."""
-        blocks = self._layout.blocks
-        found: dict[str, Tensor] = {}
-        for group in self._alike:
-            dims = blocks[group[0]].dims
-            together = [torch.stack([scores[blocks[b].gate(dim)] for b in group]) for dim in dims]
-            order = order_elements(together, _factors(blocks[group[0]]))
-            to_go = torch.tensor([counts[b] for b in group])[:, None]
-            for dim, masks in zip(dims, block_masks(order, to_go, tau), strict=True):
-                found |= zip((blocks[b].gate(dim) for b in group), masks, strict=True)
-        return {gate: found[gate] for gate in scores}
+        # Mean scores over the interval and over ranks.
+        scores = by_gate(blocks, self._reduce(mean("scores")).cpu())
+        return self._shares.decide(self._goals(importance_B), scores, progress, tau, benefits_2B, importance_B)
 
     def _goals(self, importance_B: Tensor | None) -> list[float]:
         if self._given is not None:
             return self._given.tolist()
         assert importance_B is not None
         return keep_ratios(importance_B, self._params, self._other_params, self._prune_ratio).tolist()
-
-    def _scores(self, mean: Any) -> dict[str, Tensor]:
-        """Mean score of every element over the interval and over ranks, by gate name, on the CPU."""
-        gates = {block.gate(dim): size for block in self._layout.blocks for dim, size in block.dims.items()}
-        reduced = self._reduce(mean("scores")).cpu()
-        return dict(zip(gates, reduced.split(list(gates.values())), strict=True))
 
     def _average_gradients(self, probes: BlockProbes) -> list[Tensor]:
         """Average over ranks in one go: probes are outside the distributed wrapper, since they run after its forward pass.
@@ -250,20 +211,6 @@ class BlockBenefit:
             for gradient, average in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
                 gradient.copy_(average.view_as(gradient))
         return gradients
-
-
-def _remaining(blocks: Sequence[BlockLayout]) -> list[Tensor]:
-    """Parameters that each block has left after t of its elements are gone, t = 0..n: (n + 1,) float64, exact."""
-    found: dict[int, Tensor] = {}
-    for group in alike(blocks):
-        shape = blocks[group[0]]
-        kept = take_turns(tuple(shape.dims.values()), _factors(shape)).kept
-        found |= dict.fromkeys(group, prefix_cost(shape)(kept).double())
-    return [found[b] for b in range(len(blocks))]
-
-
-def _factors(block: BlockLayout) -> tuple[float, ...]:
-    return tuple(GATE_FACTORS[dim] for dim in block.dims)
 
 
 def _require(holds: bool, name: str, value: float, allowed: str) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from p3b.vit.layout import BlockLayout, split_axis
+from p3b.vit.layout import BlockLayout, Weight, split_axis
 
 
 @torch.no_grad()
@@ -34,8 +34,47 @@ def taylor(block: BlockLayout, weights: Mapping[str, Tensor]) -> dict[str, Tenso
         contribution = (parameter.detach() * parameter.grad).float() if weight.gated else None
         for axis in weight.gated:
             assert contribution is not None
-            factors = split_axis(contribution, axis, weight.axes[axis], block.dims)
-            position, dim = next((axis + i, name) for i, name in enumerate(weight.axes[axis]) if isinstance(name, str))
-            others = [i for i in range(factors.ndim) if i != position]
-            first_order[dim] += factors.sum(others) if others else factors
+            dim, sums = _sum_by_element(contribution, weight, axis, block.dims)
+            first_order[dim] += sums
     return {block.gate(dim): score.square() for dim, score in first_order.items()}
+
+
+@torch.no_grad()
+def magnitude(block: BlockLayout, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """L2 norm of the weights that each element carries: its rows and columns of the block's matrices.
+
+    Biases, the norm's affine part and LayerScale are left out: they are no connections, and the scale of the norm's would drown
+    the matrices'. What a gate multiplies is not looked at: the weights themselves are measured, as they are behind their masks.
+
+    Args:
+        block: layout of the block.
+        weights: parameters by key.
+
+    Returns:
+        By gate name: (size of the dimension,) float32, >= 0.
+
+    Source: Li et al., "Pruning Filters for Efficient ConvNets", ICLR 2017, with the L2 norm instead of the L1 norm.
+    """
+    squares = {dim: torch.zeros(size, device=weights[block.weights[0].key].device) for dim, size in block.dims.items()}
+    for weight in block.weights:
+        if len(weight.axes) != 2:
+            continue
+        square = weights[weight.key].detach().float().square()
+        for axis in range(2):
+            dim, sums = _sum_by_element(square, weight, axis, block.dims)
+            squares[dim] += sums
+    return {block.gate(dim): square.sqrt() for dim, square in squares.items()}
+
+
+def by_gate(blocks: Sequence[BlockLayout], values_N: Tensor) -> dict[str, Tensor]:
+    """Values of all elements, block after block and gate after gate, as one vector for each gate, by its name."""
+    sizes = {block.gate(dim): size for block in blocks for dim, size in block.dims.items()}
+    return dict(zip(sizes, values_N.split(list(sizes.values())), strict=True))
+
+
+def _sum_by_element(values: Tensor, weight: Weight, axis: int, dims: Mapping[str, int]) -> tuple[str, Tensor]:
+    """Sum a tensor of the weight's shape over everything but the elements along one axis: name of their dimension, and sums."""
+    factors = split_axis(values, axis, weight.axes[axis], dims)
+    position, dim = next((axis + i, name) for i, name in enumerate(weight.axes[axis]) if isinstance(name, str))
+    others = [i for i in range(factors.ndim) if i != position]
+    return dim, factors.sum(others) if others else factors

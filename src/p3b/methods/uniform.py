@@ -1,0 +1,78 @@
+"""The simplest allocation: every block keeps the same share of its parameters.
+
+    k_b = ((1 - rho) (P_blocks + P_rest) - P_rest) / P_blocks    for every block b
+
+Two methods of it, both with gates, order within a block, masks and schedule as P3B has them, so that rows of a table differ in
+one thing. Against P3B, `uniform` shows what sharing the budget out by benefit is worth; against `uniform`, `random` shows what
+the element score is worth.
+
+- `uniform`: elements by squared first-order Taylor score, averaged over the interval.
+- `random`: elements at random, the floor that every method has to beat. The order is drawn once: were it drawn at every mask
+  update, elements would come and go by chance, and what is left in the end would never have been trained without the rest.
+  How many channels of each gate go is not left to chance: a block's gates take turns as in every other method.
+"""
+
+from __future__ import annotations
+
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from p3b.methods.base import BlockShares, Decision, ScoreMethod, overall_keep_ratio
+from p3b.scoring.criteria import by_gate
+from p3b.scoring.meter import Reduce
+from p3b.scoring.scores import RandomScores, TaylorScores
+from p3b.vit.layout import ModelLayout
+
+
+def uniform(
+    model: VisionTransformer, layout: ModelLayout, prune_ratio: float, reduce: Reduce, *, blocks_only: bool = False
+) -> ScoreMethod:
+    """The same share for every block, elements by Taylor score.
+
+    Args:
+        model: dense model whose gradients are scored.
+        layout: its map.
+        prune_ratio: rho, share of parameters that goes, in [0, 1).
+        reduce: mean of a tensor over all ranks.
+        blocks_only: count the budget over the blocks alone (P_rest = 0).
+
+    Raises:
+        BudgetError: a prune ratio that cannot be met.
+    """
+    shares = EqualShares(layout, prune_ratio, blocks_only)
+    return ScoreMethod("uniform", model, TaylorScores(layout, model, reduce), shares.decide)
+
+
+def random(
+    model: VisionTransformer,
+    layout: ModelLayout,
+    prune_ratio: float,
+    reduce: Reduce,
+    *,
+    blocks_only: bool = False,
+    seed: int = 0,
+) -> ScoreMethod:
+    """The same share for every block, elements at random; nothing is measured, so nothing is reduced over ranks.
+
+    Args:
+        model, layout, prune_ratio, blocks_only: as in `uniform`.
+        reduce: taken for the sake of the other methods.
+        seed: of the draw, the same on all ranks.
+
+    Raises:
+        BudgetError: a prune ratio that cannot be met.
+    """
+    shares = EqualShares(layout, prune_ratio, blocks_only)
+    return ScoreMethod("random", model, RandomScores(layout, seed), shares.decide)
+
+
+class EqualShares:
+    """From scores to masks, with one keep ratio for all blocks; arguments as in `uniform`."""
+
+    def __init__(self, layout: ModelLayout, prune_ratio: float, blocks_only: bool) -> None:
+        self._blocks, self._shares = layout.blocks, BlockShares(layout.blocks)
+        self._goal = overall_keep_ratio(layout, prune_ratio, blocks_only)
+
+    def decide(self, scores_N: Tensor, progress: float, tau: float) -> Decision:
+        goals = [self._goal] * len(self._blocks)
+        return self._shares.decide(goals, by_gate(self._blocks, scores_N), progress, tau)
