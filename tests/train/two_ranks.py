@@ -23,6 +23,7 @@ import p3b.session
 from p3b.cli import main
 from p3b.data import Preprocessing, open_data
 from p3b.errors import TrainingError
+from p3b.methods import METHODS
 from p3b.session import evaluate_split
 from p3b.train.distributed import Processes, all_reduce_mean, all_reduce_sum, gather, process_group
 from p3b.train.loop import EpochProgress, Learner, train_epoch
@@ -61,8 +62,10 @@ def evaluation(out: Path) -> None:
             assert max(accuracy.loss for accuracy in found) - min(accuracy.loss for accuracy in found) < 1e-6
 
 
-def train(model: nn.Module, wrapped: nn.Module, batches: list[tuple[Tensor, Tensor]], keep: list[float] | None) -> p3b.Pruner:
-    pruner = p3b.Pruner(model, 0.5, schedule=p3b.Schedule(1, 3, 6, 1), keep_ratios=keep)
+def train(
+    model: nn.Module, wrapped: nn.Module, batches: list[tuple[Tensor, Tensor]], method: str, options: dict[str, Any]
+) -> p3b.Pruner:
+    pruner = p3b.Pruner(model, 0.5, method, p3b.Schedule(1, 3, 6, 1), **options)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     learner = Learner(wrapped, optimizer, TrainingLoss(nn.CrossEntropyLoss()), FP32, scaler, pruner, grad_accum_steps=2)
@@ -77,15 +80,19 @@ def pruning(out: Path) -> None:
     with process_group("cpu") as (processes, _):
         own = slice(processes.rank, None, RANKS)
         shares = [(a[own], b[own]) for a, b in zip(x.split(4), y.split(4), strict=True)]
-        for keep in (None, [0.9, 0.3, 0.6, 0.5]):
+        for method, options in (
+            ("block_benefit", {}),
+            ("block_benefit", {"keep_ratios": [0.9, 0.3, 0.6, 0.5]}),
+            *((method, {}) for method in METHODS if method != "block_benefit"),
+        ):
             model = tiny_vit(img_size=16)
-            pruner = train(model, DistributedDataParallel(model), shares, keep)
+            pruner = train(model, DistributedDataParallel(model), shares, method, options)
             state = pruner.state_dict()
             for tensors in (state["masks"], model.state_dict(), state["method"].get("probes", {}), sums_of(state)):
                 assert all(same_tensors(tensors, others) for others in gather(tensors))
             assert any((mask == 0).any() for mask in state["masks"].values())
             alone = tiny_vit(img_size=16)
-            pruner_alone = train(alone, alone, list(zip(x.split(4), y.split(4), strict=True)), keep)
+            pruner_alone = train(alone, alone, list(zip(x.split(4), y.split(4), strict=True)), method, options)
             assert same_tensors(pruner_alone.gates.masks, state["masks"])
             for one, other in ((alone.state_dict(), model.state_dict()), (sums_of(pruner_alone.state_dict()), sums_of(state))):
                 assert all(torch.allclose(one[name], other[name], rtol=1e-3, atol=1e-5) for name in one)
@@ -93,7 +100,8 @@ def pruning(out: Path) -> None:
 
 def sums_of(state: dict[str, Any]) -> dict[str, Tensor]:
     """What the method has summed up over its intervals: a checkpoint keeps the main rank's, so all ranks must hold the same."""
-    intervals = enumerate(state["method"]["meter"]["intervals"])
+    method = state["method"]
+    intervals = enumerate(method.get("meter", method.get("scores", {})).get("intervals", []))  # some methods keep no sums
     return {f"{number} {name}": total for number, interval in intervals for name, (total, _) in interval.items()}
 
 

@@ -5,11 +5,12 @@
     m_e          = sigmoid( ln(9) * (position_e - t) / (N tau + 1e-8) ),   positions 1..N over the whole network
 
 - `magnitude`: by the L2 norm of the weights that an element carries, as they are at the mask update (Li et al., "Pruning
-  Filters for Efficient ConvNets", ICLR 2017, with the L2 norm instead of the L1 norm). Where weights are of one size, a norm grows with the root
-  of their number: output channels of attention carry the fewest and go first, so that attention blocks vanish before MLPs.
+  Filters for Efficient ConvNets", ICLR 2017, with the L2 norm instead of the L1 norm). Where weights are of one size, a norm
+  grows with the root of their number: output channels of attention carry the fewest and go first, so that attention blocks
+  vanish before MLPs.
 - `taylor`: by the squared first-order Taylor score (Molchanov et al., "Importance Estimation for Neural Network Pruning",
   CVPR 2019), averaged over the interval, each gate's scores divided by their L2 norm (Molchanov et al., "Pruning
-  Convolutional Neural Networks for Resource Efficient Inference", ICLR 2017, section 2.2), without which gates whose gradients
+  Convolutional Neural Networks for Resource Efficient Inference", ICLR 2017), without which gates whose gradients
   are large by their place in the network would keep everything.
 
 Both rank by score, not by score per parameter. Dividing by what an element costs would be the alternative; it would also take

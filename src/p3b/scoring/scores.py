@@ -15,7 +15,7 @@ from p3b.scoring.criteria import magnitude, taylor
 from p3b.scoring.meter import IntervalMeter, Reduce
 from p3b.vit.layout import BlockLayout, ModelLayout
 
-Criterion = Callable[[BlockLayout, Mapping[str, Tensor]], Mapping[str, Tensor]]
+ElementCriterion = Callable[[BlockLayout, Mapping[str, Tensor]], Mapping[str, Tensor]]
 
 
 class ElementScores(Protocol):
@@ -152,6 +152,6 @@ class RandomScores:
         self._scores_N = state["scores"].cpu()
 
 
-def of_all(criterion: Criterion, layout: ModelLayout, weights: Mapping[str, Tensor]) -> Tensor:
+def of_all(criterion: ElementCriterion, layout: ModelLayout, weights: Mapping[str, Tensor]) -> Tensor:
     """(N,) scores of all elements by a criterion of `p3b.scoring.criteria`, on the weights' device."""
     return torch.cat([score for block in layout.blocks for score in criterion(block, weights).values()])
