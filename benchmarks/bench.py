@@ -15,11 +15,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import resource
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,8 @@ from torch import nn
 
 import p3b
 from p3b.files import write_atomically
+from p3b.scoring.estimators import ESTIMATORS
+from p3b.scoring.ridge import SOLVE_EVERY
 from records import RESULTS, ROOT, circumstances, read_lines, versions
 
 LINES = RESULTS / "performance.jsonl"
@@ -38,6 +42,8 @@ BEGIN = "<!-- made from docs/results/performance.jsonl by `python benchmarks/ben
 END = "<!-- end of what is made from the lines -->"
 
 CLASSES = 100
+CYCLES = {"ridge": SOLVE_EVERY, "subsampled": 4}
+"""Steps after which the work of an estimator repeats, where they differ."""
 EPOCH_STEPS = 100
 """Steps of the epoch that a share of training time is told for: a short one, since longer ones make the share smaller."""
 
@@ -128,8 +134,19 @@ class Training:
         self._optimizer.zero_grad()
 
 
-def take_turns(machine: Machine, sides: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, dict[str, Any]]:
+def take_turns(
+    machine: Machine,
+    sides: Mapping[str, Callable[[], object]],
+    rounds: int,
+    repeats: Mapping[str, int] | None = None,
+) -> dict[str, dict[str, Any]]:
     """Let every side act once a round, in an order that turns around every round.
+
+    Args:
+        machine: whose clock counts.
+        sides: what is timed, by name; the first is what the others are compared with.
+        rounds: at least 1.
+        repeats: how often a side acts a round, where that is not once: all of a cycle whose acts differ. Its time is the mean.
 
     Returns:
         By side: median `seconds` (of the clock that counts) and `wall_seconds` of an act, and `ratio` and `wall_ratio`, the
@@ -140,7 +157,9 @@ def take_turns(machine: Machine, sides: Mapping[str, Callable[[], object]], roun
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
     for number in range(rounds):
         for name in list(sides)[:: -1 if number % 2 else 1]:
-            times[name].append(machine.seconds(sides[name]))
+            count = (repeats or {}).get(name, 1)
+            taken = [machine.seconds(sides[name]) for _ in range(count)]
+            times[name].append((sum(counted for counted, _ in taken) / count, sum(wall for _, wall in taken) / count))
     first = times[next(iter(sides))]
     return {
         name: {
@@ -163,33 +182,75 @@ def measure_gates(shape: Shape, machine: Machine, precision: str, rounds: int) -
 
 
 def measure_masks(shape: Shape, machine: Machine, precision: str, rounds: int) -> dict[str, Any]:
-    """A whole mask update (benefits -> masks -> gates -> parameters counted -> digest), on one core, against a plain step."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        plain = Training(shape, machine, precision)
-        pruned = Training(shape, machine, precision, {"prune_ratio": 0.5})
-        pruner = pruned.pruner
-        assert pruner is not None
-        pruned.step()
-        measured = pruner.state_dict()
-        plain.step()
-        steps, updates = [], []
-        for _ in range(rounds):
-            steps.append(machine.seconds(plain.step)[0])
-            pruner.load_state_dict(measured)  # an update ends the interval: every one begins with the same measurements
-            updates.append(machine.seconds(lambda: pruner._renew(5))[0])
-    finally:
-        torch.set_num_threads(threads)
+    """A whole mask update (benefits -> masks -> gates -> parameters counted -> digest) against a plain step."""
+    plain = Training(shape, machine, precision)
+    pruned = Training(shape, machine, precision, {"prune_ratio": 0.5, "estimator": "linear"})
+    pruner = pruned.pruner
+    assert pruner is not None
+    pruned.step()
+    measured = pruner.state_dict()
+    plain.step()
+    steps, updates = [], []
+    for _ in range(rounds):
+        steps.append(machine.seconds(plain.step)[0])
+        pruner.load_state_dict(measured)  # an update ends the interval: every one begins with the same measurements
+        updates.append(machine.seconds(lambda: pruner._renew(5))[0])
     shares = [3 * update / (EPOCH_STEPS * step) for update, step in zip(updates, steps, strict=True)]
     return {
         "sides": {"plain": {"seconds": statistics.median(steps)}, "update": {"seconds": statistics.median(updates)}},
         "share_of_training": statistics.median(shares),
         "epoch_steps": EPOCH_STEPS,
-        "threads": 1,
         "rounds": rounds,
         "batch": machine.batch_of(shape),
     }
+
+
+def measure_benefit(shape: Shape, machine: Machine, precision: str, rounds: int) -> dict[str, Any]:
+    """A step of pruning with each estimator of benefit against a plain step."""
+    sides = {"plain": Training(shape, machine, precision)}
+    sides |= {name: Training(shape, machine, precision, {"prune_ratio": 0.5, "estimator": name}) for name in ESTIMATORS}
+    found = take_turns(machine, {name: side.step for name, side in sides.items()}, rounds, CYCLES)
+    return {"sides": found, "rounds": rounds, "batch": machine.batch_of(shape)}
+
+
+def measure_memory(shape: Shape, machine: Machine, precision: str, rounds: int) -> dict[str, Any]:
+    """The most memory that some steps take, plain and with each estimator of benefit, each in a process of its own."""
+    peaks = {name or "plain": _peak_bytes(shape, machine, precision, name, rounds) for name in (None, *ESTIMATORS)}
+    sides = {name: {"peak_bytes": peak} for name, peak in peaks.items()}
+    return {"sides": sides, "rounds": rounds, "batch": machine.batch_of(shape)}
+
+
+def _peak_bytes(shape: Shape, machine: Machine, precision: str, estimator: str | None, steps: int) -> int:
+    """What `_print_peak` prints in a process of its own."""
+    asked = {
+        "shape": asdict(shape),
+        "device": str(machine.device),
+        "precision": precision,
+        "estimator": estimator,
+        "steps": steps,
+    }
+    command = [sys.executable, __file__, "peak", "--asked", json.dumps(asked), "--threads", str(torch.get_num_threads())]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def _print_peak(shape: Mapping[str, Any], device: str, precision: str, estimator: str | None, steps: int) -> None:
+    """Print the bytes that some steps take at most, beside what the process held before the model was built.
+
+    That is resident memory of the process on a CPU, allocated memory on a GPU.
+    """
+    machine = Machine(torch.device(device))
+    on_gpu = machine.device.type == "cuda"
+    before = 0 if on_gpu else _resident_bytes()
+    side = Training(Shape(**shape), machine, precision, estimator and {"prune_ratio": 0.5, "estimator": estimator})
+    for _ in range(steps):
+        side.step()
+    print(torch.cuda.max_memory_allocated(machine.device) if on_gpu else _resident_bytes() - before)
+
+
+def _resident_bytes() -> int:
+    """The most that this process has held so far."""
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else 1024 * most
 
 
 @dataclass(frozen=True)
@@ -214,6 +275,10 @@ ENTRIES: dict[str, Entry] = {
     for shape in SHAPES
     for precision in ("fp32", "bf16")
 } | {f"masks-{shape}": Entry("masks", shape, "fp32", measure_masks, {}, rounds=11) for shape in SHAPES}
+ENTRIES |= {
+    f"benefit-{shape}-bf16": Entry("benefit", shape, "bf16", measure_benefit, {}, rounds=3 if shape == "small" else 5)
+    for shape in SHAPES
+} | {f"memory-{shape}-bf16": Entry("memory", shape, "bf16", measure_memory, {}, rounds=2) for shape in SHAPES}
 
 
 def main(
@@ -226,11 +291,17 @@ def main(
 ) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("action", choices=("run", "table"))
+    parser.add_argument("action", choices=("run", "table", "peak"))
+    parser.add_argument("--asked", help=argparse.SUPPRESS)
     parser.add_argument("--only", metavar="NAME", help=f"this entry alone, or all that begin so: {', '.join(entries)}")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--threads", type=int, default=1, help="on a CPU; threads that wait for each other burn its time")
     parser.add_argument("--rounds", type=int, help="rounds of every entry, in place of its own number")
     given = parser.parse_args(arguments)
+    torch.set_num_threads(given.threads)
+    if given.action == "peak":
+        _print_peak(**json.loads(given.asked))
+        return 0
     if given.action == "run":
         chosen = [name for name in entries if _meant(name, given.only)]
         if not chosen:
@@ -245,7 +316,7 @@ def main(
 def record(name: str, entry: Entry, machine: Machine, shapes: Mapping[str, Shape], rounds: int | None, lines: Path) -> None:
     """Measure one entry; its line replaces the one that the same kind of device gave before."""
     made_by = circumstances()
-    began = time.monotonic()
+    began, threads = time.monotonic(), torch.get_num_threads()
     device = torch.cuda.get_device_name(machine.device) if machine.device.type == "cuda" else "cpu"
     line = {
         "name": name,
@@ -254,9 +325,9 @@ def record(name: str, entry: Entry, machine: Machine, shapes: Mapping[str, Shape
         "precision": entry.precision,
         "options": dict(entry.options),
         "device": device,
-        "threads": torch.get_num_threads(),
+        "threads": threads,
         "result": entry.run(machine, shapes, rounds),
-        "command": f"python benchmarks/bench.py run --only {name} --device {machine.device.type}",
+        "command": f"python benchmarks/bench.py run --only {name} --device {machine.device.type} --threads {threads}",
         **made_by,
         "versions": versions("torch", "timm"),
         "seconds": round(time.monotonic() - began, 1),
@@ -301,6 +372,24 @@ def tables(lines: Sequence[dict[str, Any]], shapes: Mapping[str, Shape] = SHAPES
             update = f"{1000 * sides['update']['seconds']:.1f} ms"
             text.append(f"| {_place(line, shapes)} | {_ms(sides['plain'])} | {update} | {share:.3%} of training |")
         text.append("")
+    if "benefit" in by_table:
+        text += ["### Benefit: time", ""]
+        text += ["| model | precision | device, batch | estimator | step | of a plain step | on the wall |"]
+        text += ["|---|---|---|---|---:|---:|---:|"]
+        for line in by_table["benefit"]:
+            for name, side in line["result"]["sides"].items():
+                ratios = f"{side['ratio']:.3f} | {side['wall_ratio']:.3f}"
+                text.append(f"| {_place(line, shapes)} | {name} | {_ms(side)} | {ratios} |")
+        text.append("")
+    if "memory" in by_table:
+        text += ["### Benefit: memory", ""]
+        text += ["| model | precision | device, batch | estimator | at most | beside a plain step |"]
+        text += ["|---|---|---|---|---:|---:|"]
+        for line in by_table["memory"]:
+            peaks = {name: side["peak_bytes"] / 2**20 for name, side in line["result"]["sides"].items()}
+            for name, peak in peaks.items():
+                text.append(f"| {_place(line, shapes)} | {name} | {peak:,.0f} MiB | {peak - peaks['plain']:+,.0f} MiB |")
+        text.append("")
     if lines:
         text += ["### How it was run", ""]
         text += [f"- {_certificate(line)}" for table in by_table.values() for line in table]
@@ -314,8 +403,7 @@ def _meant(name: str, only: str | None) -> bool:
 
 
 def _place(line: Mapping[str, Any], shapes: Mapping[str, Shape]) -> str:
-    threads = line["result"].get("threads", line["threads"])
-    device = f"{threads} core{'s' * (threads > 1)}" if line["device"] == "cpu" else line["device"]
+    device = f"{line['threads']} core{'s' * (line['threads'] > 1)}" if line["device"] == "cpu" else line["device"]
     return f"{shapes[line['shape']].title} | {line['precision']} | {device}, {line['result']['batch']}"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -18,11 +19,13 @@ from bench import (
     Machine,
     Shape,
     main,
+    measure_benefit,
     measure_gates,
     measure_masks,
     take_turns,
     write_page,
 )
+from p3b.scoring.estimators import ESTIMATORS
 from records import ROOT, read_lines
 from tiny import VIT
 
@@ -60,22 +63,32 @@ def test_an_entry_becomes_a_line_and_a_row_and_replaces_the_one_before(precision
     entries = {
         "gates-tiny": Entry("gates", "tiny", precision, measure_gates, {}),
         "masks-tiny": Entry("masks", "tiny", precision, measure_masks, {}),
+        "benefit-tiny": Entry("benefit", "tiny", precision, measure_benefit, {}),
     }
     lines, page = tmp_path / "performance.jsonl", tmp_path / "page.md"
     page.write_text(f"Before.\n\n{BEGIN}\nold\n{END}\n\nAfter.\n")
-    other = {"name": "gates-tiny", "device": "another", "table": "none"}
-    lines.write_text(json.dumps(other) + "\n")
-    for only in ("gates-", "masks-tiny", "gates-tiny"):
+    for only in ("gates-", "masks-tiny", "benefit-", "gates-tiny"):
         assert (
             main(["run", "--only", only, "--rounds", "2"], entries=entries, shapes={"tiny": TINY}, lines=lines, page=page) == 0
         )
+        if only == "gates-":  # what another kind of device gave stays
+            lines.write_text(json.dumps({**read_lines(lines)[0], "device": "another"}) + "\n" + lines.read_text())
     recorded = read_lines(lines)
-    assert [line["name"] for line in recorded] == ["gates-tiny", "masks-tiny", "gates-tiny"]
+    assert [line["name"] for line in recorded] == ["gates-tiny", "masks-tiny", "benefit-tiny", "gates-tiny"]
     gates = recorded[-1]["result"]
     assert gates["rounds"] == 2 and gates["sides"]["pruning"]["ratio"] > 0
     assert recorded[1]["result"]["share_of_training"] > 0
+    benefit = recorded[2]["result"]["sides"]
+    assert list(benefit) == ["plain", *ESTIMATORS] and all(side["ratio"] > 0 for side in benefit.values())
     text = page.read_text()
     assert text.startswith("Before.") and text.endswith("After.\n") and "old" not in text
     assert f"| tiny | {precision} | 1 core, 2 |" in text
     with pytest.raises(SystemExit):
         main(["run", "--only", "nonsense"], entries=entries, lines=lines, page=page)
+
+
+def test_the_peak_of_a_process_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    shape = {**asdict(TINY), "arguments": {**TINY.arguments, "embed_dim": 384}}
+    asked = {"shape": shape, "device": "cpu", "precision": "fp32", "estimator": "paper", "steps": 1}
+    assert main(["peak", "--asked", json.dumps(asked)]) == 0
+    assert int(capsys.readouterr().out) >= 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -111,3 +112,29 @@ def multiply_activations(model: VisionTransformer, masks: dict[str, Tensor]) -> 
         block.norm2.register_forward_hook(scale(masks[f"{mlp}.in"]))
         block.mlp.act.register_forward_hook(scale(masks[f"{mlp}.hidden"]))
         block.mlp.fc2.register_forward_hook(scale(masks[f"{mlp}.out"]))
+
+
+def in_ranks(count: int, act: Callable[[int, Callable[[Tensor], Tensor]], Any]) -> list[Any]:
+    """What each of so many ranks makes of `act(rank, mean over all ranks)`; they are threads that wait for each other."""
+    barrier, handed_in, results = threading.Barrier(count, timeout=10), [None] * count, [None] * count
+
+    def rank_of(rank: int) -> None:
+        def mean(tensor: Tensor) -> Tensor:
+            handed_in[rank] = tensor
+            barrier.wait()
+            total = torch.stack(handed_in).mean(0)
+            barrier.wait()
+            return total
+
+        try:
+            results[rank] = act(rank, mean)
+        except BaseException:
+            barrier.abort()
+            raise
+
+    threads = [threading.Thread(target=rank_of, args=(rank,)) for rank in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results

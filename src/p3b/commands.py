@@ -150,6 +150,7 @@ def prune_schedule(config: PruneConfig, steps_per_epoch: int) -> tuple[Schedule,
 
 METHOD_OPTIONS = {
     "prune_blocks_only": "blocks_only",
+    "prune_benefit": "estimator",
     "prune_keep_ratios": "keep_ratios",
     "prune_alpha": "alpha",
     "prune_gamma": "gamma",

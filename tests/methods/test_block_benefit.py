@@ -261,13 +261,13 @@ def test_probes_rest_where_a_gradient_is_not_finite_be_it_theirs_or_the_models(s
         model = torch.nn.Parameter(torch.ones(()))
         optimizer = torch.optim.SGD([model])
         for step_gradient, finite in ((1.0, True), (gradient, gradients_finite)):  # momentum must not move them either
-            before = {key: value.clone() for key, value in method._probes.state_dict().items()}
-            for parameter in method._probes.parameters():
+            before = {key: value.clone() for key, value in method._estimator.probes.state_dict().items()}
+            for parameter in method._estimator.probes.parameters():
                 parameter.grad = torch.full_like(parameter, step_gradient)
             scaler.scale(1.0 * model).backward()
             scaler.unscale_(optimizer)
             method.train_own(torch.tensor(finite), scaler)
             scaler.update()
-            assert all(parameter.grad is None for parameter in method._probes.parameters())
-        after = method._probes.state_dict()
+            assert all(parameter.grad is None for parameter in method._estimator.probes.parameters())
+        after = method._estimator.probes.state_dict()
         assert any(not torch.equal(after[key], before[key]) for key in after) == moves

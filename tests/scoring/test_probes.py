@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from copy import deepcopy
-from typing import Any
 
 import pytest
 import torch
@@ -15,7 +13,7 @@ from p3b.scoring.meter import Reduce
 from p3b.scoring.probes import BlockProbes
 from p3b.vit.layout import ModelLayout, read_layout
 from p3b.vit.taps import Taps
-from tiny import CLASSES, VARIANTS, images, labels, tiny_vit
+from tiny import CLASSES, VARIANTS, images, in_ranks, labels, tiny_vit
 
 CE = nn.functional.cross_entropy
 Measured = tuple[Tensor, dict[str, Tensor]]
@@ -190,31 +188,6 @@ def test_a_state_holds_parameters_alone() -> None:
 # --- in several processes: threads that meet at a barrier stand for ranks, real processes are in two_ranks.py
 
 
-def _in_ranks(count: int, act: Callable[[int, Reduce], Any]) -> list[Any]:
-    barrier, handed_in, results = threading.Barrier(count, timeout=10), [None] * count, [None] * count
-
-    def rank_of(rank: int) -> None:
-        def mean(tensor: Tensor) -> Tensor:
-            handed_in[rank] = tensor
-            barrier.wait()
-            total = torch.stack(handed_in).mean(0)
-            barrier.wait()
-            return total
-
-        try:
-            results[rank] = act(rank, mean)
-        except BaseException:
-            barrier.abort()
-            raise
-
-    threads = [threading.Thread(target=rank_of, args=(rank,)) for rank in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return results
-
-
 def _shared_out(count: int, stream: list[Tensor], targets: Tensor, autocast: torch.dtype | None = None) -> list[Measured]:
     """What each of `count` ranks measures on its share of a batch, and what one process measures on all of it, at the end."""
     layout = read_layout(tiny_vit())
@@ -228,7 +201,7 @@ def _shared_out(count: int, stream: list[Tensor], targets: Tensor, autocast: tor
         with torch.autocast("cpu", autocast, enabled=autocast is not None):
             return _measure(probes, [x[share] for x in stream], targets[share])
 
-    return [*_in_ranks(count, measure), measure(0, _alone, 1)]
+    return [*in_ranks(count, measure), measure(0, _alone, 1)]
 
 
 def _mean(measured: list[Measured]) -> Measured:

@@ -28,16 +28,15 @@ from typing import Any
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
-from timm.optim import param_groups_weight_decay
 from torch import Tensor
 
 from p3b.core.allocation import block_budget, given_keep_ratios, keep_ratios, mix_importance, update_importance
-from p3b.core.finite import all_finite
 from p3b.errors import ConfigError, TrainingError
 from p3b.methods.base import BlockShares, Criterion, Decision
 from p3b.scoring.criteria import by_gate, taylor
+from p3b.scoring.estimator import BenefitEstimator
+from p3b.scoring.estimators import ProbeSettings, create_estimator
 from p3b.scoring.meter import IntervalMeter, Reduce
-from p3b.scoring.probes import BlockProbes
 from p3b.scoring.scores import of_all
 from p3b.vit.layout import ModelLayout
 from p3b.vit.taps import Taps
@@ -58,9 +57,12 @@ class BlockBenefit:
         benefit_scale: T in [0.01, 1000].
         blocks_only: count the budget over the blocks alone (P_rest = 0).
         keep_ratios: given by hand, one per block; then nothing is probed and prune_ratio plays no part.
+        estimator: how benefits are measured, by name (`p3b.scoring.estimators`); "paper" is the published way.
         probe_lr: learning rate of the probes, not scaled with the batch size.
         probe_weight_decay: of the probes' weights; none on biases and norms.
         probe_seed: seed of the probes' first weights, the same on all ranks.
+
+    Where an estimator looks at some steps only, an interval in which it has not looked leaves the importance as it was.
 
     Raises:
         ConfigError: an option outside its range.
@@ -79,6 +81,7 @@ class BlockBenefit:
         benefit_scale: float = 10.0,
         blocks_only: bool = False,
         keep_ratios: Sequence[float] | None = None,
+        estimator: str = "paper",
         probe_lr: float = 5e-4,
         probe_weight_decay: float = 0.05,
         probe_seed: int = 0,
@@ -102,24 +105,23 @@ class BlockBenefit:
         self._pending_benefits: list[Tensor] = []
         self._importance: list[Tensor | None] = [None, None]
         self._taps = Taps()
-        self._probes: BlockProbes | None = None
+        self._estimator: BenefitEstimator | None = None
         if self._given is None:
-            example = next(model.parameters())
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(probe_seed)
-                self._probes = BlockProbes(layout, reduce).to(example.device, example.dtype)
-            self._optimizer = torch.optim.AdamW(param_groups_weight_decay(self._probes, probe_weight_decay), lr=probe_lr)
+            first = next(model.parameters())
+            settings = ProbeSettings(layout, reduce, first.device, first.dtype, probe_lr, probe_weight_decay, probe_seed)
+            self._estimator = create_estimator(estimator, settings)
             self._taps.attach(model)
+            self._taps.recording = self._estimator.due()
 
     def loss(self, criterion: Criterion, targets: Any) -> Tensor:
-        if self._probes is None:
+        if self._estimator is None or not self._estimator.due():
             return torch.zeros((), device=next(iter(self._weights.values())).device)
         stream = self._taps.take()
         if not stream:
             raise TrainingError(
                 "No forward pass has been recorded: call model(images), with gradients enabled, before pruner.loss."
             )
-        benefits_2B, loss = self._probes(stream, criterion, targets)
+        benefits_2B, loss = self._estimator.observe(stream, criterion, targets)
         self._pending_benefits.append(benefits_2B)
         return loss
 
@@ -135,15 +137,9 @@ class BlockBenefit:
         self._pending_benefits.clear()
 
     def train_own(self, gradients_finite: Tensor, scaler: torch.amp.GradScaler | None) -> None:
-        if self._probes is None:
-            return
-        gradients = self._average_gradients(self._probes)
-        if scaler is not None and scaler.is_enabled():
-            if gradients_finite:
-                scaler.step(self._optimizer)  # looks for itself whether the probes' gradients are finite
-        elif gradients_finite & all_finite(gradients):
-            self._optimizer.step()
-        self._optimizer.zero_grad()
+        if self._estimator is not None:
+            self._estimator.train(gradients_finite, scaler)
+            self._taps.recording = self._estimator.due()
 
     def renew(self, kept_params: Mapping[str, int], progress: float, tau: float) -> Decision:
         self._meter.close()
@@ -158,27 +154,24 @@ class BlockBenefit:
 
     def state_dict(self) -> dict[str, Any]:
         state: dict[str, Any] = {"meter": self._meter.state_dict(), "importance": list(self._importance)}
-        if self._probes is not None:
-            state |= {"probes": self._probes.state_dict(), "probe_optimizer": self._optimizer.state_dict()}
-        return state
+        return state if self._estimator is None else state | self._estimator.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._meter.load_state_dict(state["meter"], next(iter(self._weights.values())).device)
         self._importance = list(state["importance"])
-        if self._probes is not None:
-            self._probes.load_state_dict(state["probes"])
-            self._optimizer.load_state_dict(state["probe_optimizer"])
+        if self._estimator is not None:
+            self._estimator.load_state_dict(state)
+            self._taps.recording = self._estimator.due()
 
     def _decide(self, mean: Any, kept_params: Mapping[str, int], progress: float, tau: float) -> Decision:
         """Benefits -> importance -> goals -> masks, all from means over an interval."""
         blocks = self._layout.blocks
         benefits_2B = mean("benefits")
-        if mean("scores") is None or (self._probes is not None and benefits_2B is None):
+        if mean("scores") is None or (benefits_2B is None and not self._may_rest()):
             raise TrainingError(
                 "Nothing has been measured that masks could be decided from. Call pruner.loss(criterion, targets) after each "
                 "forward pass and pruner.step() after each backward pass, and let pruning start before it is due to end."
             )
-        importance_B = None
         if benefits_2B is not None:
             # Decisions are made on the CPU, in float64 and from reduced sums: the same on every rank and every device.
             benefits_2B = benefits_2B.double().cpu()
@@ -188,29 +181,23 @@ class BlockBenefit:
                 update_importance(previous, benefit, kept, self._gamma, self._benefit_scale)
                 for previous, benefit in zip(self._importance, benefits_2B, strict=True)
             ]
-            importance_B = mix_importance(self._importance[0], self._importance[1], self._alpha)  # type: ignore[arg-type]
+        importance_B = None
+        if self._estimator is not None:
+            cls_B, patch_B = (torch.ones_like(self._params) if each is None else each for each in self._importance)
+            importance_B = mix_importance(cls_B, patch_B, self._alpha)
         # Mean scores over the interval and over ranks.
         scores = by_gate(blocks, self._reduce(mean("scores")).cpu())
         return self._shares.decide(self._goals(importance_B), scores, progress, tau, benefits_2B, importance_B)
+
+    def _may_rest(self) -> bool:
+        """Whether there may be intervals without a benefit."""
+        return self._estimator is None or self._estimator.every > 1
 
     def _goals(self, importance_B: Tensor | None) -> list[float]:
         if self._given is not None:
             return self._given.tolist()
         assert importance_B is not None
         return keep_ratios(importance_B, self._params, self._other_params, self._prune_ratio).tolist()
-
-    def _average_gradients(self, probes: BlockProbes) -> list[Tensor]:
-        """Average over ranks in one go: probes are outside the distributed wrapper, since they run after its forward pass.
-
-        Returns:
-            The gradients, which the probes' parameters hold.
-        """
-        gradients = [parameter.grad for parameter in probes.parameters() if parameter.grad is not None]
-        if gradients and not probes.alone:  # a single process is spared the copies
-            flat = self._reduce(torch.cat([gradient.flatten() for gradient in gradients]))
-            for gradient, average in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-                gradient.copy_(average.view_as(gradient))
-        return gradients
 
 
 def _require(holds: bool, name: str, value: float, allowed: str) -> None:

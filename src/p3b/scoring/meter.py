@@ -12,6 +12,12 @@ Reduce = Callable[[Tensor], Tensor]
 """Mean of a tensor over all ranks, the same on each of them; the identity in a single process."""
 
 
+def is_alone(reduce: Reduce, example: Tensor) -> bool:
+    """Whether there is one process only. All ranks have to ask together: it costs a reduction of one number."""
+    asked = example.new_zeros(())
+    return reduce(asked) is asked
+
+
 class IntervalMeter:
     """Sums of named tensors, each with the number of times it was added to; remembers the last two finished intervals."""
 

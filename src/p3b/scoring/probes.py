@@ -1,4 +1,4 @@
-"""Block benefit: two small probes per block that read features and answer with class logits (section 3 of the method).
+"""The paper's probes: two per block that read features and answer with class logits (section 3 of the method).
 
 S samples, N tokens, D width, (H, W) patch grid, C classes, B blocks.
 Source: Glandorf and Rosenhahn, arXiv 2506.23675, section 3.1.
@@ -9,17 +9,16 @@ would depend on how many there are. torch's own batch norm for many processes wo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from p3b.scoring.meter import Reduce
+from p3b.scoring.estimator import Criterion, compare
+from p3b.scoring.meter import Reduce, is_alone
 from p3b.vit.layout import ModelLayout
-
-Criterion = Callable[[Tensor, Tensor], Tensor]
 
 
 class BlockProbes(nn.Module):
@@ -28,9 +27,11 @@ class BlockProbes(nn.Module):
     Args:
         layout: of the model whose features are read.
         reduce: mean of a tensor over all ranks, which hold equal shares of the batch; the identity in a single process.
+        rank: channels that both 3x3 convolutions of a patch probe work with, after a 1x1 convolution from D channels to
+            them: a 3x3 convolution of that rank. None: D channels throughout, as in the paper.
     """
 
-    def __init__(self, layout: ModelLayout, reduce: Reduce) -> None:
+    def __init__(self, layout: ModelLayout, reduce: Reduce, rank: int | None = None) -> None:
         super().__init__()
         self._reduce = reduce
         self._alone: bool | None = None
@@ -39,7 +40,8 @@ class BlockProbes(nn.Module):
         self.cls_probes = nn.ModuleList(nn.Linear(layout.width, layout.num_classes) for _ in range(num_blocks))
         # Features arrive as (S, H * W, D): as a map that is channels-last, so the convolutions are laid out alike.
         self.patch_probes = nn.ModuleList(
-            _patch_probe(layout.width, layout.num_classes).to(memory_format=torch.channels_last) for _ in range(num_blocks)
+            _patch_probe(layout.width, rank, layout.num_classes).to(memory_format=torch.channels_last)
+            for _ in range(num_blocks)
         )
 
     def forward(self, stream_SND: Sequence[Tensor], criterion: Criterion, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -59,19 +61,13 @@ class BlockProbes(nn.Module):
         tokens_SD, maps_SDHW = zip(*(self._read(x_SND) for x_SND in stream_SND), strict=True)
         cls_logits = _before_and_after(self.cls_probes, tokens_SD)
         patch_logits = _before_and_after(self.patch_probes, maps_SDHW) if self.alone else self._in_lockstep(maps_SDHW)
-        losses = [
-            [criterion(_at_least_float32(logits_SC), targets) for logits_SC in pair] for pair in chain(cls_logits, patch_logits)
-        ]
-        before_after = torch.stack([torch.stack(pair) for pair in losses]).view(2, len(self.cls_probes), 2)
-        benefits_2B = (before_after[..., 0] - before_after[..., 1]).detach()
-        return benefits_2B, before_after.sum()
+        return compare(chain(cls_logits, patch_logits), criterion, targets)
 
     @property
     def alone(self) -> bool:
         """Whether one process has the whole batch. The first time all ranks have to ask together: it costs a reduction."""
         if self._alone is None:
-            asked = next(self.parameters()).new_zeros(())
-            self._alone = self._reduce(asked) is asked
+            self._alone = is_alone(self._reduce, next(self.parameters()))
         return self._alone
 
     def _in_lockstep(self, maps_SDHW: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
@@ -96,16 +92,21 @@ class BlockProbes(nn.Module):
         """What the two probes see: the class token (or the mean patch token where there is none), the patches as a map."""
         patches_SND = x_SND[:, self._prefix_tokens :]
         token_SD = x_SND[:, 0] if self._has_class_token else patches_SND.mean(1)
+        kind = x_SND.device.type
+        if torch.is_autocast_enabled(kind):  # once here, and not by each of the two probes that read it
+            patches_SND = patches_SND.to(torch.get_autocast_dtype(kind))
         return token_SD, patches_SND.unflatten(1, self._grid).permute(0, 3, 1, 2)
 
 
-def _patch_probe(width: int, num_classes: int) -> nn.Sequential:
-    convolutions: list[nn.Module] = []
-    for _ in range(2):
+def _patch_probe(width: int, rank: int | None, num_classes: int) -> nn.Sequential:
+    channels, convolutions = rank or width, []
+    for number in range(2):
+        convolution: nn.Module = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        if number == 0 and rank is not None:
+            convolution = nn.Sequential(nn.Conv2d(width, rank, 1, bias=False), convolution)
         # Running statistics are for evaluation, which a probe never meets.
-        norm = nn.BatchNorm2d(width, track_running_stats=False)
-        convolutions += [nn.Conv2d(width, width, 3, padding=1, bias=False), norm, nn.ReLU()]
-    return nn.Sequential(*convolutions, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, num_classes))
+        convolutions += [convolution, nn.BatchNorm2d(channels, track_running_stats=False), nn.ReLU()]
+    return nn.Sequential(*convolutions, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, num_classes))
 
 
 def _before_and_after(probes: nn.ModuleList, features: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:

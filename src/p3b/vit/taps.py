@@ -21,6 +21,8 @@ class Taps:
     def __init__(self) -> None:
         self._stream_SND: list[Tensor] = []
         self._handles: list[RemovableHandle] = []
+        self.recording = True
+        """Off: forward passes go by unrecorded, and nothing of them is kept."""
 
     def attach(self, model: VisionTransformer) -> None:
         """Begin to record."""
@@ -47,9 +49,9 @@ class Taps:
         self._stream_SND.clear()
 
     def _record_input(self, _module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        if torch.is_grad_enabled():
+        if self.recording and torch.is_grad_enabled():
             self._stream_SND.append(inputs[0].detach())
 
     def _record_output(self, _block: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        if torch.is_grad_enabled():
+        if self.recording and torch.is_grad_enabled():
             self._stream_SND.append(output.detach())

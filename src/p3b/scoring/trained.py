@@ -1,0 +1,98 @@
+"""Benefit by probes that learn by gradient beside the model, with an optimizer of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from timm.optim import param_groups_weight_decay
+from torch import Tensor, nn
+
+from p3b.core.finite import all_finite
+from p3b.scoring.estimator import Criterion, compare, read_tokens
+from p3b.scoring.meter import Reduce, is_alone
+from p3b.vit.layout import ModelLayout
+
+
+class TrainedProbes:
+    """Observes at every step; probes learn by the sum of their losses, with AdamW.
+
+    Args:
+        probes: a module that is called as `BenefitEstimator.observe` is.
+        reduce: mean of a tensor over all ranks; the identity in a single process.
+        lr: learning rate, not scaled with the batch size.
+        weight_decay: of weights; none on biases and norms.
+    """
+
+    every = 1
+
+    def __init__(self, probes: nn.Module, reduce: Reduce, lr: float, weight_decay: float) -> None:
+        self.probes, self._reduce = probes, reduce
+        self._alone: bool | None = None
+        self._optimizer = torch.optim.AdamW(param_groups_weight_decay(probes, weight_decay), lr=lr)
+
+    def due(self) -> bool:
+        return True
+
+    def observe(self, stream_SND: Sequence[Tensor], criterion: Criterion, targets: Tensor) -> tuple[Tensor, Tensor]:
+        return self.probes(stream_SND, criterion, targets)
+
+    def train(self, gradients_finite: Tensor, scaler: torch.amp.GradScaler | None) -> None:
+        gradients = self._average_gradients()
+        if scaler is not None and scaler.is_enabled():
+            if gradients_finite:
+                scaler.step(self._optimizer)  # looks for itself whether the probes' gradients are finite
+        elif gradients_finite & all_finite(gradients):
+            self._optimizer.step()
+        self._optimizer.zero_grad()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"probes": self.probes.state_dict(), "probe_optimizer": self._optimizer.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.probes.load_state_dict(state["probes"])
+        self._optimizer.load_state_dict(state["probe_optimizer"])
+
+    def _average_gradients(self) -> list[Tensor]:
+        """Average over ranks in one go: probes are outside the distributed wrapper, since they run after its forward pass.
+
+        Returns:
+            The gradients, which the probes' parameters hold.
+        """
+        gradients = [parameter.grad for parameter in self.probes.parameters() if parameter.grad is not None]
+        if not gradients:
+            return []
+        if self._alone is None:
+            self._alone = is_alone(self._reduce, gradients[0])
+        if not self._alone:  # a single process is spared the copies
+            flat = self._reduce(torch.cat([gradient.flatten() for gradient in gradients]))
+            for gradient, average in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+                gradient.copy_(average.view_as(gradient))
+        return gradients
+
+
+class LinearProbes(nn.Module):
+    """A linear probe on the class token and one on the mean patch token of every block, on its input and its output.
+
+    Departure from the paper, whose patch probe sees the patches' places: where a block changes the patches without their
+    mean, this one is blind to it.
+    """
+
+    def __init__(self, layout: ModelLayout) -> None:
+        super().__init__()
+        self._layout = layout
+        blocks = range(len(layout.blocks))
+        self.cls_probes, self.patch_probes = (
+            nn.ModuleList(nn.Linear(layout.width, layout.num_classes) for _ in blocks) for _ in range(2)
+        )
+
+    def forward(self, stream_SND: Sequence[Tensor], criterion: Criterion, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """As `BenefitEstimator.observe`."""
+        read = [read_tokens(x_SND, self._layout) for x_SND in stream_SND]
+        logits = [
+            (probe(read[b][kind]), probe(read[b + 1][kind]))
+            for kind, probes in enumerate((self.cls_probes, self.patch_probes))
+            for b, probe in enumerate(probes)
+        ]
+        return compare(logits, criterion, targets)
