@@ -34,7 +34,7 @@ import p3b
 from p3b.files import write_atomically
 from p3b.scoring.estimators import ESTIMATORS
 from p3b.scoring.ridge import SOLVE_EVERY
-from records import RESULTS, ROOT, circumstances, read_lines, versions
+from records import RESULTS, ROOT, circumstances, read_lines, replace_part, versions
 
 LINES = RESULTS / "performance.jsonl"
 PAGE = ROOT / "docs" / "performance.md"
@@ -64,7 +64,7 @@ class Shape:
 
 
 SHAPES: Mapping[str, Shape] = {
-    "tiny": Shape("DeiT-Tiny", "deit_tiny_patch16_224", 8, 15, {}),
+    "tiny": Shape("DeiT-Tiny", "deit_tiny_patch16_224", 16, 11, {}),
     "small": Shape("DeiT-Small", "deit_small_patch16_224", 8, 9, {}),
 }
 
@@ -341,10 +341,7 @@ def record(name: str, entry: Entry, machine: Machine, shapes: Mapping[str, Shape
 
 def write_page(page: Path, lines: Sequence[dict[str, Any]], shapes: Mapping[str, Shape] = SHAPES) -> None:
     """Put the tables between the markers of the page; what is written around them stays."""
-    before, _, rest = page.read_text().partition(BEGIN)
-    _, _, after = rest.partition(END)
-    text = f"{before}{BEGIN}\n\n{tables(lines, shapes)}\n{END}{after}"
-    write_atomically(page, lambda file: file.write_text(text))
+    replace_part(page, BEGIN, END, tables(lines, shapes))
 
 
 def tables(lines: Sequence[dict[str, Any]], shapes: Mapping[str, Shape] = SHAPES) -> str:

@@ -10,6 +10,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from p3b.files import write_atomically
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
 
@@ -47,6 +49,14 @@ def add_line(file: Path, line: dict[str, Any]) -> None:
 def read_lines(file: Path) -> list[dict[str, Any]]:
     """All lines of a record; none where there is no such file."""
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def replace_part(page: Path, begin: str, end: str, text: str) -> None:
+    """Put a text between two markers of a page; what is written around them stays."""
+    before, _, rest = page.read_text().partition(begin)
+    _, _, after = rest.partition(end)
+    made = f"{before}{begin}\n\n{text}\n{end}{after}"
+    write_atomically(page, lambda file: file.write_text(made))
 
 
 def _git(*arguments: str) -> str:

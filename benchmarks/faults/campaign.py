@@ -29,7 +29,7 @@ if __name__ == "__main__":  # a script finds its own folder only, not its packag
     sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests")]
 
 from p3b.files import write_atomically  # noqa: E402
-from records import RESULTS, add_line, circumstances, read_lines, versions  # noqa: E402 (the path comes first)
+from records import RESULTS, add_line, circumstances, read_lines, replace_part, versions  # noqa: E402 (the path comes first)
 
 LINES = RESULTS / "faults.jsonl"
 PAGE = ROOT / "docs" / "reliability.md"
@@ -121,10 +121,7 @@ def run_part(name: str, part: Part, small: bool, seed: int, work: Path, record: 
 
 def write_page(page: Path, lines: Sequence[dict[str, Any]], parts: Mapping[str, Part] = PARTS) -> None:
     """Put the tables between the markers of the page; what is written around them stays."""
-    before, _, rest = page.read_text().partition(BEGIN)
-    _, _, after = rest.partition(END)
-    text = f"{before}{BEGIN}\n\n{tables(lines, parts)}\n{END}{after}"
-    write_atomically(page, lambda file: file.write_text(text))
+    replace_part(page, BEGIN, END, tables(lines, parts))
 
 
 def tables(lines: Sequence[dict[str, Any]], parts: Mapping[str, Part] = PARTS) -> str:
