@@ -36,7 +36,7 @@ from torch.nn import functional as F
 from p3b.core.finite import all_finite
 from p3b.errors import TrainingError
 from p3b.scoring.estimator import Criterion, read_tokens
-from p3b.scoring.meter import Reduce
+from p3b.scoring.meter import Reduce, is_alone
 from p3b.vit.layout import ModelLayout
 
 DECAY = 0.98
@@ -79,7 +79,9 @@ class RidgeProbes:
             "prior": torch.full((self._classes,), 1 / self._classes, dtype=torch.float32, device=device),
         }
         self._steps_done = 0
-        self._pending: list[dict[str, Tensor]] = []
+        self._pending: dict[str, Tensor] = {}  # sums over the micro-batches of the step
+        self._micro_batches = 0
+        self._alone: bool | None = None
 
     def due(self) -> bool:
         return True
@@ -90,24 +92,25 @@ class RidgeProbes:
             tokens_KPSD = torch.stack([torch.stack(read_tokens(x_SND, self._layout)).float() for x_SND in stream_SND], dim=1)
             y_SC = _distributions(targets, self._classes)
             benefits_2B, slope, curvature = self._score(tokens_KPSD, criterion, targets)
-            wide, samples = tokens_KPSD.double(), len(targets)
-            self._pending.append(
-                {
-                    "square": wide.mT @ wide / samples,
-                    "cross": wide.mT @ y_SC.double() / samples,
-                    "token": wide.mean(2),
-                    "target": y_SC.double().mean(0),
-                    "slope": slope,
-                    "curvature": curvature,
-                }
-            )
+            wide, y_SC = tokens_KPSD.double(), y_SC.double()
+            evenly = wide.mT / len(targets)
+            fresh = {
+                "square": evenly @ wide,
+                "cross": evenly @ y_SC,
+                "token": wide.mean(2),
+                "target": y_SC.mean(0),
+                "slope": slope,
+                "curvature": curvature,
+            }
+            for name, tensor in fresh.items():
+                self._pending[name] = self._pending[name].add_(tensor) if self._micro_batches else tensor
+            self._micro_batches += 1
         return benefits_2B, stream_SND[0].new_zeros(())
 
     def train(self, gradients_finite: Tensor, scaler: torch.amp.GradScaler | None) -> None:
-        if self._pending:
-            parts = {name: [each[name] for each in self._pending] for name in self._pending[0]}
-            self._take_in({name: sum(part) / len(part) for name, part in parts.items()}, gradients_finite)  # type: ignore[misc]
-            self._pending.clear()
+        if self._micro_batches:
+            self._take_in(gradients_finite)
+            self._pending, self._micro_batches = {}, 0
         if self._steps_done % SOLVE_EVERY == 0:
             self._solve()
         self._steps_done += 1
@@ -147,11 +150,9 @@ class RidgeProbes:
                 curvatures.append(torch.as_tensor(curvature).double())
         return tuple(torch.stack(each).view(2, -1) for each in (benefits, slopes, curvatures))  # type: ignore[return-value]
 
-    def _take_in(self, fresh: Mapping[str, Tensor], gradients_finite: Tensor) -> None:
+    def _take_in(self, gradients_finite: Tensor) -> None:
         """Add a step's moments, and move the factors; the same on all ranks."""
-        reduced = self._reduce(torch.cat([tensor.flatten() for tensor in fresh.values()]))
-        parts = reduced.split([tensor.numel() for tensor in fresh.values()])
-        found = {name: part.view(fresh[name].shape) for name, part in zip(fresh, parts, strict=True)}
+        found = self._averaged({name: tensor.div_(self._micro_batches) for name, tensor in self._pending.items()})
         if not gradients_finite & all_finite([found["token"], found["slope"]]):
             return
         state = self._state
@@ -161,6 +162,16 @@ class RidgeProbes:
         step = LEARNING * found["slope"] / (found["curvature"] + 1e-12)
         bound = LEARNING * (1 + state["factor"])  # where the curvature vanishes Newton's step says nothing
         state["factor"] = (state["factor"] - step.clamp(min=-bound, max=bound)).clamp(min=0)
+
+    def _averaged(self, moments: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Their mean over ranks, in one go; a single process is spared the copies."""
+        if self._alone is None:
+            self._alone = is_alone(self._reduce, moments["slope"])
+        if self._alone:
+            return moments
+        reduced = self._reduce(torch.cat([tensor.flatten() for tensor in moments.values()]))
+        parts = reduced.split([tensor.numel() for tensor in moments.values()])
+        return {name: part.view(moments[name].shape) for name, part in zip(moments, parts, strict=True)}
 
     def _solve(self) -> None:
         """New probes from the moments of now; a system that cannot be solved leaves its probe as it was."""
