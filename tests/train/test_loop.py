@@ -81,7 +81,7 @@ def test_scores_and_weights_are_those_without_a_loss_scale() -> None:
     assert decided and difference(plain, scaled) == 0
     measured, measured_scaled = (p.state_dict()["method"]["meter"]["intervals"] for p in (pruner, pruner_scaled))
     for interval, interval_scaled in zip(measured, measured_scaled, strict=True):
-        assert {"benefits", "scores"} <= interval.keys()
+        assert interval.keys() == {"benefits", "scores"}
         for name, sums in interval.items():
             assert all(map(torch.equal, sums, interval_scaled[name])), name
     for one, other in zip(decided, decided_scaled, strict=True):
