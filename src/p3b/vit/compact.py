@@ -157,6 +157,11 @@ def reshape_branches(model: VisionTransformer, shapes: Sequence[BranchShape]) ->
     model.__dict__[_SHAPES] = tuple(shapes)
 
 
+def flat_select(x: Tensor, index: Tensor) -> Tensor:
+    """Channels of the last axis by index: (..., C) -> (..., len(index)), from a matrix, which torch reads several times quicker."""
+    return x.reshape(-1, x.shape[-1]).index_select(1, index).reshape(*x.shape[:-1], len(index))
+
+
 class ReadChannels(nn.Module):
     """Layer norm over all D channels of which only some are read: (..., D) -> (..., len(inputs))."""
 
@@ -171,7 +176,7 @@ class ReadChannels(nn.Module):
             self.register_parameter(key, None if dense is None else nn.Parameter(dense.new_empty(len(inputs))))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.layer_norm(x, self.normalized_shape, eps=self.eps).index_select(-1, self.index)
+        x = flat_select(F.layer_norm(x, self.normalized_shape, eps=self.eps), self.index)
         if self.weight is None:
             return x
         return x * self.weight if self.bias is None else torch.addcmul(self.bias, x, self.weight)
