@@ -28,13 +28,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "untrusted": {"pickles"},
     "weights": {"untrusted", *ANATOMY},
     "models": {"weights", "artifact", *ANATOMY},
-    "artifact": {"files", "pickles", "untrusted", "__init__", *ANATOMY},
+    "artifact": {"files", "pickles", "untrusted", "deploy", "__init__", *ANATOMY},
     "pruner": {"methods", "methods.base", "scoring.meter", "train.distributed", *ANATOMY},
-    "bench": {"artifact", *ANATOMY},
+    "bench": ANATOMY,
+    "deploy": {"bench", *ANATOMY},
     "export": {"artifact", "files", *ANATOMY},
     "report": {"report"},
     "demo.glyphs": set(),
-    "__init__": {"artifact", "core.schedule", "pruner", "vit.cost"},
+    "__init__": {"artifact", "core.schedule", "deploy", "pruner", "vit.cost"},
 }
 """Rooms and what each may import, beside `errors`, which is common ground. A name covers everything inside it."""
 

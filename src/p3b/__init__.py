@@ -9,11 +9,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["Pruner", "Schedule", "count_macs", "count_parameters", "load", "save"]
+__all__ = ["Pruner", "Schedule", "count_macs", "count_parameters", "load", "save", "with_layout"]
 
 if TYPE_CHECKING:
     from p3b.artifact import load, save
     from p3b.core.schedule import Schedule
+    from p3b.deploy import with_layout
     from p3b.pruner import Pruner
     from p3b.vit.cost import count_macs, count_parameters
 
@@ -24,6 +25,7 @@ _HOME = {
     "count_parameters": "p3b.vit.cost",
     "load": "p3b.artifact",
     "save": "p3b.artifact",
+    "with_layout": "p3b.deploy",
 }
 
 

@@ -28,6 +28,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from p3b import __version__
+from p3b.deploy import AUTO, with_layout
 from p3b.errors import ModelError, RunFolderError, WeightsError
 from p3b.files import flush_to_disk, write_atomically
 from p3b.pickles import Sketch, TensorClaim
@@ -48,6 +49,7 @@ from p3b.vit.architecture import build_skeleton, check_description, describe_den
 from p3b.vit.compact import branch_shapes, reshape_branches, shapes_from_plain
 from p3b.vit.cost import count_parameters
 from p3b.vit.layout import require_vision_transformer
+from p3b.vit.layouts import check_layout, compact_of
 
 FORMAT, SCHEMA = "p3b-model", 2
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
@@ -73,7 +75,7 @@ def save(
     Wherever the process or the machine stops, the folder holds the earlier model or the new one, whole.
 
     Args:
-        model: the module; its weights are written in their own dtype.
+        model: the module; its weights are written in their own dtype. Of a model in a layout the compact one is written.
         folder: made if absent; files of an earlier save are replaced only when the new ones are complete.
         class_names: one for each output of the head.
         preprocessing: how images must be prepared (plain JSON values).
@@ -86,7 +88,7 @@ def save(
         ModelError: the model has a part that its architecture cannot be described with, or values that are not finite.
         RunFolderError: the folder cannot be written.
     """
-    folder = Path(folder)
+    folder, model = Path(folder), compact_of(require_vision_transformer(model))
     config = model_config(model, class_names=class_names, preprocessing=preprocessing, provenance=provenance)
     tensors = _tensors_of(model)
     text = _sealed(config, tensors)
@@ -108,6 +110,7 @@ def save_checkpoint(model: nn.Module, file: str | Path, **description: Any) -> P
         ModelError: as for `save`.
         RunFolderError: the file cannot be written.
     """
+    model = compact_of(require_vision_transformer(model))
     tensors = _tensors_of(model)
     content = {CHECKPOINT_KEY: _sealed(model_config(model, **description), tensors), "model": tensors}
     try:
@@ -117,13 +120,23 @@ def save_checkpoint(model: nn.Module, file: str | Path, **description: Any) -> P
     return Path(file)
 
 
-def load(path: str | Path, device: str | torch.device = "cpu") -> nn.Module:
+def load(
+    path: str | Path, device: str | torch.device = "cpu", *, layout: str = "index", batch_size: int = 1
+) -> nn.Module:
     """The module that `save` or `save_checkpoint` wrote, in evaluation mode.
 
+    Args:
+        path: a folder, or a .pth file.
+        device: where the model is to be.
+        layout: how it is carried out (`p3b.with_layout`): "index" is the compact model, which can be trained; "auto" measures.
+        batch_size: images at a time that "auto" measures with.
+
     Raises:
+        ConfigError: an unknown layout.
         WeightsError: nothing is there, or what is there is damaged, edited or of a schema that this version does not know.
     """
     path = Path(path)
+    check_layout(layout, [AUTO])
     _, model, tensors = _read_folder(path) if path.is_dir() else _read_checkpoint(path)
     dtypes = {tensor.dtype for tensor in tensors.values()}
     if len(dtypes) == 1:
@@ -131,7 +144,7 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> nn.Module:
     model.load_state_dict(tensors, assign=True)
     for parameter in model.parameters():
         parameter.requires_grad_(True)
-    return model.to(device).eval()
+    return with_layout(model.to(device).eval(), layout, batch_size=batch_size)
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
@@ -174,7 +187,7 @@ def model_config(
     Raises:
         ModelError: the architecture cannot be described, or the class names are not as many as the head's outputs.
     """
-    vit = require_vision_transformer(model)
+    vit = compact_of(require_vision_transformer(model))
     if class_names is not None and len(class_names) != vit.num_classes:
         raise ModelError(f"Got {len(class_names)} class names for a head of {vit.num_classes} outputs.")
     shapes = branch_shapes(vit)

@@ -15,6 +15,7 @@ from p3b.bench import images_per_second
 from p3b.config import EvaluateConfig, PruneConfig, PruneOptions, TrainConfig, check_evaluation, to_plain
 from p3b.core.schedule import Schedule, parse_duration
 from p3b.data import DataSplits
+from p3b.deploy import AUTO, LayoutChoice, choose_layout, with_layout
 from p3b.errors import ConfigError, DataError, RunFolderError, ScheduleError, WeightsError
 from p3b.inputs import OpenedModel, num_workers, open_model, open_splits
 from p3b.methods import METHODS, method_options
@@ -28,6 +29,10 @@ from p3b.train.optim import Precision
 from p3b.train.run_folder import StageFolder
 from p3b.vit.architecture import build_dense
 from p3b.vit.cost import count_macs, count_parameters
+from p3b.vit.layouts import check_layout, compact_of, layout_of
+
+LAYOUT_BATCHES = (1, 32)
+"""Images at a time that the end of pruning measures layouts with: one that waits, and many."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +85,7 @@ def finetune(config: TrainConfig) -> dict[str, Any]:
 def prune(config: PruneConfig) -> dict[str, Any]:
     """Transfer and prune on the way, and fine-tune where asked for; returns the summary."""
     options = method_options_of(config)
+    check_layout(config.prune.layout, [AUTO])
     with open_session(config, "prune") as session:
         if finished := _finished(session):
             return finished
@@ -151,6 +157,7 @@ def prune_schedule(config: PruneConfig, steps_per_epoch: int) -> tuple[Schedule,
 METHOD_OPTIONS = {
     "prune_blocks_only": "blocks_only",
     "prune_benefit": "estimator",
+    "align": "align",
     "prune_keep_ratios": "keep_ratios",
     "prune_alpha": "alpha",
     "prune_gamma": "gamma",
@@ -191,6 +198,7 @@ def evaluate_saved(config: EvaluateConfig) -> dict[str, Any]:
         ConfigError: no weights. WeightsError, DataError: the model's classes are not the data's.
     """
     check_evaluation(config)
+    check_layout(config.layout, [AUTO])
     options = config.model
     if options.model_path is None and not options.model_pretrained:
         raise ConfigError(f"--model-path is missing: the model to evaluate, such as run/{PRODUCTS['prune']}.")
@@ -209,18 +217,25 @@ def evaluate_saved(config: EvaluateConfig) -> dict[str, Any]:
             if processes.is_main:
                 folder.begin(to_plain(config), config.run.overwrite)
                 display.log_to(folder.path / "log.txt")
+        with precision.autocast():
+            laid_out = with_layout(opened.model.to(device).eval(), config.layout, batch_size=config.batch_size)
+        opened = replace(opened, model=laid_out)
         with explained(processes, config.run.output_dir, lambda: True):
             accuracies = _accuracies(config, splits, opened, processes, precision)
         model, image_shape = opened.model, opened.preprocessing.input_size
         speed = images_per_second([model], image_shape, batch_size=config.batch_size, device=device)[0]
         rows = [(name, f"{a.top1:.2f}", f"{a.top5:.2f}", f"{a.loss:.4f}", f"{a.images:,}") for name, a in accuracies.items()]
         display.table(f"{options.model_path or options.model}", ("part", "top-1 %", "top-5 %", "loss", "images"), rows)
-        figures = Figures(count_parameters(model), _macs(model), _bytes(model), images_per_second=speed)
-        display.say(f"{figures.params:,} parameters, {figures.macs / 1e6:,.1f} M MACs, {speed:,.0f} images/s on {device}")
+        compact = compact_of(model)
+        figures = Figures(count_parameters(compact), _macs(compact), _bytes(compact), images_per_second=speed)
+        display.say(
+            f"{figures.params:,} parameters, {figures.macs / 1e6:,.1f} M MACs, {speed:,.0f} images/s on {device} in the layout "
+            f"{layout_of(model)}"
+        )
         if unreadable := count_unreadable(splits):
             display.say(f"{unreadable} unreadable image(s) were skipped")
         measured = {"model": asdict(figures), "accuracy": _plain(accuracies)}
-        summary = {"stage": "evaluate", **measured, "unreadable_images": unreadable}
+        summary = {"stage": "evaluate", **measured, "layout": layout_of(model), "unreadable_images": unreadable}
         if folder is not None and processes.is_main:
             folder.write_json("summary.json", summary)
             folder.release()
@@ -269,7 +284,10 @@ def _finish_pruning(
 ) -> dict[str, Any]:
     accuracies = _final_accuracies(session, model)
     dense = build_dense(artifact.model_config(model)["architecture"]).to(session.device)
-    figures = _figures(session, [dense, model], [{}, accuracies])
+    model.eval()
+    choices = _layout_choices(session, model)
+    timed = model if not choices else with_layout(model, choices[-1].layout)
+    figures = _figures(session, [dense, model], [{}, accuracies], [dense, timed])
     note = "dense accuracy: not measured; give --dense-run to compare"
     if dense_accuracy is not None:
         figures[0] = Figures(**{**asdict(figures[0]), "top1": dense_accuracy["top1"], "top5": dense_accuracy["top5"]})
@@ -277,6 +295,8 @@ def _finish_pruning(
     drawn = session.draw_figures()
     _show(session, f"{session.splits.description}", {"dense": figures[0], "pruned": figures[1]})
     session.display.say(note)
+    for choice in choices:
+        session.display.say(f"layout:  {choice.layout} for batches of {choice.batch_size}")
     session.display.say(f"model:   {folder}")
     session.display.say(f"run:     {session.folder.path}")
     for figure in drawn:
@@ -286,10 +306,21 @@ def _finish_pruning(
             "dense": asdict(figures[0]),
             "pruned": asdict(figures[1]),
             "accuracy": _plain(accuracies),
+            "layouts": [asdict(choice) for choice in choices],
             "reached_prune_ratio": 1 - figures[1].params / figures[0].params,
             "figures": [str(figure) for figure in drawn],
         }
     )
+
+
+def _layout_choices(session: Session, model: VisionTransformer) -> list[LayoutChoice]:
+    """The layout for each batch size, measured where --layout is auto; on the main process alone, which times the model."""
+    layout = session.config.prune.layout  # type: ignore[attr-defined]
+    if not session.processes.is_main:
+        return []
+    if layout == AUTO:
+        return [choose_layout(model, batch_size=batch_size) for batch_size in LAYOUT_BATCHES]
+    return [LayoutChoice(layout, batch_size, {}) for batch_size in LAYOUT_BATCHES]
 
 
 def _finished(session: Session) -> dict[str, Any] | None:
@@ -317,12 +348,21 @@ def _final_accuracies(session: Session, model: VisionTransformer) -> dict[str, A
     return {name: session.evaluate(model, name)[1] for name, part in parts.items() if part is not None}
 
 
-def _figures(session: Session, models: list[VisionTransformer], accuracies: list[dict[str, Accuracy]]) -> list[Figures]:
+def _figures(
+    session: Session,
+    models: list[VisionTransformer],
+    accuracies: list[dict[str, Accuracy]],
+    timed: list[torch.nn.Module] | None = None,
+) -> list[Figures]:
+    """Figures of each model; `timed` are the same ones in the layouts that they are timed in."""
     speeds: list[float | None] = [None] * len(models)
     if session.processes.is_main:
         speeds = list(
             images_per_second(
-                models, session.preprocessing.input_size, batch_size=session.config.training.batch_size, device=session.device
+                timed or models,
+                session.preprocessing.input_size,
+                batch_size=session.config.training.batch_size,
+                device=session.device,
             )
         )
     figures = []

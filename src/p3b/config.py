@@ -171,6 +171,10 @@ class PruneOptions:
     """Scale T of the benefits before they are squashed."""
     probe_lr: float = 5e-4
     """Learning rate of the probes, not scaled with the batch size."""
+    align: int = 1
+    """Widths of the last masks (channels read, inner, written) are multiples of this where the budget allows; 1 is off."""
+    layout: str = "auto"
+    """How the small model is timed at the end: index, padded, folded, gathered, zeros, balanced, reordered, or auto: measure."""
     finetune_epochs: int = 0
     """Epochs of fine-tuning the small model in the same go."""
     finetune_lr: float | None = None
@@ -237,6 +241,8 @@ class EvaluateConfig:
     """Images of a batch on each process."""
     precision: str = "fp32"
     """fp32, bf16, fp16, or auto."""
+    layout: str = "index"
+    """How a small model is carried out: index, padded, folded, gathered, zeros, balanced, reordered, or auto: measure."""
     run: RunOptions = field(default_factory=RunOptions)
 
 
@@ -288,6 +294,7 @@ def check(config: TrainConfig) -> None:
         _not_negative(finetune_epochs=config.prune.finetune_epochs)
         if config.prune.finetune_lr is not None:
             _positive(finetune_lr=config.prune.finetune_lr)
+        _positive(align=config.prune.align)
         if config.prune.prune_steps_update_mask is not None:
             _positive(prune_steps_update_mask=config.prune.prune_steps_update_mask)
         if config.model.resize_model_by_checkpoint:

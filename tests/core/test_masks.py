@@ -8,14 +8,17 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from torch import Tensor
 
 from p3b.core.masks import (
     GATE_FACTORS,
     BlockOrder,
+    align_counts,
     block_masks,
     count_to_prune,
+    gate_masks,
     hard_masks,
     order_elements,
     rank_scores,
@@ -231,3 +234,49 @@ def test_the_masks_of_a_block_give_up_exactly_the_counted_elements(tau: float) -
         assert [int((mask >= 0.5).sum()) for mask in masks] == order.kept[count].tolist()
         for mask, before in zip(masks, block_masks(order, earlier, tau), strict=True):
             assert (mask <= before).all()  # nobody returns when more have to go
+
+
+# --- aligned widths
+
+
+@pytest.mark.parametrize("multiple", [4, 8])
+@pytest.mark.parametrize("prune_ratio", [0.3, 0.5, 0.75, 0.9])
+@pytest.mark.parametrize("name", ["deit_tiny_patch16_224", "deit_small_patch16_224", "animals"])
+def test_aligned_counts_are_multiples_and_meet_the_budget(name: str, prune_ratio: float, multiple: int) -> None:
+    """To 0.1 percentage points of all parameters, as an unaligned budget; every gate stays within reach of its own count."""
+    shape = {"img_size": 32, "patch_size": 4, "embed_dim": 128, "depth": 12, "num_heads": 4} if name == "animals" else {}
+    with torch.device("meta"):
+        model = timm.create_model("vit_tiny_patch16_224" if name == "animals" else name, **shape)
+    layout = read_layout(model)
+    orders = _orders(layout.blocks, seed=multiple)
+    costs = [prefix_cost(block) for block in layout.blocks]
+    uneven = torch.rand(len(orders), generator=torch.Generator().manual_seed(1)).tolist()
+    shares = [(1 - prune_ratio) * (0.5 + ratio) * dense_params(block) for ratio, block in zip(uneven, layout.blocks, strict=True)]
+    counts = shares_to_counts(orders, costs, shares)
+    aligned = align_counts(orders, costs, counts, multiple)
+    before = sum(int(cost(order.kept[count])) for cost, order, count in zip(costs, orders, counts, strict=True))
+    after = sum(int(cost(torch.tensor(kept))) for cost, kept in zip(costs, aligned, strict=True))
+    total = layout.other_params + sum(map(dense_params, layout.blocks))
+    assert abs(after - before) <= 1e-3 * total
+    for order, count, kept in zip(orders, counts, aligned, strict=True):
+        for old, new, size in zip(order.kept[count].tolist(), kept, order.sizes, strict=True):
+            assert new % multiple == 0 or new == size
+            assert abs(new - old) < 3 * multiple
+            assert (new == 0) == (old == 0)
+
+
+def test_aligned_to_one_is_what_it_was() -> None:
+    blocks = read_layout(tiny_vit()).blocks
+    orders, costs = _orders(blocks, seed=0), [prefix_cost(block) for block in blocks]
+    counts = [len(order.merit) // 2 for order in orders]
+    expected = [tuple(order.kept[count].tolist()) for order, count in zip(orders, counts, strict=True)]
+    assert align_counts(orders, costs, counts, 1) == expected
+    for order, count, kept in zip(orders, counts, expected, strict=True):
+        for made, other in zip(gate_masks(order, kept), block_masks(order, count, 0.0), strict=True):
+            assert torch.equal(made, other)
+
+
+def test_a_gate_keeps_its_elements_of_highest_merit() -> None:
+    order = order_elements([torch.tensor([3.0, 1.0, 2.0]), torch.tensor([1.0, 4.0])], [1.0, 1.5])
+    assert [mask.tolist() for mask in gate_masks(order, (1, 2))] == [[1.0, 0.0, 0.0], [1.0, 1.0]]
+    assert [mask.tolist() for mask in gate_masks(order, (0, 1))] == [[0.0, 0.0, 0.0], [0.0, 1.0]]

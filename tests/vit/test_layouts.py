@@ -158,7 +158,7 @@ def _plans(layout: str, **changed: object) -> tuple[list[BranchPlan], VisionTran
 
 
 def test_aligned_layouts_pad_rows_to_the_unit_and_heads_by_little() -> None:
-    for layout in ("gathered", "dense", "balanced", "reordered"):
+    for layout in ("gathered", "zeros", "balanced", "reordered"):
         laid = _laid_out(_small(embed_dim=48, num_heads=2), layout)
         for block, shape in zip(laid.blocks[:2], branch_shapes(compact_of(laid))[1:4:2], strict=True):
             if shape.form == "small":
@@ -178,10 +178,10 @@ def test_aligned_layouts_pad_rows_to_the_unit_and_heads_by_little() -> None:
     assert all(0 <= padded - kept <= 3 for kept, padded in heads.items())
 
 
-def test_gathered_gathers_everywhere_dense_nowhere_and_balanced_by_the_rule() -> None:
+def test_gathered_gathers_everywhere_zeros_nowhere_and_balanced_by_the_rule() -> None:
     plans, _ = _plans("gathered")
     assert {side for plan in plans if plan.inner for side in (plan.read, plan.write)} == {"gather"}
-    plans, _ = _plans("dense")
+    plans, _ = _plans("zeros")
     assert {side for plan in plans if plan.inner for side in (plan.read, plan.write)} == {"zeros"}
     dense = tiny_vit(dtype=torch.float64)
     for missing in range(1, 20):

@@ -11,7 +11,7 @@ of each gate have to be sorted.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -159,6 +159,59 @@ def block_masks(order: BlockOrder, num_pruned: int | Tensor, tau: float) -> list
     return list(torch.split(_mask_at(order.positions, num_pruned + 0.5, tau), list(order.sizes), dim=-1))
 
 
+def align_counts(
+    orders: Sequence[BlockOrder],
+    costs: Sequence[Callable[[Tensor], Tensor]],
+    counts: Sequence[int],
+    multiple: int,
+) -> list[tuple[int, ...]]:
+    """Elements that every gate keeps so that all are multiples of a number and the parameters of all blocks stay what they were.
+
+    Each block starts from the multiples around its own counts whose parameters come nearest to its own, what is missed being
+    passed on to the next block; then single gates move by one multiple as long as that brings the total nearer. A gate that
+    keeps all or nothing may go on so, whatever its size, and none that keeps some is emptied.
+
+    Args:
+        orders: B orders, each of one block.
+        costs: B functions from (n, G) kept elements to (n,) parameters that remain.
+        counts: elements to give up in every block, as `shares_to_counts` returns them.
+        multiple: >= 1; 1 changes nothing.
+
+    Returns:
+        B tuples of G kept elements.
+    """
+    kept = [tuple(order.kept[count].tolist()) for order, count in zip(orders, counts, strict=True)]
+    if multiple == 1:
+        return kept
+    surplus, params = 0.0, []
+    for b, (order, cost) in enumerate(zip(orders, costs, strict=True)):
+        before = float(cost(torch.tensor([kept[b]])))
+        near = [_neighbours(count, size, multiple) for count, size in zip(kept[b], order.sizes, strict=True)]
+        candidates = torch.cartesian_prod(*map(torch.tensor, near)).reshape(-1, len(near))
+        totals = cost(candidates).double()
+        chosen = int((totals - before + surplus).abs().argmin())
+        kept[b] = tuple(candidates[chosen].tolist())
+        params.append(float(totals[chosen]))
+        surplus += params[b] - before
+    while True:
+        moves = [
+            (abs(surplus + float(cost(torch.tensor([moved]))) - params[b]), b, moved)
+            for b, (order, cost) in enumerate(zip(orders, costs, strict=True))
+            for moved in _moves(kept[b], order.sizes, multiple)
+        ]
+        if not moves or min(moves)[0] >= abs(surplus):
+            return kept
+        _, b, kept[b] = min(moves)
+        now = float(costs[b](torch.tensor([kept[b]])))
+        surplus, params[b] = surplus + now - params[b], now
+
+
+def gate_masks(order: BlockOrder, kept: Sequence[int]) -> list[Tensor]:
+    """Hard masks of a block's gates that keep so many elements of each, those that would go last."""
+    places = torch.split(order.positions, list(order.sizes))
+    return [soft_mask(place, len(place) - count + 0.5, tau=0.0) for place, count in zip(places, kept, strict=True)]
+
+
 def hard_masks(masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The same masks with 1 where an element counts as kept (>= 0.5) and 0 elsewhere."""
     return {name: (mask >= 0.5).to(mask.dtype) for name, mask in masks.items()}
@@ -169,6 +222,26 @@ def _mask_at(positions: Tensor, num_pruned: float | Tensor, tau: float) -> Tenso
     mask = torch.sigmoid(math.log(9) * distance / (positions.shape[-1] * tau + 1e-8)).float()
     # With a very large tau the sigmoid rounds to 0.5; what was given up must still count as given up.
     return torch.where(distance < 0, mask.clamp(max=_BELOW_HALF), mask)
+
+
+def _neighbours(count: int, size: int, multiple: int) -> list[int]:
+    """The multiples next to a count; the size itself where that is nearer than one beyond it."""
+    if count in (0, size):
+        return [count]
+    below, above = count // multiple * multiple, -(-count // multiple) * multiple
+    return sorted({min(max(below, multiple), size), min(above, size)})
+
+
+def _moves(kept: Sequence[int], sizes: Sequence[int], multiple: int) -> list[tuple[int, ...]]:
+    """The same counts with one gate moved to the multiple below or above."""
+    moved = []
+    for gate, (count, size) in enumerate(zip(kept, sizes, strict=True)):
+        if count == 0:
+            continue
+        for other in ((count - 1) // multiple * multiple, min((count // multiple + 1) * multiple, size)):
+            if other > 0 and other != count:
+                moved.append((*kept[:gate], other, *kept[gate + 1 :]))
+    return moved
 
 
 def _positions(scores: Tensor) -> Tensor:

@@ -10,7 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from p3b.core.allocation import block_budget
-from p3b.core.masks import GATE_FACTORS, block_masks, order_elements, shares_to_counts, take_turns
+from p3b.core.masks import (
+    GATE_FACTORS,
+    align_counts,
+    block_masks,
+    gate_masks,
+    order_elements,
+    shares_to_counts,
+    take_turns,
+)
 from p3b.core.schedule import applied_keep_ratio
 from p3b.errors import TrainingError
 from p3b.scoring.scores import ElementScores
@@ -173,6 +181,7 @@ class BlockShares:
         tau: float,
         benefits_2B: Tensor | None = None,
         importance_B: Tensor | None = None,
+        align: int = 1,
     ) -> Decision:
         """Goals -> applied ratios -> counts -> masks.
 
@@ -181,10 +190,18 @@ class BlockShares:
             scores: by gate name, on the CPU; only their order within a gate counts.
             progress, tau: from the schedule.
             benefits_2B, importance_B: what the goals come from, where that was measured; it is passed on.
+            align: with more than 1 the masks are hard, and every gate keeps a multiple of it.
         """
         applied = [applied_keep_ratio(goal, progress) for goal in goals]
         shares = [ratio * params for ratio, params in zip(applied, self.params.tolist(), strict=True)]
         counts = shares_to_counts(self._remaining, shares)
+        if align == 1:
+            masks, kept_params = (
+                self._masks(scores, counts, tau),
+                [int(left[t]) for left, t in zip(self._remaining, counts, strict=True)],
+            )
+        else:
+            masks, kept_params = self._aligned_masks(scores, counts, align)
         decisions = [
             BlockDecision(
                 name=block.name,
@@ -194,12 +211,12 @@ class BlockShares:
                 importance=None if importance_B is None else float(importance_B[b]),
                 keep_ratio_goal=goals[b],
                 keep_ratio=applied[b],
-                kept_params=int(self._remaining[b][counts[b]]),
+                kept_params=kept_params[b],
                 params=int(self.params[b]),
             )
             for b, block in enumerate(self._blocks)
         ]
-        return Decision(self._masks(scores, counts, tau), tuple(decisions), progress, tau)
+        return Decision(masks, tuple(decisions), progress, tau)
 
     def _masks(self, scores: Mapping[str, Tensor], counts: Sequence[int], tau: float) -> dict[str, Tensor]:
         """Masks of all gates, in the order of `scores`; blocks of one shape are worked out together."""
@@ -212,6 +229,18 @@ class BlockShares:
             for dim, masks in zip(dims, block_masks(order, to_go, tau), strict=True):
                 found |= zip((self._blocks[b].gate(dim) for b in group), masks, strict=True)
         return {gate: found[gate] for gate in scores}
+
+    def _aligned_masks(
+        self, scores: Mapping[str, Tensor], counts: Sequence[int], align: int
+    ) -> tuple[dict[str, Tensor], list[int]]:
+        """Hard masks of all gates with aligned counts, and the parameters that each block keeps."""
+        orders = [order_elements([scores[block.gate(dim)] for dim in block.dims], _factors(block)) for block in self._blocks]
+        costs = [prefix_cost(block) for block in self._blocks]
+        kept = align_counts(orders, costs, counts, align)
+        masks: dict[str, Tensor] = {}
+        for block, order, gate_counts in zip(self._blocks, orders, kept, strict=True):
+            masks |= zip((block.gate(dim) for dim in block.dims), gate_masks(order, gate_counts), strict=True)
+        return masks, [int(cost(torch.tensor(each))) for cost, each in zip(costs, kept, strict=True)]
 
 
 def overall_keep_ratio(layout: ModelLayout, prune_ratio: float, blocks_only: bool) -> float:

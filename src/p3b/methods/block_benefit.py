@@ -56,6 +56,7 @@ class BlockBenefit:
         gamma: weight of a new interval in the smoothed importance, in (0, 1].
         benefit_scale: T in [0.01, 1000].
         blocks_only: count the budget over the blocks alone (P_rest = 0).
+        align: counts of kept channels are multiples of this in the last masks; 1 is off.
         keep_ratios: given by hand, one per block; then nothing is probed and prune_ratio plays no part.
         estimator: how benefits are measured, by name (`p3b.scoring.estimators`); "paper" is the published way.
         probe_lr: learning rate of the probes, not scaled with the batch size.
@@ -80,6 +81,7 @@ class BlockBenefit:
         gamma: float = 0.2,
         benefit_scale: float = 10.0,
         blocks_only: bool = False,
+        align: int = 1,
         keep_ratios: Sequence[float] | None = None,
         estimator: str = "paper",
         probe_lr: float = 5e-4,
@@ -89,10 +91,12 @@ class BlockBenefit:
         _require(0 <= alpha <= 1, "alpha", alpha, "[0, 1]")
         _require(0 < gamma <= 1, "gamma", gamma, "(0, 1]")
         _require(0.01 <= benefit_scale <= 1000, "benefit_scale", benefit_scale, "[0.01, 1000]")
+        _require(align >= 1, "align", align, "[1, inf)")
         _require(probe_lr > 0, "probe_lr", probe_lr, "(0, inf)")
         _require(probe_weight_decay >= 0, "probe_weight_decay", probe_weight_decay, "[0, inf)")
         self._layout, self._reduce = layout, reduce
         self._alpha, self._gamma, self._benefit_scale = alpha, gamma, benefit_scale
+        self._align = align
         self._prune_ratio, self._other_params = prune_ratio, 0 if blocks_only else layout.other_params
         self._shares = BlockShares(layout.blocks)
         self._params = self._shares.params
@@ -147,7 +151,7 @@ class BlockBenefit:
 
     def last(self, kept_params: Mapping[str, int]) -> Decision:
         self._meter.close()
-        return self._decide(self._meter.mean_of_last_two, kept_params, progress=1.0, tau=0.0)
+        return self._decide(self._meter.mean_of_last_two, kept_params, progress=1.0, tau=0.0, align=self._align)
 
     def detach(self) -> None:
         self._taps.detach()
@@ -163,7 +167,7 @@ class BlockBenefit:
             self._estimator.load_state_dict(state)
             self._taps.recording = self._estimator.due()
 
-    def _decide(self, mean: Any, kept_params: Mapping[str, int], progress: float, tau: float) -> Decision:
+    def _decide(self, mean: Any, kept_params: Mapping[str, int], progress: float, tau: float, align: int = 1) -> Decision:
         """Benefits -> importance -> goals -> masks, all from means over an interval."""
         blocks = self._layout.blocks
         benefits_2B = mean("benefits")
@@ -187,7 +191,7 @@ class BlockBenefit:
             importance_B = mix_importance(cls_B, patch_B, self._alpha)
         # Mean scores over the interval and over ranks.
         scores = by_gate(blocks, self._reduce(mean("scores")).cpu())
-        return self._shares.decide(self._goals(importance_B), scores, progress, tau, benefits_2B, importance_B)
+        return self._shares.decide(self._goals(importance_B), scores, progress, tau, benefits_2B, importance_B, align)
 
     def _may_rest(self) -> bool:
         """Whether there may be intervals without a benefit."""

@@ -6,8 +6,8 @@ The saved model stays the compact one of `p3b.vit.compact`, whose parameters are
     padded      as index, but `proj` and `fc2` have zero rows, so that they write all D channels and nothing is scattered
     folded      as padded, and the norm's affine part is folded into `qkv` and `fc1` (one operation less)
     gathered    a layer norm with its own affine part, a gather, aligned layers, and a second gather in the place of the scatter
-    dense       no index at all: zero columns where nothing is read, zero rows where nothing is written
-    balanced    gathered or dense, side by side of each block, whichever costs less by `GATHER_COST`
+    zeros       no index at all: zero columns where nothing is read, zero rows where nothing is written
+    balanced    gathered or zeros, for each side of each block, whichever costs less by `GATHER_COST`
     reordered   balanced, after the channels of the stream were renamed so that some selections are slices
 
 What was learnt by profiling (docs/layouts.md has the figures): matrix products whose number of rows is no multiple of 8 run at
@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from p3b.errors import ConfigError, ModelError, unknown_name
-from p3b.vit.compact import CONSTANT, GONE, SMALL, WHOLE, BranchShape, ConstantBranch, branch_shapes, flat_select
+from p3b.vit.compact import CONSTANT, GONE, WHOLE, BranchShape, ConstantBranch, branch_shapes, flat_select
 
 Side = Literal["index", "folded", "gather", "zeros", "slice"]
 
@@ -43,8 +43,8 @@ LAYOUTS: Mapping[str, str] = {
     "padded": "zero rows instead of the scatter",
     "folded": "padded, with the norm's affine part folded into the next layer",
     "gathered": "gathers on both sides, aligned layers",
-    "dense": "zero rows and columns instead of any index, aligned layers",
-    "balanced": "gathered or dense, whichever costs less by rule, for each side of each block",
+    "zeros": "zero rows and columns instead of any index, aligned layers",
+    "balanced": "gathered or zeros, whichever costs less by rule, for each side of each block",
     "reordered": "balanced, with renamed channels so that some selections become slices",
 }
 """Layouts by name, and what each is."""
@@ -265,7 +265,7 @@ def _plan_branch(
     inner = _padded_head(inner) if half == "attn" else _up(inner)
     inputs, outputs = (channels or tuple(range(width)) for channels in (shape.inputs, shape.outputs))
     rows, columns = (3 if half == "attn" else 1) * copies * inner, copies * inner
-    cost = {"gathered": 0.0, "dense": math.inf}.get(name, float(GATHER_COST))
+    cost = {"gathered": 0.0, "zeros": math.inf}.get(name, float(GATHER_COST))
     read: Side = "zeros" if rows * (width - len(inputs)) <= cost * len(inputs) else "gather"
     write: Side = "zeros" if columns * (width - _up(len(outputs) + 1)) <= cost * width else "gather"
     if place is not None:
