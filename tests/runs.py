@@ -87,6 +87,7 @@ def run(command: str, *given: str, figures: bool = False) -> int:
     brief = partial(p3b.commands.images_per_second, rounds=1, seconds_per_round=0.0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(p3b.commands, "images_per_second", brief)
+        patch.setattr(p3b.commands, "choose_layout", partial(p3b.commands.choose_layout, seconds=0.0))
         if not figures:
             patch.setattr(p3b.session, "draw_figures", lambda *_: [])
         try:

@@ -13,6 +13,7 @@ import torch
 import p3b
 from p3b.artifact import read_config
 from p3b.cli import COMMANDS, INTERRUPTED, main
+from p3b.deploy import CANDIDATES
 from runs import (
     BLOCKS,
     CALM,
@@ -320,3 +321,38 @@ def test_a_model_saved_without_preprocessing_is_evaluated_by_the_defaults(data: 
     given = ("--data-path", str(data), "--model-path", str(tmp_path / "own"), "--num-workers", "0", "--device", "cpu")
     assert run("evaluate", *given, "--output-dir", str(tmp_path / "out")) == 0
     assert read(tmp_path / "out" / "evaluate" / "summary.json")["accuracy"]["test"]["images"] == SIZES["test"] * len(COLOURS)
+
+
+def test_aligned_widths_and_a_layout_from_the_command_line(data: Path, tmp_path: Path) -> None:
+    assert run("prune", *flags(data, tmp_path, *QUICK_PRUNE, "--align", "4", "--prune-ratio", "0.4")) == 0
+    config, summary = read_config(tmp_path / "pruned"), read(tmp_path / "prune" / "summary.json")
+    for block in config["blocks"]:
+        assert block["inner"] % 4 == len(block["inputs"]) % 4 == len(block["outputs"]) % 4 == 0
+    assert lines(tmp_path / "prune" / "blocks.jsonl")[-1]["kept_params"] == config["params"]
+    assert [choice["batch_size"] for choice in summary["layouts"]] == [1, 32]
+    for choice in summary["layouts"]:
+        assert choice["images_per_second"][choice["layout"]] > 0
+    saved = ("--data-path", str(data), "--model-path", str(tmp_path / "pruned"), "--num-workers", "0", "--device", "cpu")
+    for layout in ("balanced", "auto"):
+        out = tmp_path / layout
+        assert run("evaluate", *saved, "--layout", layout, "--output-dir", str(out)) == 0
+        found = read(out / "evaluate" / "summary.json")
+        assert found["layout"] == layout or (layout == "auto" and found["layout"] in CANDIDATES)
+        assert found["accuracy"]["test"]["loss"] == pytest.approx(summary["accuracy"]["test"]["loss"], rel=1e-5)
+        assert found["model"]["params"] == config["params"], "the parameters are those of the compact model"
+
+
+def test_a_layout_by_name_is_not_measured_and_an_unknown_one_is_refused(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("prune", *flags(data, tmp_path / "named", *QUICK_PRUNE, "--layout", "folded")) == 0
+    layouts = read(tmp_path / "named" / "prune" / "summary.json")["layouts"]
+    assert [(choice["layout"], choice["images_per_second"]) for choice in layouts] == [("folded", {}), ("folded", {})]
+    for command in ("prune", "evaluate"):
+        given = flags(data, tmp_path / "out", *(QUICK_PRUNE if command == "prune" else ()))
+        wrong = given if command == "prune" else ["--data-path", str(data), "--model-path", str(tmp_path / "named" / "pruned")]
+        assert run(command, *wrong, "--layout", "foldet") == 2
+        assert "folded" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert run("prune", *flags(data, tmp_path / "out", *QUICK_PRUNE, "--align", "0")) == 2
+    assert "--align must be above 0" in capsys.readouterr().err

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import p3b
 from p3b.errors import BudgetError, ConfigError, ModelError, ScheduleError, TrainingError, WeightsError
 from p3b.methods.base import Decision
+from p3b.vit.compact import branch_shapes
 from p3b.vit.layout import read_layout
 from tiny import VARIANTS, images, labels, parameters_of, tiny_vit
 
@@ -416,3 +417,22 @@ def test_a_loop_that_forgets_a_call_is_told() -> None:
         pruner.step()
     with pytest.raises(TrainingError, match="Nothing has been measured"):
         p3b.Pruner(tiny_vit(), schedule=PLAN, prune_ratio=0.4).finalize()
+
+
+@pytest.mark.parametrize("variant", ["plain", "layer scale", "no bias"])
+def test_aligned_widths_come_with_the_last_masks_and_keep_the_budget(variant: str) -> None:
+    shape = {"embed_dim": 48, "num_heads": 3, **VARIANTS[variant]}
+    plain, aligned = (Run(tiny_vit(**shape), align=align, prune_ratio=0.4) for align in (1, 4))
+    models = [run.to_the_end() for run in (plain, aligned)]
+    for before, after in zip(plain.decisions, aligned.decisions, strict=True):
+        assert all(torch.equal(mask, after.masks[name]) for name, mask in before.masks.items()), (
+            "masks before the last are as ever"
+        )
+    for shape_of in branch_shapes(models[1]):
+        assert shape_of.inner % 4 == len(shape_of.inputs) % 4 == len(shape_of.outputs) % 4 == 0
+    assert abs(parameters_of(models[1]) - parameters_of(models[0])) <= 0.005 * parameters_of(tiny_vit(**shape))
+
+
+def test_a_wrong_alignment_is_refused() -> None:
+    with pytest.raises(ConfigError, match="align must lie in"):
+        p3b.Pruner(tiny_vit(), schedule=PLAN, align=0)

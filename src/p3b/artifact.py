@@ -120,9 +120,7 @@ def save_checkpoint(model: nn.Module, file: str | Path, **description: Any) -> P
     return Path(file)
 
 
-def load(
-    path: str | Path, device: str | torch.device = "cpu", *, layout: str = "index", batch_size: int = 1
-) -> nn.Module:
+def load(path: str | Path, device: str | torch.device = "cpu", *, layout: str = "index", batch_size: int = 1) -> nn.Module:
     """The module that `save` or `save_checkpoint` wrote, in evaluation mode.
 
     Args:

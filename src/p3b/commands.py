@@ -223,7 +223,8 @@ def evaluate_saved(config: EvaluateConfig) -> dict[str, Any]:
         with explained(processes, config.run.output_dir, lambda: True):
             accuracies = _accuracies(config, splits, opened, processes, precision)
         model, image_shape = opened.model, opened.preprocessing.input_size
-        speed = images_per_second([model], image_shape, batch_size=config.batch_size, device=device)[0]
+        with precision.autocast():
+            speed = images_per_second([model], image_shape, batch_size=config.batch_size, device=device)[0]
         rows = [(name, f"{a.top1:.2f}", f"{a.top5:.2f}", f"{a.loss:.4f}", f"{a.images:,}") for name, a in accuracies.items()]
         display.table(f"{options.model_path or options.model}", ("part", "top-1 %", "top-5 %", "loss", "images"), rows)
         compact = compact_of(model)

@@ -174,7 +174,7 @@ class PruneOptions:
     align: int = 1
     """Widths of the last masks (channels read, inner, written) are multiples of this where the budget allows; 1 is off."""
     layout: str = "auto"
-    """How the small model is timed at the end: index, padded, folded, gathered, zeros, balanced, reordered, or auto: measure."""
+    """How the small model is timed: index, padded, folded, gathered, zeros, balanced, reordered, or auto: measure."""
     finetune_epochs: int = 0
     """Epochs of fine-tuning the small model in the same go."""
     finetune_lr: float | None = None

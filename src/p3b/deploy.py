@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from p3b.bench import images_per_second
 from p3b.errors import ConfigError
 from p3b.vit.layout import require_vision_transformer
-from p3b.vit.layouts import apply_layout, check_layout, compact_of, layout_of, plan_layout
+from p3b.vit.layouts import BranchPlan, LayoutPlan, apply_layout, check_layout, compact_of, layout_of, plan_layout
 
 AUTO = "auto"
 CANDIDATES = ("index", "folded", "gathered", "balanced", "zeros")
@@ -34,7 +35,7 @@ class LayoutChoice:
     images_per_second: dict[str, float]
 
 
-def with_layout(model: nn.Module, layout: str = AUTO, *, batch_size: int = 1) -> nn.Module:
+def with_layout(model: nn.Module, layout: str = AUTO, *, batch_size: int = 1) -> VisionTransformer:
     """A small model carried out in another way; it computes the same (to 1e-12, relative, in float64).
 
     Args:
@@ -71,8 +72,11 @@ def choose_layout(model: nn.Module, *, batch_size: int = 1, seconds: float = 4.0
         raise ConfigError(f"The batch size must be 1 or more, got {batch_size}.")
     compact = compact_of(require_vision_transformer(model))
     was_training = compact.training
-    plans = {plan.branches: plan for plan in (plan_layout(compact, name) for name in CANDIDATES)}.values()
-    models = {plan.name: apply_layout(compact, plan) for plan in plans}  # plans that come to the same are measured once
+    plans: dict[tuple[BranchPlan, ...], LayoutPlan] = {}
+    for name in CANDIDATES:
+        plan = plan_layout(compact, name)
+        plans.setdefault(plan.branches, plan)  # those that come to the same are measured once
+    models = {plan.name: apply_layout(compact, plan) for plan in plans.values()}
     patches = compact.patch_embed
     speeds = [0.0] * len(models)
     if len(models) > 1:

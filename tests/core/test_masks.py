@@ -251,8 +251,11 @@ def test_aligned_counts_are_multiples_and_meet_the_budget(name: str, prune_ratio
     orders = _orders(layout.blocks, seed=multiple)
     costs = [prefix_cost(block) for block in layout.blocks]
     uneven = torch.rand(len(orders), generator=torch.Generator().manual_seed(1)).tolist()
-    shares = [(1 - prune_ratio) * (0.5 + ratio) * dense_params(block) for ratio, block in zip(uneven, layout.blocks, strict=True)]
-    counts = shares_to_counts(orders, costs, shares)
+    shares = [
+        (1 - prune_ratio) * (0.5 + ratio) * dense_params(block) for ratio, block in zip(uneven, layout.blocks, strict=True)
+    ]
+    remaining = [cost(order.kept).double() for cost, order in zip(costs, orders, strict=True)]
+    counts = shares_to_counts(remaining, shares)
     aligned = align_counts(orders, costs, counts, multiple)
     before = sum(int(cost(order.kept[count])) for cost, order, count in zip(costs, orders, counts, strict=True))
     after = sum(int(cost(torch.tensor(kept))) for cost, kept in zip(costs, aligned, strict=True))
@@ -268,7 +271,7 @@ def test_aligned_counts_are_multiples_and_meet_the_budget(name: str, prune_ratio
 def test_aligned_to_one_is_what_it_was() -> None:
     blocks = read_layout(tiny_vit()).blocks
     orders, costs = _orders(blocks, seed=0), [prefix_cost(block) for block in blocks]
-    counts = [len(order.merit) // 2 for order in orders]
+    counts = [len(order.positions) // 2 for order in orders]
     expected = [tuple(order.kept[count].tolist()) for order, count in zip(orders, counts, strict=True)]
     assert align_counts(orders, costs, counts, 1) == expected
     for order, count, kept in zip(orders, counts, expected, strict=True):
@@ -276,7 +279,7 @@ def test_aligned_to_one_is_what_it_was() -> None:
             assert torch.equal(made, other)
 
 
-def test_a_gate_keeps_its_elements_of_highest_merit() -> None:
+def test_a_gate_keeps_the_elements_that_would_go_last() -> None:
     order = order_elements([torch.tensor([3.0, 1.0, 2.0]), torch.tensor([1.0, 4.0])], [1.0, 1.5])
     assert [mask.tolist() for mask in gate_masks(order, (1, 2))] == [[1.0, 0.0, 0.0], [1.0, 1.0]]
     assert [mask.tolist() for mask in gate_masks(order, (0, 1))] == [[0.0, 0.0, 0.0], [0.0, 1.0]]

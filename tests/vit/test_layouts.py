@@ -143,7 +143,7 @@ def test_an_unknown_layout_is_refused_with_the_known_ones() -> None:
 def test_reordering_is_refused_where_pooling_is_attention() -> None:
     dense = tiny_vit(class_token=False, global_pool="map")
     small = apply_cuts(dense, plan_cuts(read_layout(dense), random_masks(read_layout(dense))))
-    with pytest.raises(ModelError, match="attn_pool.*'balanced'"):
+    with pytest.raises(ModelError, match=r"attn_pool.*'balanced'"):
         plan_layout(small, "reordered")
     expected = small(images())
     torch.testing.assert_close(_laid_out(small, "balanced")(images()), expected)

@@ -165,7 +165,7 @@ def align_counts(
     counts: Sequence[int],
     multiple: int,
 ) -> list[tuple[int, ...]]:
-    """Elements that every gate keeps so that all are multiples of a number and the parameters of all blocks stay what they were.
+    """Elements that every gate keeps so that all are multiples of a number and the sum of parameters stays what it was.
 
     Each block starts from the multiples around its own counts whose parameters come nearest to its own, what is missed being
     passed on to the next block; then single gates move by one multiple as long as that brings the total nearer. A gate that

@@ -196,10 +196,8 @@ class BlockShares:
         shares = [ratio * params for ratio, params in zip(applied, self.params.tolist(), strict=True)]
         counts = shares_to_counts(self._remaining, shares)
         if align == 1:
-            masks, kept_params = (
-                self._masks(scores, counts, tau),
-                [int(left[t]) for left, t in zip(self._remaining, counts, strict=True)],
-            )
+            masks = self._masks(scores, counts, tau)
+            kept_params = [int(left[count]) for left, count in zip(self._remaining, counts, strict=True)]
         else:
             masks, kept_params = self._aligned_masks(scores, counts, align)
         decisions = [

@@ -158,7 +158,7 @@ def reshape_branches(model: VisionTransformer, shapes: Sequence[BranchShape]) ->
 
 
 def flat_select(x: Tensor, index: Tensor) -> Tensor:
-    """Channels of the last axis by index: (..., C) -> (..., len(index)), from a matrix, which torch reads several times quicker."""
+    """Channels of the last axis by index: (..., C) -> (..., len(index)); torch reads a matrix several times quicker."""
     return x.reshape(-1, x.shape[-1]).index_select(1, index).reshape(*x.shape[:-1], len(index))
 
 

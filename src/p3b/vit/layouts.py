@@ -12,9 +12,9 @@ The saved model stays the compact one of `p3b.vit.compact`, whose parameters are
 
 What was learnt by profiling (docs/layouts.md has the figures): matrix products whose number of rows is no multiple of 8 run at
 two thirds of the speed in float32; a layer norm with affine part is quicker than one without; a gather from a matrix is several
-times quicker than the same gather along the last axis of a 3-D tensor; attention likes head widths that are multiples of 8. All
-layouts from `gathered` on therefore pad rows up with zeros: queries are multiplied by sqrt(padded / kept width), since attention
-divides by the root of the width that it finds.
+times quicker than the same gather along the last axis of a 3-D tensor; attention likes head widths that are multiples of 8.
+All layouts from `gathered` on therefore pad rows up with zeros: queries are multiplied by sqrt(padded / kept width), since
+attention divides by the root of the width that it finds.
 
 LayerScale is folded into the last layer of its block in every layout but index. "Exact" means: the same to 1e-12, relative, in
 float64. The features inside a reordered model are those of the compact one in another order; its logits are the same.
@@ -249,9 +249,7 @@ class Addend(nn.Module):
 # ----------------------------------------------------------------------------------------------------------- planning
 
 
-def _plan_branch(
-    model: VisionTransformer, shape: BranchShape, name: str, place: Mapping[int, int] | None
-) -> BranchPlan:
+def _plan_branch(model: VisionTransformer, shape: BranchShape, name: str, place: Mapping[int, int] | None) -> BranchPlan:
     if name == "index" or shape.form == GONE or (shape.form == WHOLE and place is None):
         return BranchPlan(shape.name, "index", "index", shape.inner, touched=False)
     if shape.form == CONSTANT:
@@ -322,8 +320,8 @@ def _split(cells: list[list[int]], selection: set[int]) -> list[list[int]] | Non
 class _Pieces:
     """One block without its layout: channels read (I,), norm, first layer (rows, I), last layer (O, columns), channels written.
 
-    For an attention the first layer's rows are (3, heads, inner), the last one's columns (heads, inner); for an MLP both are (1,
-    1, inner). LayerScale is in the last layer.
+    For an attention the first layer's rows are (3, heads, inner), the last one's columns (heads, inner); for an MLP they are
+    (1, 1, inner) and (1, inner). LayerScale is in the last layer.
     """
 
     inputs: Tensor

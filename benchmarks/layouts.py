@@ -1,0 +1,295 @@
+"""What the layout of a small model costs: each layout against the dense model, in one run.
+
+    OMP_NUM_THREADS=2 python benchmarks/layouts.py run                    # all of it: about 40 minutes on 2 cores
+    OMP_NUM_THREADS=2 python benchmarks/layouts.py run --model animals --runtime fp32
+    python benchmarks/layouts.py table                                    # the tables of docs/layouts.md from the JSON lines
+
+A measurement is one network, prune ratio, runtime and batch size; all its models take turns, round by round. It adds one line
+to docs/results/layouts.jsonl and replaces an earlier one of the same measurement. The small networks are made by masks of random
+scores, with the keep ratios that water-filling gives to an importance drawn by seed between 0.4 and 1.2 for each block; weights
+are random.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import logging
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from p3b.bench import images_per_second
+from p3b.core.allocation import keep_ratios
+from p3b.core.masks import GATE_FACTORS, align_counts, gate_masks, order_elements, shares_to_counts
+from p3b.deploy import CANDIDATES
+from p3b.files import write_atomically
+from p3b.vit.compact import apply_cuts, plan_cuts
+from p3b.vit.cost import count_macs, count_parameters, dense_params, prefix_cost
+from p3b.vit.layout import read_layout
+from p3b.vit.layouts import LAYOUTS, apply_layout, plan_layout
+from records import RESULTS, ROOT, circumstances, read_lines, versions
+
+LINES = RESULTS / "layouts.jsonl"
+PAGE = ROOT / "docs" / "layouts.md"
+BEGIN, END = "<!-- begin: made by benchmarks/layouts.py table -->", "<!-- end -->"
+SEED = 0
+DENSE = "dense"
+MODELS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "animals": (
+        "vit_tiny_patch16_224",
+        {"img_size": 32, "patch_size": 4, "embed_dim": 128, "depth": 12, "num_heads": 4, "num_classes": 6},
+    ),
+    "DeiT-Tiny": ("deit_tiny_patch16_224", {}),
+    "DeiT-Small": ("deit_small_patch16_224", {}),
+}
+PRUNE_RATIOS, BATCHES = (0.5, 0.75), (1, 32)
+RUNTIMES = {
+    "fp32": "PyTorch eager, float32",
+    "bf16": "PyTorch eager, bf16 autocast",
+    "compile": "torch.compile, float32",
+    "onnx": "ONNX Runtime, float32",
+}
+ALIGN = 8
+ALIGNED = ("index", "gathered", "balanced")
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+GOAL = 0.9
+Key = tuple[str, float, str, int]
+
+
+def main(arguments: Sequence[str] | None = None, *, lines: Path = LINES, page: Path = PAGE) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("action", choices=("run", "table"))
+    parser.add_argument("--model", choices=tuple(MODELS), help="this one alone")
+    parser.add_argument("--prune-ratio", type=float, choices=PRUNE_RATIOS, help="this one alone")
+    parser.add_argument("--runtime", choices=tuple(RUNTIMES), help="this one alone")
+    parser.add_argument("--batch-size", type=int, choices=BATCHES, help="this one alone")
+    parser.add_argument("--rounds", type=int, default=15, help="rounds of a measurement at most")
+    parser.add_argument(
+        "--clock",
+        choices=tuple(CLOCKS),
+        default="wall",
+        help="cpu: the processor's seconds, for OMP_NUM_THREADS=1 on a busy machine",
+    )
+    parser.add_argument("--seconds", type=float, default=60.0, help="that the rounds of a measurement may take, about")
+    given = parser.parse_args(arguments)
+    if given.action == "run":
+        for name in [given.model] if given.model else MODELS:
+            for prune_ratio in [given.prune_ratio] if given.prune_ratio else PRUNE_RATIOS:
+                dense = dense_model(name)
+                small = {align: small_model(dense, prune_ratio, align) for align in (1, ALIGN)}
+                for runtime in [given.runtime] if given.runtime else RUNTIMES:
+                    for batch_size in [given.batch_size] if given.batch_size else BATCHES:
+                        key = (name, prune_ratio, runtime, batch_size)
+                        replace_line(lines, key, measure(key, dense, small, given.rounds, given.seconds, given.clock))
+    write_page(page, read_lines(lines))
+
+
+def dense_model(name: str) -> VisionTransformer:
+    """A network with random weights, in evaluation mode."""
+    kind, arguments = MODELS[name]
+    torch.manual_seed(SEED)
+    return timm.create_model(kind, **arguments).eval()
+
+
+def small_model(dense: VisionTransformer, prune_ratio: float, align: int) -> VisionTransformer:
+    """A copy cut by masks of random scores and uneven keep ratios, the same ones for every alignment."""
+    layout, generator = read_layout(dense), torch.Generator().manual_seed(SEED)
+    importance = 0.4 + 0.8 * torch.rand(len(layout.blocks), generator=generator, dtype=torch.float64)
+    params = torch.tensor([dense_params(block) for block in layout.blocks], dtype=torch.float64)
+    shares = (keep_ratios(importance, params, layout.other_params, prune_ratio) * params).tolist()
+    orders = [
+        order_elements(
+            [torch.rand(size, generator=generator) for size in block.dims.values()], [GATE_FACTORS[dim] for dim in block.dims]
+        )
+        for block in layout.blocks
+    ]
+    costs = [prefix_cost(block) for block in layout.blocks]
+    remaining = [cost(order.kept).double() for cost, order in zip(costs, orders, strict=True)]
+    kept = align_counts(orders, costs, shares_to_counts(remaining, shares), align)
+    masks: dict[str, Tensor] = {}
+    for block, order, counts in zip(layout.blocks, orders, kept, strict=True):
+        masks |= zip((block.gate(dim) for dim in block.dims), gate_masks(order, counts), strict=True)
+    return apply_cuts(deepcopy(dense), plan_cuts(layout, masks)).eval()
+
+
+def measure(
+    key: Key, dense: VisionTransformer, small: Mapping[int, VisionTransformer], rounds: int, seconds: float, clock: str
+) -> dict[str, Any]:
+    """One measurement: all models of a network, prune ratio, runtime and batch size side by side."""
+    name, prune_ratio, runtime, batch_size = key
+    made_by = circumstances()
+    size = tuple(dense.patch_embed.img_size)
+    names = LAYOUTS if runtime in ("fp32", "bf16") else CANDIDATES
+    eager: dict[tuple[str, int], nn.Module] = {(DENSE, 1): dense}
+    for align, model in small.items():
+        for layout in names if align == 1 else ALIGNED:
+            eager[layout, align] = apply_layout(model, plan_layout(model, layout))
+    images = torch.rand(batch_size, 3, *size)
+    context = torch.autocast("cpu", torch.bfloat16) if runtime == "bf16" else contextlib.nullcontext()
+    with tempfile.TemporaryDirectory() as folder:
+        if runtime == "compile":
+            models = [_compiled(model) for model in eager.values()]
+        elif runtime == "onnx":
+            models = [OnnxModel(model, images, Path(folder) / f"{place}.onnx") for place, model in enumerate(eager.values())]
+        else:
+            models = list(eager.values())
+        with context:
+            speeds = images_per_second(
+                models, (3, *size), batch_size=batch_size, device=torch.device("cpu"), rounds=rounds,
+                seconds_per_round=0.05, seconds=seconds, clock=CLOCKS[clock],
+            )  # fmt: skip
+    figures = {1: (count_parameters(dense), count_macs(dense, size))}
+    figures |= {align: (count_parameters(model), count_macs(model, size)) for align, model in small.items() if align > 1}
+    unaligned = count_parameters(small[1]), count_macs(small[1], size)
+    rows = []
+    for (layout, align), speed in zip(eager, speeds, strict=True):
+        params, macs = figures[1] if layout == DENSE else unaligned if align == 1 else figures[align]
+        rows.append({"layout": layout, "align": align, "images_per_second": speed, "params": params, "macs": macs})
+    print(f"{name}, {prune_ratio:.0%}, {runtime}, batch {batch_size}: {_best(rows)}", flush=True)
+    return {
+        "network": name,
+        "prune_ratio": prune_ratio,
+        "runtime": runtime,
+        "batch_size": batch_size,
+        "command": "python benchmarks/layouts.py run" + (" --clock cpu" if clock == "cpu" else ""),
+        "clock": clock,
+        **made_by,
+        "seed": SEED,
+        "threads": torch.get_num_threads(),
+        "versions": versions("torch", "timm", "onnx", "onnxruntime"),
+        "rows": rows,
+    }
+
+
+class OnnxModel(nn.Module):
+    """An exported model in ONNX Runtime, called like the module that it was exported from."""
+
+    def __init__(self, model: nn.Module, images: Tensor, file: Path) -> None:
+        import onnxruntime
+
+        super().__init__()
+        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+        shape = {0: torch.export.Dim("batch", min=1, max=1024)}
+        batch = images if len(images) > 1 else torch.cat([images, images])
+        with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
+            warnings.simplefilter("ignore")
+            torch.onnx.export(model, (batch,), file, dynamo=True, dynamic_shapes=(shape,), verbose=False)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        self.session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+        self.input = self.session.get_inputs()[0].name
+
+    def forward(self, images: Tensor) -> Any:
+        return self.session.run(None, {self.input: images.numpy()})
+
+
+def _compiled(model: nn.Module) -> nn.Module:
+    torch._dynamo.reset()
+    compiled: nn.Module = torch.compile(model, dynamic=False)
+    return compiled
+
+
+def replace_line(file: Path, key: Key, line: dict[str, Any]) -> None:
+    """Write a measurement in the place of an earlier one of the same key."""
+    kept = [*(other for other in read_lines(file) if _key(other) != key), line]
+    order = [(m, p, r, b) for r in RUNTIMES for m in MODELS for p in PRUNE_RATIOS for b in BATCHES]
+    kept.sort(key=lambda other: order.index(_key(other)))
+    text = "".join(json.dumps(other) + "\n" for other in kept)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(file, lambda path: path.write_text(text))
+
+
+def write_page(page: Path, lines: Sequence[dict[str, Any]]) -> None:
+    """Put the tables between the markers of the page; what is written around them stays."""
+    before, _, rest = page.read_text().partition(BEGIN)
+    _, _, after = rest.partition(END)
+    text = f"{before}{BEGIN}\n\n{tables(lines)}\n{END}{after}"
+    write_atomically(page, lambda path: path.write_text(text))
+
+
+def tables(lines: Sequence[dict[str, Any]]) -> str:
+    """A table for each runtime, made from the lines alone: speed-up over dense, and in brackets its share of the MACs ratio."""
+    text: list[str] = []
+    for runtime, title in RUNTIMES.items():
+        group = [line for line in lines if line["runtime"] == runtime]
+        if not group:
+            text += [f"### {title}", "", "No run is recorded.", ""]
+            continue
+        columns = list(dict.fromkeys((row["layout"], row["align"]) for line in group for row in line["rows"][1:]))
+        heads = [layout if align == 1 else f"{layout}, align {align}" for layout, align in columns]
+        text += [f"### {title}", "", f"| network | pruned | batch | MACs ratio | {' | '.join(heads)} |"]
+        text.append("|---|---:|---:|" + "---:|" * (1 + len(heads)))
+        for line in group:
+            dense, *rows = line["rows"]
+            of = {(row["layout"], row["align"]): row for row in rows}
+            ratio = dense["macs"] / of["index", 1]["macs"]
+            cells = [_cell(dense, of[column]) if column in of else "" for column in columns]
+            text.append(
+                f"| {line['network']} | {line['prune_ratio']:.0%} | {line['batch_size']} | {ratio:.2f} | {' | '.join(cells)} |"
+            )
+        reached = [line for line in group if line["batch_size"] == max(BATCHES)]
+        met = sum(_share(line["rows"]) >= GOAL for line in reached)
+        slower = sum(_speedup(line["rows"]) < 1 for line in group if line["batch_size"] == 1)
+        single = sum(line["batch_size"] == 1 for line in group)
+        text += [
+            "",
+            f"With the best layout: {met} of {len(reached)} measurements at batch {max(BATCHES)} reach {GOAL} of the MACs "
+            f"ratio; {slower} of {single} at batch 1 are slower than dense.",
+            "",
+        ]
+    if lines:
+        text += ["### How it was run", ""]
+        text += [f"- {told}" for told in dict.fromkeys(map(_certificate, lines))]
+    return "\n".join(text) + "\n"
+
+
+def _key(line: Mapping[str, Any]) -> Key:
+    return line["network"], line["prune_ratio"], line["runtime"], line["batch_size"]
+
+
+def _cell(dense: Mapping[str, Any], row: Mapping[str, Any]) -> str:
+    speedup = row["images_per_second"] / dense["images_per_second"]
+    return f"{speedup:.2f} ({speedup * row['macs'] / dense['macs']:.2f})"
+
+
+def _speedup(rows: Sequence[Mapping[str, Any]]) -> float:
+    return float(max(row["images_per_second"] for row in rows[1:]) / rows[0]["images_per_second"])
+
+
+def _share(rows: Sequence[Mapping[str, Any]]) -> float:
+    """The best speed-up as a share of its MACs ratio."""
+    dense = rows[0]
+    return float(max(row["images_per_second"] * row["macs"] for row in rows[1:]) / (dense["images_per_second"] * dense["macs"]))
+
+
+def _best(rows: Sequence[Mapping[str, Any]]) -> str:
+    best = max(rows[1:], key=lambda row: row["images_per_second"])
+    return f"{best['layout']}, align {best['align']}: {_cell(rows[0], best)}"
+
+
+def _certificate(line: Mapping[str, Any]) -> str:
+    hardware = line["hardware"]
+    packages = ", ".join(f"{package} {version}" for package, version in line["versions"].items())
+    changed = " with changes that were not committed" if line["changed_since"] else ""
+    return (
+        f"`{line['command']}`: commit {line['commit'][:12]}{changed}, seed {line['seed']}, {line['threads']} threads on "
+        f"{hardware['cores']} cores {hardware['machine']} that may have done other work too, "
+        f"{'wall clock' if line['clock'] == 'wall' else 'seconds of the processor'}; {packages}"
+    )
+
+
+if __name__ == "__main__":
+    main()
