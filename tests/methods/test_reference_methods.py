@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import p3b
 from p3b.commands import METHOD_OPTIONS, method_options_of
-from p3b.config import PruneConfig, PruneOptions
+from p3b.config import PruneConfig, PruneOptions, RunOptions
 from p3b.errors import BudgetError, ConfigError, TrainingError, WeightsError
 from p3b.methods import METHODS, create_method, method_options
 from p3b.methods.base import Decision, overall_keep_ratio
@@ -641,5 +641,5 @@ def test_the_seed_of_a_run_is_the_seed_of_the_draw() -> None:
     drawn = [RandomScores(layout, seed).of_interval() for seed in (5, 5, 6)]
     assert torch.equal(drawn[0], drawn[1])
     assert not torch.equal(drawn[0], drawn[2])
-    config = PruneConfig(prune=PruneOptions(prune_method="random"))
-    assert method_options_of(config)["seed"] == config.run.seed
+    config = PruneConfig(prune=PruneOptions(prune_method="random"), run=RunOptions(seed=5))
+    assert method_options_of(config)["seed"] == 5
