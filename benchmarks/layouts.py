@@ -5,9 +5,9 @@
     python benchmarks/layouts.py table                                    # the tables of docs/layouts.md from the JSON lines
 
 A measurement is one network, prune ratio, runtime and batch size; all its models take turns, round by round. It adds one line
-to docs/results/layouts.jsonl and replaces an earlier one of the same measurement. The small networks are made by masks of random
-scores, with the keep ratios that water-filling gives to an importance drawn by seed between 0.4 and 1.2 for each block; weights
-are random.
+to docs/results/layouts.jsonl and replaces an earlier one of the same measurement. The small networks are made by masks of
+random scores, with the keep ratios that water-filling gives to an importance drawn by seed between 0.4 and 1.2 for each block;
+weights are random.
 """
 
 from __future__ import annotations
