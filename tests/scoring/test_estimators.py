@@ -33,7 +33,7 @@ def _estimator(name: str, layout: ModelLayout, reduce: Callable[[Tensor], Tensor
 
 
 def _learn(estimator: BenefitEstimator, stream: list[Tensor], targets: Tensor, steps: int) -> list[Tensor]:
-    """Benefits of so many steps on one batch; None's place is taken by nothing where a step is not due."""
+    """Benefits of so many steps on one batch, of those that are due."""
     found = []
     for _ in range(steps):
         if estimator.due():
@@ -186,6 +186,18 @@ def test_a_model_is_pruned_by_it_and_its_gradients_are_those_without(name: str) 
         assert all((block.benefit_cls is not None) == looked for block in decision.blocks)
         assert all(block.importance is not None for block in decision.blocks)
     method.detach()
+
+
+@pytest.mark.parametrize("name", ["linear", "low_rank"])
+def test_the_class_token_is_read_as_in_the_paper_bit_for_bit(name: str) -> None:
+    """Its probe is linear there too, and begins with the same weights: only the patches are read by other means."""
+    layout = read_layout(tiny_vit())
+    batches = [_told(depth=2, seed=seed) for seed in range(4)]
+    paper, cheap = _estimator("paper", layout), _estimator(name, layout)
+    for stream, targets in batches:
+        (theirs,), (ours,) = _learn(paper, stream, targets, 1), _learn(cheap, stream, targets, 1)
+        assert torch.equal(ours[0], theirs[0])
+        assert not torch.equal(ours[1, :1], theirs[1, :1])
 
 
 def test_between_its_steps_a_subsampled_estimator_keeps_nothing_of_the_stream() -> None:
