@@ -46,8 +46,8 @@ class Pruner:
         schedule: phases in optimizer steps.
         reduce: mean of a tensor over all ranks, which hold equal shares of each batch; by default over torch.distributed's
             group, if there is one, whose ranks then compare their masks after every decision.
-        method_options: keyword arguments of the method, e.g. alpha=0.5, blocks_only=True, keep_ratios=[...]; those that it does
-            not take are refused.
+        method_options: keyword arguments of the method, e.g. alpha=0.5, estimator="linear", keep_ratios=[...]; those that it
+            does not take are refused.
 
     Raises:
         ModelError: a part of the model is not covered. BudgetError, ConfigError, ScheduleError: settings that cannot be met.
