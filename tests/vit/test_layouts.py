@@ -231,3 +231,5 @@ def test_a_laid_out_model_is_exported_and_autocast() -> None:
         torch.testing.assert_close(traced(images()), small(images()))
         with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
             torch.testing.assert_close(laid(images()), small(images()), rtol=0.05, atol=0.1)
+        half = deepcopy(laid).to(torch.bfloat16)
+        assert half(images(dtype=torch.bfloat16)).dtype == torch.bfloat16

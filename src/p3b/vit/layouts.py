@@ -207,6 +207,16 @@ class SliceNorm(nn.Module):
         return self.norm(x).narrow(-1, self.start, self.length)
 
 
+class FloatWrite(nn.Module):
+    """The output of a block that writes all D channels, in float32 under a CPU's autocast.
+
+    The stream is float32 there, and adding or gathering float32 is several times quicker than bf16.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _as_stream(x)
+
+
 class GatherWrite(nn.Module):
     """Spreads a block's output over the D channels by reading a zero where it adds nothing: (..., rows) -> (..., D)."""
 
@@ -219,7 +229,7 @@ class GatherWrite(nn.Module):
         self.register_buffer("index", source, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return flat_select(x, self.index)
+        return flat_select(_as_stream(x), self.index)
 
 
 class SliceWrite(nn.Module):
@@ -230,7 +240,7 @@ class SliceWrite(nn.Module):
         self.around = (start, width - start - length)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.pad(x, self.around)
+        return F.pad(_as_stream(x), self.around)
 
 
 class Addend(nn.Module):
@@ -387,7 +397,7 @@ def _build(block: Block, half: str, pieces: _Pieces, plan: BranchPlan, width: in
     elif plan.read == "zeros":
         first = first.new_zeros(len(first), width).index_copy(1, pieces.inputs, first)
     last, last_bias = pieces.last, pieces.last_bias
-    write: nn.Module = nn.Identity()
+    write: nn.Module = FloatWrite()
     if plan.write == "gather":
         rows = _up(len(last) + 1)  # one row of zeros at least: what is read where nothing is written
         last, last_bias = (None if given is None else _grown(given, rows) for given in (last, last_bias))
@@ -408,6 +418,10 @@ def _build(block: Block, half: str, pieces: _Pieces, plan: BranchPlan, width: in
     else:
         block.mlp.fc1, block.mlp.fc2 = _linear(first, first_bias), _linear(last, last_bias)
         block.norm2, block.ls2 = norm, write
+
+
+def _as_stream(x: Tensor) -> Tensor:
+    return x.float() if x.device.type == "cpu" and torch.is_autocast_enabled("cpu") else x
 
 
 def _build_constant(block: Block, half: str, place: Tensor, width: int) -> None:
