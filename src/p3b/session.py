@@ -288,6 +288,7 @@ class Session:
             "device",
             "num_workers",
             "figure_format",
+            "layout",
             "checkpoint_minutes",
             "timeout_minutes",
         }
