@@ -82,11 +82,13 @@ def run(command: str, *given: str, figures: bool = False) -> int:
     only where a test looks at them.
     """
     import p3b.commands
+    import p3b.compare
     import p3b.session
 
     brief = partial(p3b.commands.images_per_second, rounds=1, seconds_per_round=0.0)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(p3b.commands, "images_per_second", brief)
+        for module in (p3b.commands, p3b.compare):
+            patch.setattr(module, "images_per_second", brief)
         patch.setattr(p3b.commands, "choose_layout", partial(p3b.commands.choose_layout, seconds=0.0))
         if not figures:
             patch.setattr(p3b.session, "draw_figures", lambda *_: [])

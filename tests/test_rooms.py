@@ -39,10 +39,10 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 """Rooms and what each may import, beside `errors`, which is common ground. A name covers everything inside it."""
 
-COMMANDS = {"cli", "commands", "config", "inputs", "part", "session", "demo.run", "__main__", "demo"}
+COMMANDS = {"cli", "commands", "compare", "config", "inputs", "part", "session", "settings", "demo.run", "__main__", "demo"}
 """The command line and what carries it out: it may import everything, and nothing below imports it."""
 
-NOT_TORCH = {"errors", "files", "report", "config", "cli", "__init__", "__main__"}
+NOT_TORCH = {"errors", "files", "report", "config", "settings", "cli", "__init__", "__main__"}
 """These load neither torch nor timm when they are imported (a command loads them when it is carried out)."""
 
 

@@ -6,9 +6,11 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
-from p3b.config import DemoConfig, EvaluateConfig, FinetuneConfig, PruneConfig, TrainConfig
+from p3b.config import CompareConfig, DemoConfig, EvaluateConfig, FinetuneConfig, PruneConfig, TrainConfig
 from p3b.errors import Stopped, UserError, unknown_name
 
 USER_ERROR, STOPPED, INTERRUPTED = 2, 75, 130
@@ -17,11 +19,12 @@ USER_ERROR, STOPPED, INTERRUPTED = 2, 75, 130
 
 @dataclass(frozen=True)
 class Command:
-    """A command: its settings, what it is for, and where it is carried out ("module:function")."""
+    """A command: its settings, what it is for, where it is carried out ("module:function"), and how it goes on when stopped."""
 
     config: type
     purpose: str
     target: str
+    goes_on: str = "--resume goes on"
 
 
 COMMANDS: dict[str, Command] = {
@@ -29,6 +32,9 @@ COMMANDS: dict[str, Command] = {
     "train": Command(TrainConfig, "transfer a dense model to a data set", "p3b.commands:train"),
     "prune": Command(PruneConfig, "transfer and prune on the way, and fine-tune", "p3b.commands:prune"),
     "finetune": Command(FinetuneConfig, "train a small model further", "p3b.commands:finetune"),
+    "compare": Command(
+        CompareConfig, "methods x prune ratios x seeds, in one table", "p3b.compare:compare", "the same command goes on"
+    ),
     "evaluate": Command(EvaluateConfig, "accuracy, size and speed of a saved model", "p3b.commands:evaluate_saved"),
 }
 
@@ -68,8 +74,9 @@ def run_command(name: str, flags: Sequence[str], prog: str) -> int:
     import tyro
 
     command = COMMANDS[name]
-    config: Any = tyro.cli(command.config, args=flags, prog=prog, config=(tyro.conf.OmitArgPrefixes,))
     try:
+        given = [*_flags_of_file(command, flags), *flags]
+        config: Any = tyro.cli(command.config, args=given, prog=prog, config=(tyro.conf.OmitArgPrefixes,))
         _load(command.target)(config)
     except UserError as error:
         if int(os.environ.get("RANK", 0)) == 0:  # every rank meets the same mistake; one says so
@@ -77,12 +84,27 @@ def run_command(name: str, flags: Sequence[str], prog: str) -> int:
         return USER_ERROR
     except Stopped as stop:
         if int(os.environ.get("RANK", 0)) == 0:
-            print(f"p3b {name}: {stop}; --resume goes on.", file=sys.stderr, flush=True)
+            print(f"p3b {name}: {stop}; {command.goes_on}.", file=sys.stderr, flush=True)
         return STOPPED
     except KeyboardInterrupt:
-        print(f"p3b {name}: interrupted; the last checkpoint is kept, --resume goes on.", file=sys.stderr, flush=True)
+        print(f"p3b {name}: interrupted; the last checkpoint is kept, {command.goes_on}.", file=sys.stderr, flush=True)
         return INTERRUPTED
     return 0
+
+
+def _flags_of_file(command: Command, flags: Sequence[str]) -> list[str]:
+    """The settings in the file that --config names, as flags; nothing for a command without that flag.
+
+    Raises:
+        ConfigError: the file cannot be used.
+    """
+    if command.config is not CompareConfig:
+        return []
+    from p3b.settings import flags_of_file
+
+    files = [flag.split("=", 1)[1] for flag in flags if flag.startswith("--config=")]
+    files += [file for flag, file in pairwise(flags) if flag == "--config"]
+    return [word for file in files for word in flags_of_file(command.config, Path(file))]
 
 
 def _load(target: str) -> Callable[[Any], Any]:

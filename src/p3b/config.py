@@ -136,22 +136,11 @@ class AugmentOptions:
 
 
 @dataclass(frozen=True)
-class PruneOptions:
-    """Pruning."""
+class PhaseOptions:
+    """Pruning, alike for every method."""
 
-    prune_method: str = "block_benefit"
-    """What decides how much of each block stays, and which elements:
-    block_benefit: shares by block benefit (P3B, arXiv 2506.23675), published as block_pr;
-    uniform: the same share of every block, elements by Taylor score;
-    random: the same share of every block, random elements;
-    magnitude: L2 norms of weights, ranked over the whole network (Li et al., ICLR 2017);
-    taylor: squared Taylor scores, ranked over the whole network (Molchanov et al., CVPR 2019)."""
-    prune_ratio: float = 0.5
-    """Share of all parameters that goes, in [0, 1)."""
     prune_blocks_only: bool = False
     """Count the budget over the blocks alone, without embeddings, final norm and head."""
-    prune_keep_ratios: tuple[float, ...] = ()
-    """Keep ratios given by hand, one per block (attention, MLP, attention, ...); then nothing is measured to find them."""
     prune_start_epoch: str = "5"
     """End of the warm-up: epochs (5), optimizer steps (500steps) or a share of the pruning epochs (20%)."""
     prune_sparse_epoch: str | None = None
@@ -179,32 +168,55 @@ class PruneOptions:
     """Epochs of fine-tuning the small model in the same go."""
     finetune_lr: float | None = None
     """Learning rate of that fine-tuning, scaled like --lr, which is the default."""
+
+
+@dataclass(frozen=True)
+class PruneOptions(PhaseOptions):
+    """Pruning."""
+
+    prune_method: str = "block_benefit"
+    """What decides how much of each block stays, and which elements:
+    block_benefit: shares by block benefit (P3B, arXiv 2506.23675), published as block_pr;
+    uniform: the same share of every block, elements by Taylor score;
+    random: the same share of every block, random elements;
+    magnitude: L2 norms of weights, ranked over the whole network (Li et al., ICLR 2017);
+    taylor: squared Taylor scores, ranked over the whole network (Molchanov et al., CVPR 2019)."""
+    prune_ratio: float = 0.5
+    """Share of all parameters that goes, in [0, 1)."""
+    prune_keep_ratios: tuple[float, ...] = ()
+    """Keep ratios given by hand, one per block (attention, MLP, attention, ...); then nothing is measured to find them."""
     dense_run: Path | None = None
     """Output folder of a finished `p3b train` to compare with in the final table."""
 
 
 @dataclass(frozen=True)
-class RunOptions:
+class MachineOptions:
     """Run."""
 
     output_dir: Path | None = None
     """Folder for everything that the run writes."""
-    resume: bool = False
-    """Go on from the last checkpoint of this stage in the output folder."""
-    overwrite: bool = False
-    """Remove what an earlier run of this stage left in the output folder."""
     checkpoint_minutes: float = 10.0
     """Minutes between two checkpoints within an epoch, besides the one at its end; 0: none within an epoch."""
     timeout_minutes: float = 10.0
     """Minutes that a process waits for one that does not answer, before the run stops."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
-    seed: int = 0
-    """Seed of everything random."""
     dist_eval: bool = True
     """Share the evaluation among processes; off: every process evaluates all images."""
     figure_format: Literal["png", "svg"] = "png"
     """Format of the figures."""
+
+
+@dataclass(frozen=True)
+class RunOptions(MachineOptions):
+    """Run."""
+
+    resume: bool = False
+    """Go on from the last checkpoint of this stage in the output folder."""
+    overwrite: bool = False
+    """Remove what an earlier run of this stage left in the output folder."""
+    seed: int = 0
+    """Seed of everything random."""
 
 
 @dataclass(frozen=True)
@@ -229,6 +241,37 @@ class PruneConfig(TrainConfig):
 
     training: TrainingOptions = field(default_factory=lambda: TrainingOptions(epochs=50))
     prune: PruneOptions = field(default_factory=PruneOptions)
+
+
+@dataclass(frozen=True)
+class CompareOptions:
+    """Comparison."""
+
+    methods: tuple[str, ...] = ()
+    """Methods to compare, as in `p3b prune --prune-method`; by default all of them."""
+    prune_ratios: tuple[float, ...] = (0.5,)
+    """Shares of all parameters that go, each in [0, 1): every method is run at each."""
+    seeds: tuple[int, ...] = (0,)
+    """Seeds: everything is run with each, one after the other."""
+    smaller: bool = True
+    """Fine-tune a smaller ViT of the same number of parameters, too, at each ratio."""
+    config: Path | None = None
+    """YAML file of these settings, one `flag: value` a line; flags on the command line win."""
+    table_only: bool = False
+    """Run nothing: make the table of what is done in the output folder."""
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """Methods x prune ratios x seeds on one data set, beside a dense and a smaller model; the same command goes on."""
+
+    compare: CompareOptions = field(default_factory=CompareOptions)
+    data: DataOptions = field(default_factory=DataOptions)
+    model: ModelOptions = field(default_factory=ModelOptions)
+    training: TrainingOptions = field(default_factory=lambda: TrainingOptions(epochs=50))
+    augment: AugmentOptions = field(default_factory=AugmentOptions)
+    prune: PhaseOptions = field(default_factory=PhaseOptions)
+    run: MachineOptions = field(default_factory=MachineOptions)
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,10 @@ class TrainingError(UserError, RuntimeError):
     """A run that cannot go on, for instance because its loss is not finite."""
 
 
+class ComparisonError(UserError, RuntimeError):
+    """Some runs of a comparison failed; the others are done."""
+
+
 class Stopped(Exception):  # noqa: N818 - it is none
     """A signal asked the run to stop: it has finished its step and saved; nothing went wrong and nothing is lost."""
 

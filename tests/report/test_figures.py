@@ -60,7 +60,7 @@ def test_every_shape_of_run_gives_both_figures(tmp_path: Path, num_updates: int,
 
 
 def test_svg_says_what_the_axes_mean_and_is_the_same_file_every_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(figures._STYLE, "svg.fonttype", "none")  # words stay words, to be read here
+    monkeypatch.setitem(figures.STYLE, "svg.fonttype", "none")  # words stay words, to be read here
     _write(tmp_path, [_record(0, 4), _record(1, 4, "sharpen")])
     benefit, keep_ratio = (path.read_bytes() for path in draw_figures(tmp_path, "svg"))
     for words in (b"class token", b"patches", b"Attention", b"MLP", b"epoch", b"block depth", b"nats", b"sharpen"):

@@ -36,21 +36,21 @@ _KIND_TITLES = {"attn": "Attention", "mlp": "MLP"}
 _KIND_COLOURS = {"attn": "#0072B2", "mlp": "#D55E00"}  # Okabe and Ito: told apart by every eye, and in grey
 _KIND_MARKERS = {"attn": "o", "mlp": "s"}
 _PROBE_LABELS = {"benefit_cls": "class token", "benefit_patch": "patches"}
-_INK, _SOFT_INK, _SHADE = "#222222", "#707070", "#f1f1ee"
-_STYLE: Any = {
+_INK, SOFT_INK, _SHADE = "#222222", "#707070", "#f1f1ee"
+STYLE: Any = {
     "font.family": "DejaVu Sans",  # comes with matplotlib: the same letters on every machine
     "font.size": 10,
     "axes.titlesize": 11,
     "axes.titleweight": "bold",
     "axes.labelsize": 10,
-    "axes.edgecolor": _SOFT_INK,
+    "axes.edgecolor": SOFT_INK,
     "axes.labelcolor": _INK,
     "axes.titlecolor": _INK,
     "axes.linewidth": 0.8,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "xtick.color": _SOFT_INK,
-    "ytick.color": _SOFT_INK,
+    "xtick.color": SOFT_INK,
+    "ytick.color": SOFT_INK,
     "xtick.labelcolor": _INK,
     "ytick.labelcolor": _INK,
     "legend.frameon": False,
@@ -105,14 +105,14 @@ def benefit_figure(stage_folder: str | os.PathLike[str], out: Path) -> Path | No
     epochs = [update.epoch for update in updates]
     depth = max(len(_series(updates, kind)) for kind in kinds)
     colours = _depth_colours(depth)
-    with matplotlib.rc_context(_STYLE):
-        figure = _new_figure(width=4.6 * len(kinds) + 1.0, height=2.75 * len(probes) + 0.5)
+    with matplotlib.rc_context(STYLE):
+        figure = new_figure(width=4.6 * len(kinds) + 1.0, height=2.75 * len(probes) + 0.5)
         panels = figure.subplots(len(probes), len(kinds), sharex=True, sharey="row", squeeze=False)
         for row, probe in enumerate(probes):
             for column, kind in enumerate(kinds):
                 panel = panels[row][column]
                 _shade_phases(panel, updates, with_names=row == 0)
-                panel.axhline(0, color=_SOFT_INK, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1.5)
+                panel.axhline(0, color=SOFT_INK, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1.5)
                 for index, blocks in enumerate(_series(updates, kind)):
                     values = [_number_or_nan(block[probe]) for block in blocks]
                     panel.plot(epochs, values, color=colours[index], linewidth=1.4, **_markers(len(epochs)))
@@ -134,7 +134,7 @@ def benefit_figure(stage_folder: str | os.PathLike[str], out: Path) -> Path | No
         bar.outline.set_visible(False)
         bar.ax.tick_params(length=0)
         bar.ax.minorticks_off()
-        return _save(figure, Path(out))
+        return save_figure(figure, Path(out))
 
 
 def keep_ratio_figure(stage_folder: str | os.PathLike[str], out: Path) -> Path | None:
@@ -155,8 +155,8 @@ def keep_ratio_figure(stage_folder: str | os.PathLike[str], out: Path) -> Path |
     if not updates:
         return None
     kinds = _kinds(updates)
-    with matplotlib.rc_context(_STYLE):
-        figure = _new_figure(width=11.0, height=4.6)
+    with matplotlib.rc_context(STYLE):
+        figure = new_figure(width=11.0, height=4.6)
         grid = figure.add_gridspec(len(kinds), 2, width_ratios=(1.0, 1.15))
         _draw_last_update(figure.add_subplot(grid[:, 0]), updates, kinds)
         maps = [figure.add_subplot(grid[row, 1]) for row in range(len(kinds))]
@@ -180,7 +180,7 @@ def keep_ratio_figure(stage_folder: str | os.PathLike[str], out: Path) -> Path |
         bar.set_label("keep ratio, applied")
         bar.outline.set_visible(False)
         bar.ax.tick_params(length=0)
-        return _save(figure, Path(out))
+        return save_figure(figure, Path(out))
 
 
 def _draw_last_update(panel: Axes, updates: list[_Update], kinds: list[str]) -> None:
@@ -225,7 +225,7 @@ def _draw_last_update(panel: Axes, updates: list[_Update], kinds: list[str]) -> 
                 marker="D",
                 markersize=8,
                 markerfacecolor="none",
-                color=_SOFT_INK,
+                color=SOFT_INK,
                 label="goal",
             )
         )
@@ -394,18 +394,18 @@ def _shade_phases(panel: Axes, updates: list[_Update], with_names: bool) -> None
                 ha="center",
                 va="bottom",
                 fontsize=9,
-                color=_SOFT_INK,
+                color=SOFT_INK,
             )
 
 
-def _new_figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
     """An empty figure of that many inches, bound to the Agg canvas and to nothing global."""
     figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     return figure
 
 
-def _save(figure: Figure, out: Path) -> Path:
+def save_figure(figure: Figure, out: Path) -> Path:
     """Write the figure under a temporary name, then move it into place: a reader never meets half a file."""
     fmt = out.suffix.removeprefix(".")
     if fmt not in FORMATS:

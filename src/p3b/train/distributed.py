@@ -40,6 +40,8 @@ class Processes:
 def process_group(device: str, timeout_minutes: float = 10.0) -> Iterator[tuple[Processes, torch.device]]:
     """Join the group that the launcher describes in the environment, and leave it at the end.
 
+    Within another `process_group`, whose group it is, nothing is joined or left.
+
     Args:
         device: "auto", "cpu", "cuda" or "cuda:1".
         timeout_minutes: how long a collective waits for a rank that does not come.
@@ -54,7 +56,7 @@ def process_group(device: str, timeout_minutes: float = 10.0) -> Iterator[tuple[
         local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
     )
     chosen = _choose_device(device, processes)
-    if "RANK" not in os.environ or processes.world_size == 1:
+    if "RANK" not in os.environ or processes.world_size == 1 or dist.is_initialized():
         yield processes, chosen
         return
     on_gpu = chosen.type == "cuda"

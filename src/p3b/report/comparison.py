@@ -1,0 +1,315 @@
+"""The table of a comparison, made from the lines of its compare.jsonl alone: as Markdown, as an HTML page, and as a figure.
+
+A line is a run that has come to an end (`"kind": "run"`) or a measurement of speed (`"kind": "speed"`), see docs/compare.md.
+The last line of a run, and of a batch size, is the one that counts.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import matplotlib
+
+from p3b.errors import RunFolderError
+from p3b.report.figures import SOFT_INK, STYLE, new_figure, save_figure
+
+LINES = "compare.jsonl"
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8A6D00")
+"""Okabe and Ito's, told apart by every eye; its yellow, which is lost on white, made darker."""
+_MARKERS = ("o", "s", "^", "v", "D", "P", "X")
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean over seeds and how far single ones are from it.
+
+    Attributes:
+        mean: over seeds.
+        deviation: standard deviation over seeds (n - 1); with one seed the standard error of a proportion, in points.
+    """
+
+    mean: float
+    deviation: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table: one row of the comparison at one prune ratio, over its seeds.
+
+    Attributes:
+        name: "dense", "smaller" or a method's name.
+        ratio: share of parameters that was to go; None for dense.
+        seeds: that are done.
+        top1, top5: percent.
+        params, macs, train_seconds: means over seeds.
+        speeds: mean images per second by batch size, where measured.
+    """
+
+    name: str
+    ratio: float | None
+    seeds: tuple[int, ...]
+    top1: Spread
+    top5: Spread
+    params: float
+    macs: float
+    train_seconds: float
+    speeds: Mapping[int, float]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What the lines of a comparison say: its rows in the order of the table, runs that failed, and the lines that count."""
+
+    rows: tuple[Row, ...]
+    failed: tuple[Mapping[str, Any], ...]
+    runs: tuple[Mapping[str, Any], ...]
+    speeds: tuple[Mapping[str, Any], ...]
+
+
+def read_lines(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a comparison, none where there is no file.
+
+    Raises:
+        RunFolderError: the file is damaged; the message names the line.
+    """
+    file = folder / LINES
+    try:
+        text = file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return []
+    except (OSError, UnicodeDecodeError) as error:
+        raise RunFolderError(f"{file} cannot be read: {error}") from error
+    lines = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        try:
+            content = json.loads(line)
+            if content["kind"] not in ("run", "speed"):
+                raise ValueError(f"it is of the kind {content['kind']!r}")
+        except (ValueError, TypeError, KeyError) as error:
+            raise RunFolderError(
+                f"Line {number} of {file} is not of a comparison ({error}). Remove it; the run that it stands for is not done "
+                "again if its folder is still there."
+            ) from error
+        lines.append(content)
+    return lines
+
+
+def summarise(lines: Sequence[Mapping[str, Any]]) -> Comparison:
+    """The table's numbers from the lines; the last line of a run wins, and the last of a batch size."""
+    latest = {line["name"]: line for line in lines if line["kind"] == "run"}
+    runs = tuple(line for line in latest.values() if line["status"] == "done")
+    speeds = {line["batch_size"]: line for line in lines if line["kind"] == "speed"}
+    groups: dict[tuple[str, float | None], list[Mapping[str, Any]]] = {}
+    for line in runs:
+        groups.setdefault((line["row"], line["ratio"]), []).append(line)
+    # Dense first, then ratio by ratio in the order in which their rows were run.
+    rows = [_row(name, ratio, group, speeds) for (name, ratio), group in groups.items()]
+    rows.sort(key=lambda row: -1.0 if row.ratio is None else row.ratio)
+    failed = tuple(line for line in latest.values() if line["status"] != "done")
+    return Comparison(tuple(rows), failed, runs, tuple(speeds.values()))
+
+
+def write_report(folder: Path, fmt: str = "png") -> list[Path]:
+    """Write compare.md, compare.html and the figure from the lines in the folder.
+
+    Args:
+        folder: with compare.jsonl.
+        fmt: format of the figure, png or svg.
+
+    Returns:
+        The files written; the figure only where something was measured.
+
+    Raises:
+        RunFolderError: no lines, damaged lines, or the folder cannot be written.
+    """
+    lines = read_lines(folder)
+    if not lines:
+        raise RunFolderError(f"{folder} holds no {LINES} with runs: nothing has been compared there yet.")
+    comparison = summarise(lines)
+    written = []
+    figure = None
+    if comparison.rows:
+        figure = draw_comparison(comparison, folder / f"compare.{fmt}")
+        written.append(figure)
+    pages = {"compare.md": markdown(comparison, figure), "compare.html": page(comparison, figure)}
+    for name, text in pages.items():
+        try:
+            (folder / name).write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise RunFolderError(f"{folder / name} cannot be written: {error}.") from error
+        written.append(folder / name)
+    return written
+
+
+def table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
+    """Head and cells of the table."""
+    sizes = sorted({size for row in comparison.rows for size in row.speeds})
+    head = ["model", "goes", "seeds", "top-1 (%)", "top-5 (%)", "parameters", "of dense", "MACs (M)", "of dense"]
+    head += [f"images/s, batch {size}" for size in sizes] + ["training (min)"]
+    dense = next((row for row in comparison.rows if row.name == "dense"), None)
+    cells = []
+    for row in comparison.rows:
+        cells.append(
+            [
+                row.name,
+                "-" if row.ratio is None else f"{100 * row.ratio:g} %",
+                ", ".join(map(str, row.seeds)),
+                f"{row.top1.mean:.2f} ± {row.top1.deviation:.2f}",
+                f"{row.top5.mean:.2f} ± {row.top5.deviation:.2f}",
+                f"{row.params:,.0f}",
+                _share(row.params, None if dense is None else dense.params),
+                f"{row.macs / 1e6:,.1f}",
+                _share(row.macs, None if dense is None else dense.macs),
+                *(_speed(row.speeds.get(size), None if dense is None else dense.speeds.get(size)) for size in sizes),
+                f"{row.train_seconds / 60:,.1f}",
+            ]
+        )
+    return head, cells
+
+
+def notes(comparison: Comparison) -> list[str]:
+    """What must be said beside the table."""
+    said = []
+    tested = sorted({(line["part"], line["images"]) for line in comparison.runs})
+    if tested:
+        said.append(f"Accuracy on {' and '.join(f'{images:,} {part} images' for part, images in tested)}.")
+    if any(len(row.seeds) > 1 for row in comparison.rows):
+        said.append("± is the standard deviation over the seeds (n - 1).")
+    if any(len(row.seeds) == 1 for row in comparison.rows):
+        said.append(
+            "Where there is one seed only, ± is the standard error of a proportion of so many images; the spread over seeds, "
+            "which may be larger, is not in it."
+        )
+    if any(row.name == "smaller" for row in comparison.rows):
+        said.append(
+            "smaller: a ViT of the same depth and head width with as many parameters, trained for as many epochs from evenly "
+            "spaced channels of the same weights."
+        )
+    for line in comparison.speeds:
+        said.append(
+            f"Images per second at batch {line['batch_size']}: all models in one go, taking turns, on {line['device']}, "
+            f"{line['precision']}, {line['threads']} threads."
+        )
+    if any(len({line[key] for line in comparison.runs}) > 1 for key in ("device", "processes", "precision")):
+        said.append("The runs were not all made on the same hardware: their training times do not compare.")
+    return said
+
+
+def markdown(comparison: Comparison, figure: Path | None) -> str:
+    """compare.md."""
+    head, cells = table(comparison)
+    text = ["# Comparison", "", "Generated by `p3b compare` from `compare.jsonl`; do not edit.", ""]
+    text += [f"| {' | '.join(head)} |", "|---|" + "---:|" * (len(head) - 1), *(f"| {' | '.join(row)} |" for row in cells), ""]
+    text += [f"- {note}" for note in notes(comparison)]
+    if figure is not None:
+        text += ["", f"![Accuracy against parameters and latency]({figure.name})"]
+    if comparison.failed:
+        text += ["", "## Failed", "", *(f"- {line['name']}: {line['message']}" for line in comparison.failed)]
+    text += ["", "## Commands", "", *(f"    {line['command']}" for line in comparison.runs)]
+    return "\n".join(text) + "\n"
+
+
+def page(comparison: Comparison, figure: Path | None) -> str:
+    """compare.html: the same in one file that needs no other."""
+    head, cells = table(comparison)
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("p3b.report", "."), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    return environment.get_template("comparison.html.j2").render(
+        head=head,
+        cells=cells,
+        notes=notes(comparison),
+        picture=None if figure is None else _data_address(figure),
+        failed=comparison.failed,
+        runs=comparison.runs,
+    )
+
+
+def draw_comparison(comparison: Comparison, out: Path) -> Path:
+    """Draw top-1 against parameters, and against latency at batch 1 where that was measured: a line for each row's ratios.
+
+    Args:
+        comparison: with at least one row.
+        out: file to write, .png or .svg.
+    """
+    axes: list[tuple[str, Callable[[Row], float]]] = [("parameters (M)", lambda row: row.params / 1e6)]
+    if all(1 in row.speeds for row in comparison.rows):
+        axes.append(("latency of one image (ms)", lambda row: 1000 / row.speeds[1]))
+    names = list(dict.fromkeys(row.name for row in comparison.rows if row.name != "dense"))
+    with matplotlib.rc_context(STYLE):
+        figure = new_figure(width=5.2 * len(axes) + 0.6, height=4.4)
+        panels = figure.subplots(1, len(axes), sharey=True, squeeze=False)[0]
+        for panel, (label, place) in zip(panels, axes, strict=True):
+            for row in (row for row in comparison.rows if row.name == "dense"):
+                _points(panel, [row], place, label="dense", color="#222222", marker="*", markersize=11)
+                panel.axhline(row.top1.mean, color=SOFT_INK, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
+            for index, name in enumerate(names):
+                rows = [row for row in comparison.rows if row.name == name]
+                colour, marker = _COLOURS[index % len(_COLOURS)], _MARKERS[index % len(_MARKERS)]
+                dash = "--" if name == "smaller" else "-"
+                _points(panel, rows, place, label=name, color=colour, marker=marker, markersize=5, linestyle=dash)
+            panel.set_xlabel(label)
+            panel.grid(axis="y", color="#e4e4e4", linewidth=0.8)
+            panel.set_axisbelow(True)
+        panels[0].set_ylabel("top-1 (%)")
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper center", ncols=min(len(labels), 4))
+        return save_figure(figure, out)
+
+
+def _points(panel: Any, rows: Sequence[Row], place: Callable[[Row], float], **style: Any) -> None:
+    rows = sorted(rows, key=place)
+    places, means = [place(row) for row in rows], [row.top1.mean for row in rows]
+    panel.errorbar(places, means, yerr=[row.top1.deviation for row in rows], capsize=2, linewidth=1.4, **style)
+
+
+def _row(name: str, ratio: float | None, group: Sequence[Mapping[str, Any]], speeds: Mapping[int, Mapping[str, Any]]) -> Row:
+    def mean(key: str) -> float:
+        return statistics.fmean(line[key] for line in group)
+
+    measured = {
+        size: [line["images_per_second"][run["name"]] for run in group if run["name"] in line["images_per_second"]]
+        for size, line in speeds.items()
+    }
+    return Row(
+        name=name,
+        ratio=ratio,
+        seeds=tuple(sorted(line["seed"] for line in group)),
+        top1=_spread(group, "top1"),
+        top5=_spread(group, "top5"),
+        params=mean("params"),
+        macs=mean("macs"),
+        train_seconds=mean("train_seconds"),
+        speeds={size: statistics.fmean(values) for size, values in measured.items() if values},
+    )
+
+
+def _spread(group: Sequence[Mapping[str, Any]], key: str) -> Spread:
+    values = [line[key] for line in group]
+    if len(values) > 1:
+        return Spread(statistics.fmean(values), statistics.stdev(values))
+    share = values[0] / 100
+    return Spread(values[0], 100 * math.sqrt(share * (1 - share) / group[0]["images"]))
+
+
+def _share(value: float, dense: float | None) -> str:
+    return "-" if dense is None else f"{value / dense:.1%}"
+
+
+def _speed(value: float | None, dense: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:,.0f}" + ("" if dense is None else f" (x {value / dense:.2f})")
+
+
+def _data_address(figure: Path) -> str:
+    kind = "image/svg+xml" if figure.suffix == ".svg" else "image/png"
+    return f"data:{kind};base64,{base64.b64encode(figure.read_bytes()).decode()}"
