@@ -147,7 +147,7 @@ def compare(config: CompareConfig) -> list[Path]:
         process_group(config.run.device, config.run.timeout_minutes) as (processes, device),
         explained(processes, lambda: False),
     ):
-        _require_same_settings(config, gather(_read_settings(out) if processes.is_main else None)[0])
+        _require_same_settings(config, processes, gather(_read_settings(out) if processes.is_main else None)[0])
         display = Display(processes.is_main)
         folder.claim_for_all(processes.is_main, display.say, resume=True, overwrite=False)
         try:
@@ -171,7 +171,7 @@ class _Comparison:
     def carry_out(self) -> list[Path]:
         lines: list[dict[str, Any]] = gather(read_lines(self._out) if self._processes.is_main else None)[0]
         if self._processes.is_main:
-            _write_json(self._out / SETTINGS, _comparable(self._config))
+            _write_json(self._out / SETTINGS, _comparable(self._config, self._processes.world_size))
         done = {line["name"] for line in lines if line["kind"] == "run" and line["status"] == "done"}
         failed = []
         try:
@@ -390,18 +390,19 @@ def _require_taken(config: CompareConfig, runs: Sequence[Run]) -> None:
             )
 
 
-def _comparable(config: CompareConfig) -> dict[str, Any]:
+def _comparable(config: CompareConfig, processes: int) -> dict[str, Any]:
     """What must stay as it is from one call to the next, or the rows would not compare. More rows may always come in."""
     plain = to_plain(config)
     free = {"output_dir", "device", "figure_format", "checkpoint_minutes", "timeout_minutes", "num_workers"}
     places = {"data_path", "val_path", "test_path", "model_path", "teacher_path"}
-    return {
+    settings = {
         key: value
         for group, values in plain.items()
         if group != "compare"
         for key, value in values.items()
         if key not in free | places
     }
+    return {**settings, "number of processes": processes}  # it decides how large a batch is
 
 
 def _read_settings(out: Path) -> dict[str, Any] | None:
@@ -415,12 +416,12 @@ def _read_settings(out: Path) -> dict[str, Any] | None:
     return content
 
 
-def _require_same_settings(config: CompareConfig, before: Mapping[str, Any] | None) -> None:
+def _require_same_settings(config: CompareConfig, processes: Processes, before: Mapping[str, Any] | None) -> None:
     if before is None:
         return
-    now = _comparable(config)
+    now = _comparable(config, processes.world_size)
     changed = [
-        f"--{key.replace('_', '-')} was {before.get(key)!r}, now {value!r}"
+        f"{key.replace('_', '-')} was {before.get(key)!r}, now {value!r}"
         for key, value in now.items()
         if before.get(key) != value
     ]
