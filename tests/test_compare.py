@@ -28,7 +28,7 @@ from p3b.methods import METHODS
 from p3b.report.comparison import read_lines, summarise, table, write_report
 from p3b.vit.architecture import describe_dense
 from p3b.vit.smaller import cut_evenly, evenly_spaced, smaller_architecture
-from runs import everything_in, flags, lines, read, run, same_tensors, weights
+from runs import colour_folders, everything_in, flags, lines, read, run, same_tensors, weights
 from tiny import DISTILLED, parameters_of, tiny_vit
 
 QUICK = ("--epochs", "2", "--prune-start-epoch", "0", "--finetune-epochs", "1")
@@ -238,6 +238,9 @@ def test_a_yaml_file_that_cannot_be_used_is_refused(
         (("--seeds", "-1"), "--seed must lie in [0, 2**31), got -1"),
         (("--methods", "uniform", "--prune-alpha", "0.7"), "--prune-alpha 0.7 means nothing to the methods that are compared"),
         (("--epochs", "0"), "--epochs must be above 0"),
+        (("--data-path", "nowhere"), "nowhere"),
+        (("--model", "vit_tinny_patch16_224"), "Did you mean 'vit_tiny_patch16_224'"),
+        (("--model-path", "nowhere.pth"), "nowhere.pth"),
         (("--device", "cuda:99"), "Device 'cuda:99'" if not torch.cuda.is_available() else "cuda"),
     ],
 )
@@ -328,14 +331,22 @@ def test_a_size_that_no_smaller_model_has_is_refused() -> None:
         smaller_architecture(describe_dense(model), 0.01 * parameters_of(model))
 
 
-def test_the_smaller_row_starts_from_the_weights_of_the_dense_one(data: Path, tmp_path: Path) -> None:
-    assert run("train", *flags(data, tmp_path / "before", "--epochs", "1")) == 0
+@pytest.mark.parametrize("classes", [("blue", "green", "red"), ("light", "dark")], ids=["its classes", "others"])
+def test_the_smaller_row_starts_from_the_weights_of_the_dense_one(data: Path, tmp_path: Path, classes: tuple[str, ...]) -> None:
+    """The head too, where it is for as many classes."""
+    source = colour_folders(tmp_path / "source", classes=classes)
+    assert run("train", *flags(source, tmp_path / "before", "--epochs", "1")) == 0
     given = ("--methods", "uniform", "--model-path", str(tmp_path / "before" / "dense"), *QUICK)
     assert run("compare", *flags(data, tmp_path / "out", *given)) == 0
     dense = p3b.load(tmp_path / "before" / "dense")
     start = p3b.load(tmp_path / "out" / "runs" / "smaller-0.5-seed0" / "start")
-    expected = cut_evenly(dense, describe_dense(start))  # type: ignore[arg-type]
-    assert same_tensors(start.state_dict(), expected.state_dict())
+    architecture = describe_dense(start)  # type: ignore[arg-type]
+    architecture["arguments"]["num_classes"] = len(classes)
+    expected, found = cut_evenly(dense, architecture).state_dict(), start.state_dict()  # type: ignore[arg-type]
+    if len(classes) != 3:
+        assert found.pop("head.weight").shape == (3, 16) and found.pop("head.bias").shape == (3,)
+        expected = {key: expected[key] for key in found}
+    assert same_tensors(found, expected)
 
 
 # --- the table --------------------------------------------------------------------------------------------------------

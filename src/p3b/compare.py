@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
+from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
@@ -65,7 +66,7 @@ class Run:
     @property
     def name(self) -> str:
         """Of its folder and its lines."""
-        return "-".join([self.row, *([] if self.ratio is None else [f"{self.ratio:g}"]), f"seed{self.seed}"])
+        return "-".join([self.row, *([] if self.ratio is None else [str(self.ratio)]), f"seed{self.seed}"])
 
     @property
     def stage(self) -> str:
@@ -147,6 +148,9 @@ def compare(config: CompareConfig) -> list[Path]:
         process_group(config.run.device, config.run.timeout_minutes) as (processes, device),
         explained(processes, lambda: False),
     ):
+        lines = gather(read_lines(out) if processes.is_main else None)[0]
+        if {run.name for run in runs} - _done(lines):
+            _require_inputs(config, processes)
         _require_same_settings(config, processes, gather(_read_settings(out) if processes.is_main else None)[0])
         display = Display(processes.is_main)
         folder.claim_for_all(processes.is_main, display.say, resume=True, overwrite=False)
@@ -166,13 +170,14 @@ class _Comparison:
         self._config, self._runs, self._out = config, runs, config.run.output_dir
         self._processes, self._device, self._display = processes, device, display
         # Of its own, so that a rank that has failed alone does not answer what the others ask of one another in training.
-        self._group: Any = dist.new_group(backend="gloo") if in_group() else None
+        timeout = timedelta(minutes=config.run.timeout_minutes)
+        self._group: Any = dist.new_group(backend="gloo", timeout=timeout) if in_group() else None
 
     def carry_out(self) -> list[Path]:
         lines: list[dict[str, Any]] = gather(read_lines(self._out) if self._processes.is_main else None)[0]
         if self._processes.is_main:
             _write_json(self._out / SETTINGS, _comparable(self._config, self._processes.world_size))
-        done = {line["name"] for line in lines if line["kind"] == "run" and line["status"] == "done"}
+        done = _done(lines)
         failed = []
         try:
             for number, run in enumerate(self._runs, start=1):
@@ -215,10 +220,14 @@ class _Comparison:
             summary = prune(config) if isinstance(config, PruneConfig) else train(config)
         except UserError as error:
             failure = error
-        if (message := self._agree(failure)) is not None:
-            return {**line, "status": "failed", "message": message, **_circumstances()}
-        assert config.run.output_dir is not None
-        return {**line, "status": "done", **_results(summary, config.run.output_dir / run.stage), **_circumstances()}
+        message = self._agree(failure)
+        if message is None and self._processes.is_main:
+            assert config.run.output_dir is not None
+            line |= {"status": "done", **_results(summary, config.run.output_dir / run.stage)}
+        elif message is not None:
+            line |= {"status": "failed", "message": message}
+        told: dict[str, Any] = gather({**line, **_circumstances()} if self._processes.is_main else None)[0]
+        return told
 
     def _make_start(self, run: Run, config: TrainConfig) -> None:
         """Write what a smaller model starts from: channels of the model that the dense row of this seed starts from."""
@@ -236,7 +245,7 @@ class _Comparison:
             artifact.save(
                 cut_evenly(dense.model, architecture),
                 start,
-                class_names=dense.class_names,
+                class_names=dense.class_names if len(dense.class_names or ()) == len(splits.class_names) else None,
                 preprocessing=dense.preprocessing.to_dict(),
                 provenance={"stage": "start of a smaller model", "model": self._config.model.model, "seed": run.seed},
             )
@@ -281,10 +290,10 @@ class _Comparison:
             folders = [self._out / "runs" / run["name"] / _product(run["row"]) for run in comparison.runs]
             models = [artifact.load(folder, self._device) for folder in folders]
             shape = models[0].patch_embed.proj.in_channels, *models[0].patch_embed.img_size  # type: ignore[union-attr, misc]
+            # The other ranks wait for the end of it, and do not wait for ever.
+            seconds = min(SECONDS_OF_SPEED * len(models), 60 * self._config.run.timeout_minutes / 4)
             for size in due:
-                speeds = images_per_second(
-                    models, shape, batch_size=size, device=self._device, seconds=SECONDS_OF_SPEED * len(models)
-                )
+                speeds = images_per_second(models, shape, batch_size=size, device=self._device, seconds=seconds)
                 line = {
                     "kind": "speed",
                     "batch_size": size,
@@ -314,6 +323,20 @@ def _report(out: Path, fmt: str, display: Display) -> list[Path]:
     for file in written:
         display.say(f"table:   {file}" if file.suffix in (".md", ".html") else f"figure:  {file}")
     return written
+
+
+def _done(lines: Sequence[Mapping[str, Any]]) -> set[str]:
+    """Names of the runs that are not run again."""
+    return {line["name"] for line in lines if line["kind"] == "run" and line["status"] == "done"}
+
+
+def _require_inputs(config: CompareConfig, processes: Processes) -> None:
+    """Open data and model once, so that a mistake in what all rows share is refused and not met with by each of them."""
+    seed = config.compare.seeds[0]
+    splits = open_splits(config.data, seed, processes)
+    model = open_model(config.model, len(splits.class_names), seed).model
+    read_layout(model)
+    artifact.model_config(model)
 
 
 def _results(summary: Mapping[str, Any], stage: Path) -> dict[str, Any]:
