@@ -146,7 +146,7 @@ def compare(config: CompareConfig) -> list[Path]:
     with (
         _stopped_by_signals(),
         process_group(config.run.device, config.run.timeout_minutes) as (processes, device),
-        explained(processes, lambda: False),
+        explained(processes, out, lambda: False),
     ):
         lines = gather(read_lines(out) if processes.is_main else None)[0]
         if {run.name for run in runs} - _done(lines):
