@@ -34,7 +34,7 @@ import p3b
 from p3b.files import write_atomically
 from p3b.scoring.estimators import ESTIMATORS
 from p3b.scoring.ridge import SOLVE_EVERY
-from records import RESULTS, ROOT, circumstances, read_lines, replace_part, versions
+from records import RESULTS, ROOT, circumstances, machine_of, packages_of, read_lines, replace_part, revision_of, versions
 
 LINES = RESULTS / "performance.jsonl"
 PAGE = ROOT / "docs" / "performance.md"
@@ -409,13 +409,9 @@ def _ms(side: Mapping[str, float]) -> str:
 
 
 def _certificate(made_by: Mapping[str, Any]) -> str:
-    hardware = made_by["hardware"]
-    machine = f"{hardware['cores']} cores {hardware['machine']}, {hardware['accelerator'] or 'no accelerator'}"
-    changed = " with changes that were not committed" if made_by["changed_since"] else ""
-    packages = ", ".join(f"{package} {version}" for package, version in made_by["versions"].items())
     return (
-        f"`{made_by['command']}`: {made_by['date'][:10]}, commit {made_by['commit'][:12]}{changed}, "
-        f"{made_by['result']['rounds']} rounds in {made_by['seconds']:.0f} s on {machine}; {packages}"
+        f"`{made_by['command']}`: {made_by['date'][:10]}, {revision_of(made_by)}, {made_by['result']['rounds']} rounds in "
+        f"{made_by['seconds']:.0f} s on {machine_of(made_by)}; {packages_of(made_by)}"
     )
 
 

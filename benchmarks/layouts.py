@@ -39,7 +39,7 @@ from p3b.vit.compact import apply_cuts, plan_cuts
 from p3b.vit.cost import count_macs, count_parameters, dense_params, prefix_cost
 from p3b.vit.layout import read_layout
 from p3b.vit.layouts import LAYOUTS, apply_layout, plan_layout
-from records import RESULTS, ROOT, circumstances, read_lines, versions
+from records import RESULTS, ROOT, circumstances, packages_of, read_lines, revision_of, versions
 
 LINES = RESULTS / "layouts.jsonl"
 PAGE = ROOT / "docs" / "layouts.md"
@@ -282,12 +282,10 @@ def _best(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def _certificate(line: Mapping[str, Any]) -> str:
     hardware = line["hardware"]
-    packages = ", ".join(f"{package} {version}" for package, version in line["versions"].items())
-    changed = " with changes that were not committed" if line["changed_since"] else ""
     return (
-        f"`{line['command']}`: commit {line['commit'][:12]}{changed}, seed {line['seed']}, {line['threads']} threads on "
+        f"`{line['command']}`: {revision_of(line)}, seed {line['seed']}, {line['threads']} threads on "
         f"{hardware['cores']} cores {hardware['machine']} that may have done other work too, "
-        f"{'wall clock' if line['clock'] == 'wall' else 'seconds of the processor'}; {packages}"
+        f"{'wall clock' if line['clock'] == 'wall' else 'seconds of the processor'}; {packages_of(line)}"
     )
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,22 @@ def versions(*packages: str) -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def revision_of(made_by: Mapping[str, Any]) -> str:
+    """The code that a line was made by, in words: from `circumstances`."""
+    return f"commit {made_by['commit'][:12]}" + (" with changes that were not committed" if made_by["changed_since"] else "")
+
+
+def machine_of(made_by: Mapping[str, Any]) -> str:
+    """The machine that a line was made on, in words: from `circumstances`."""
+    hardware = made_by["hardware"]
+    return f"{hardware['cores']} cores {hardware['machine']}, {hardware['accelerator'] or 'no accelerator'}"
+
+
+def packages_of(made_by: Mapping[str, Any]) -> str:
+    """The versions that a line was made with, in words: from `versions`."""
+    return ", ".join(f"{package} {version}" for package, version in made_by["versions"].items())
 
 
 def add_line(file: Path, line: dict[str, Any]) -> None:

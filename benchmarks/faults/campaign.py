@@ -29,7 +29,17 @@ if __name__ == "__main__":  # a script finds its own folder only, not its packag
     sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests")]
 
 from p3b.files import write_atomically  # noqa: E402
-from records import RESULTS, add_line, circumstances, read_lines, replace_part, versions  # noqa: E402 (the path comes first)
+from records import (  # noqa: E402 (the path comes first)
+    RESULTS,
+    add_line,
+    circumstances,
+    machine_of,
+    packages_of,
+    read_lines,
+    replace_part,
+    revision_of,
+    versions,
+)
 
 LINES = RESULTS / "faults.jsonl"
 PAGE = ROOT / "docs" / "reliability.md"
@@ -187,13 +197,9 @@ def _summed_up(name: str, values: Sequence[Any]) -> str:
 
 
 def _certificate(made_by: Mapping[str, Any]) -> str:
-    hardware = made_by["hardware"]
-    machine = f"{hardware['cores']} cores {hardware['machine']}, {hardware['accelerator'] or 'no accelerator'}"
-    changed = " with changes that were not committed" if made_by["changed_since"] else ""
-    packages = ", ".join(f"{package} {version}" for package, version in made_by["versions"].items())
     return (
-        f"`{made_by['command']}`: {made_by['date'][:10]}, commit {made_by['commit'][:12]}{changed}, seed {made_by['seed']}, "
-        f"{made_by['seconds'] / 60:.1f} minutes on {machine}; {packages}"
+        f"`{made_by['command']}`: {made_by['date'][:10]}, {revision_of(made_by)}, seed {made_by['seed']}, "
+        f"{made_by['seconds'] / 60:.1f} minutes on {machine_of(made_by)}; {packages_of(made_by)}"
     )
 
 

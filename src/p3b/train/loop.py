@@ -98,7 +98,7 @@ class Learner:
         """Raises:
         TrainingError: a weight is not finite. The next loss would tell, but a checkpoint comes before it.
         """
-        if not all(bool(parameter.isfinite().all()) for parameter in self.model.parameters()):
+        if not all_finite([parameter.detach() for parameter in self.model.parameters()]):
             raise not_finite("A weight", self.steps_done - 1)
 
 
