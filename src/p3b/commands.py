@@ -30,6 +30,7 @@ from p3b.train.run_folder import StageFolder
 from p3b.vit.architecture import build_dense
 from p3b.vit.cost import count_macs, count_parameters
 from p3b.vit.layouts import check_layout, compact_of, layout_of
+from p3b.warmup import DEPENDS_ON, WARM_UP, WarmUp, depends_on
 
 LAYOUT_BATCHES = (1, 32)
 """Images at a time that the end of pruning measures layouts with: one that waits, and many."""
@@ -82,20 +83,33 @@ def finetune(config: TrainConfig) -> dict[str, Any]:
     return train(config, "finetune")
 
 
-def prune(config: PruneConfig) -> dict[str, Any]:
-    """Transfer and prune on the way, and fine-tune where asked for; returns the summary."""
+def prune(config: PruneConfig, warm_up: Path | None = None) -> dict[str, Any]:
+    """Transfer and prune on the way, and fine-tune where asked for; returns the summary.
+
+    Args:
+        config: settings.
+        warm_up: folder of a warm-up (`train_warm_up`) of the same settings, to go on from in place of training it again; the
+            result is the same.
+
+    Raises:
+        ConfigError: the warm-up is of other settings.
+    """
     options = method_options_of(config)
     check_layout(config.prune.layout, [AUTO])
     with open_session(config, "prune") as session:
         if finished := _finished(session):
             return finished
         dense_accuracy = _dense_run_accuracy(config.prune.dense_run)
-        model = session.open_model()
-        schedule, prune_epochs = prune_schedule(config, session.steps_per_epoch)
+        model, pruner, prune_epochs = _open_pruner(session, config, options)
+        schedule = pruner.schedule
         finetune_epochs = config.training.epochs - prune_epochs + config.prune.finetune_epochs
-        pruner = Pruner(model, config.prune.prune_ratio, config.prune.prune_method, schedule, **options)
         dense_params = count_parameters(model)
+        shared = None if warm_up is None else WarmUp(warm_up)
+        if shared is not None:
+            shared.require(depends_on(session, model, options, schedule))
         checkpoint = session.begin(model)
+        if checkpoint is None and shared is not None:
+            checkpoint = shared.take_up(session, pruner, options)
         session.display.say(
             f"optimizer steps: pruning starts at {schedule.start}, is sparse at {schedule.sparse}, final at {schedule.final}; "
             f"masks are renewed every {schedule.update_every}"
@@ -120,6 +134,39 @@ def prune(config: PruneConfig) -> dict[str, Any]:
             train_part(session, model, "fine-tune", finetune_epochs, lr, first_epoch=prune_epochs, checkpoint=checkpoint)
         folder = session.save_model(model)
         return _finish_pruning(session, model, folder, dense_accuracy)
+
+
+def train_warm_up(config: PruneConfig) -> dict[str, Any]:
+    """Train the steps before pruning starts, for all runs that differ in the budget alone; returns the summary.
+
+    Args:
+        config: of one of these runs, with an output folder of the warm-up's own; the budget plays no part.
+    """
+    options = method_options_of(config)
+    with open_session(config, WARM_UP) as session:
+        if finished := _finished(session):
+            return finished
+        model, pruner, prune_epochs = _open_pruner(session, config, options)
+        terms = depends_on(session, model, options, pruner.schedule)
+        checkpoint = session.begin(model)
+        train_part(
+            session,
+            model,
+            "prune",
+            prune_epochs,
+            config.training.lr,
+            pruner=pruner,
+            checkpoint=checkpoint,
+            until=pruner.schedule.start,
+        )
+        return session.write_summary({"steps": pruner.schedule.start, DEPENDS_ON: terms})
+
+
+def _open_pruner(session: Session, config: PruneConfig, options: dict[str, Any]) -> tuple[VisionTransformer, Pruner, int]:
+    """The dense model with its pruner, and the epochs that pruning takes."""
+    model = session.open_model()
+    schedule, prune_epochs = prune_schedule(config, session.steps_per_epoch)
+    return model, Pruner(model, config.prune.prune_ratio, config.prune.prune_method, schedule, **options), prune_epochs
 
 
 def prune_schedule(config: PruneConfig, steps_per_epoch: int) -> tuple[Schedule, int]:

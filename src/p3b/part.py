@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -35,6 +36,7 @@ def train_part(
     first_epoch: int = 0,
     pruner: StepPruner | None = None,
     checkpoint: Mapping[str, Any] | None = None,
+    until: int | None = None,
 ) -> None:
     """Train for some epochs; the model ends as the best one where a validation part chooses and nothing is pruned.
 
@@ -47,11 +49,16 @@ def train_part(
         first_epoch: epochs that the stage has behind it.
         pruner: then the learning rate stays constant and no best epoch is chosen, since every epoch has fewer parameters.
         checkpoint: to go on from, within this part.
+        until: ends sooner, after so many optimizer steps of the stage, with a checkpoint of that moment.
 
     Raises:
         Stopped: a signal asked for it, and everything is saved.
     """
-    _Part(session, model, part, epochs, lr, first_epoch, pruner).run(checkpoint)
+    _Part(session, model, part, epochs, lr, first_epoch, pruner, until).run(checkpoint)
+
+
+class _Reached(Exception):  # noqa: N818 - it is none
+    """The last step that was asked for lies within an epoch and is done."""
 
 
 @dataclass
@@ -79,10 +86,12 @@ class _Part:
         lr: float,
         first_epoch: int,
         pruner: StepPruner | None,
+        until: int | None,
     ) -> None:
         self._session, self._model, self._prunes = session, model, pruner is not None
         self._learner = _learner(session, model, part, epochs, lr, pruner)
         self._first_step, self._last_epoch = first_epoch * session.steps_per_epoch, first_epoch + epochs
+        self._until = self._last_epoch * session.steps_per_epoch if until is None else until
         self._place = _Place(part, first_epoch, self._first_step)
         self._best_file = session.folder.path / "best.pth"
         ema = self._learner.ema
@@ -94,13 +103,14 @@ class _Part:
             restore(self._learner, checkpoint, session.processes.rank)
             self._place = _Place(**checkpoint["progress"]["place"])
         self._begin_epoch(self._place.within_epoch)
-        total = (self._last_epoch * session.steps_per_epoch) - self._first_step
+        total = self._until - self._first_step
         with (
+            suppress(_Reached),
             session.display.progress(total, self._learner.steps_done),
             session.display.library_messages(),
             session.interruption.listening(),
         ):
-            while self._place.epoch < self._last_epoch:
+            while self._place.epoch * session.steps_per_epoch < self._until and not self._reached():
                 session.batches.set_epoch(self._place.epoch, start=self._progress.micro_steps)
                 loss = train_epoch(self._learner, session.batches, self._progress, self._log_decision, self._after_step)
                 self._end_epoch(loss)
@@ -127,12 +137,20 @@ class _Part:
             text = f"{self._progress.phase}, loss {self._progress.mean_loss():.3f}, {kept}, {session.last_top1}"
             session.display.advance(learner.steps_done, text)
         wish = session.interruption.agreed()
-        if wish is Wish.GO_ON:
+        if (reached := self._reached()) and wish is not Wish.STOP:
+            wish = max(wish, session.interruption.agreed_now())  # nobody comes to take an answer later
+        if wish is Wish.GO_ON and not reached:
             return
         self._require_finite()
         self._save({"progress": self._progress.state_dict(), "seconds": time.time() - self._began, "skipped": self._skipped()})
         if wish is Wish.STOP:
             self._stop()
+        if reached:
+            raise _Reached
+
+    def _reached(self) -> bool:
+        """Whether the last step that was asked for is done and lies within an epoch; at the end of one there is more to do."""
+        return self._steps_done() == self._until and self._until % self._session.steps_per_epoch != 0
 
     def _end_epoch(self, train_loss: float) -> None:
         """Evaluate, write the epoch's line, keep the best, save."""

@@ -38,7 +38,7 @@ from p3b.train.run_folder import StageFolder, launch_name, restarted_by
 from p3b.vit.cost import count_parameters
 
 PRODUCTS = {"train": "dense", "prune": "pruned", "finetune": "finetuned"}
-"""Where each stage leaves its model, in the output folder."""
+"""Where each stage leaves its model, in the output folder; a stage that is not here leaves none."""
 SPARSE_CHECKPOINT = "first_sparse_checkpoint.pth"
 """The shrunk model before fine-tuning, under its published name, in the output folder."""
 
@@ -53,7 +53,7 @@ class Session:
         assert config.run.output_dir is not None
         self.config, self.stage, self.processes, self.device = config, stage, processes, device
         self.display = Display(processes.is_main)
-        products = (PRODUCTS[stage], SPARSE_CHECKPOINT) if stage == "prune" else (PRODUCTS[stage],)
+        products = (PRODUCTS[stage], SPARSE_CHECKPOINT) if stage == "prune" else (PRODUCTS[stage],) if stage in PRODUCTS else ()
         self.folder = StageFolder(config.run.output_dir, stage, products)
         # A launcher that starts a failed run again means this run, whatever stands in its flags.
         again = self.folder.begun_by(restarted_by())

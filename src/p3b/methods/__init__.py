@@ -24,6 +24,10 @@ METHODS: Mapping[str, Callable[..., Method]] = {
 }
 PUBLISHED_NAMES = {"block_pr": "block_benefit"}
 
+_STATELESS_IN_WARM_UP = ("uniform", "random", "magnitude", "taylor")
+_OF_BLOCK_BENEFIT_LATER = ("alpha", "gamma", "benefit_scale", "blocks_only", "align", "keep_ratios")
+"""Options of block_benefit that come into play when masks are decided: its probes know nothing of them."""
+
 
 def create_method(
     name: str, model: VisionTransformer, layout: ModelLayout, prune_ratio: float, reduce: Reduce, options: Mapping[str, Any]
@@ -52,3 +56,29 @@ def method_options(name: str) -> list[str]:
     if build is None:
         raise ConfigError(unknown_name("prune method", name, [*METHODS, *PUBLISHED_NAMES]))
     return [key for key, p in inspect.signature(build).parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY]
+
+
+def own_in_warm_up(name: str, options: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What a method's own state at the end of the warm-up, before pruning starts, depends on besides model and data.
+
+    Methods and budgets for which this is the same may go on from one warm-up: none of them has looked at the budget by then.
+    A new method shares with nobody until it is named here.
+
+    Args:
+        name: of the method, or its published name.
+        options: that it is built with.
+
+    Returns:
+        Settings by name; empty where it has no state of its own by then; None where it does not share.
+    """
+    name = PUBLISHED_NAMES.get(name, name)
+    if name in _STATELESS_IN_WARM_UP or (name == "block_benefit" and options.get("keep_ratios") is not None):
+        return {}
+    if name == "block_benefit":  # its probes learn from the first step on
+        defaults = inspect.signature(BlockBenefit).parameters
+        return {"method": name} | {
+            key: options.get(key, defaults[key].default)
+            for key in method_options(name)
+            if key not in _OF_BLOCK_BENEFIT_LATER
+        }
+    return None

@@ -42,7 +42,7 @@ class StageFolder:
 
     Args:
         root: the output folder.
-        stage: "train", "prune", "finetune" or "evaluate".
+        stage: "train", "prune", "finetune", "evaluate", "warm-up", ...
         products: what the stage writes outside its own folder, relative to `root`; removed with it on `overwrite`.
     """
 
@@ -191,6 +191,21 @@ class StageFolder:
             if file.exists():
                 kept = file.read_text().splitlines(keepends=True)[:count]
                 write_atomically(file, lambda path, kept=kept: path.write_text("".join(kept)))  # type: ignore[misc]
+        self.lines = dict(lines)
+
+    def take_lines(self, other: StageFolder, lines: Mapping[str, int]) -> None:
+        """Begin metrics.jsonl and blocks.jsonl with the first so many lines of another stage's, in the place of what is there.
+
+        Raises:
+            RunFolderError: they cannot be read.
+        """
+        for name, count in lines.items():
+            if count:
+                try:
+                    kept = (other.path / name).read_text().splitlines(keepends=True)[:count]
+                except OSError as error:
+                    raise RunFolderError(f"{other.path / name} cannot be read: {error}") from error
+                write_atomically(self.path / name, lambda path, kept=kept: path.write_text("".join(kept)))  # type: ignore[misc]
         self.lines = dict(lines)
 
     def _foreign_files(self) -> list[str]:
