@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -75,23 +76,28 @@ def flags(data: Path, out: Path, *more: str, model: Sequence[str] = MODEL) -> li
     return ["--data-path", str(data), "--output-dir", str(out), *model, *MACHINE, *more]
 
 
-def run(command: str, *given: str, figures: bool = False) -> int:
-    """Exit status of `p3b <command>`, or of main.py.
-
-    Everything is real, but what takes longer than a tiny run itself: throughput is measured more briefly, and figures are drawn
-    only where a test looks at them.
+@contextmanager
+def brief(*, figures: bool = False) -> Iterator[None]:
+    """Everything is real, but what takes longer than a tiny run itself: throughput is measured more briefly, and figures are
+    drawn only where a test looks at them.
     """
     import p3b.commands
-    import p3b.compare
+    import p3b.series
     import p3b.session
 
-    brief = partial(p3b.commands.images_per_second, rounds=1, seconds_per_round=0.0)
+    measure = partial(p3b.commands.images_per_second, rounds=1, seconds_per_round=0.0)
     with pytest.MonkeyPatch.context() as patch:
-        for module in (p3b.commands, p3b.compare):
-            patch.setattr(module, "images_per_second", brief)
+        for module in (p3b.commands, p3b.series):
+            patch.setattr(module, "images_per_second", measure)
         patch.setattr(p3b.commands, "choose_layout", partial(p3b.commands.choose_layout, seconds=0.0))
         if not figures:
             patch.setattr(p3b.session, "draw_figures", lambda *_: [])
+        yield
+
+
+def run(command: str, *given: str, figures: bool = False) -> int:
+    """Exit status of `p3b <command>`, or of main.py; see `brief`."""
+    with brief(figures=figures):
         try:
             return published_main(given) if command == "main.py" else main([command, *given])
         except SystemExit as stop:  # how the parser of the flags ends

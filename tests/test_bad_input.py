@@ -52,7 +52,9 @@ def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Refusals:
 
 def test_unknown_command(refused: Refusals) -> None:
     refused("prun", telling=("Unknown command 'prun'", "'prune'"))
-    refused("frobnicate", telling=("Unknown command 'frobnicate'. Known: compare, demo, evaluate, finetune, prune, train",))
+    refused(
+        "frobnicate", telling=("Unknown command 'frobnicate'. Known: compare, demo, evaluate, finetune, prune, sweep, train",)
+    )
 
 
 def test_unknown_flag(data: Path, refused: Refusals) -> None:

@@ -66,7 +66,7 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
     assert run(command, "--help") == 0
     said = capsys.readouterr().out
     assert f"p3b {command}" in said and "--output-dir" in said
-    assert ("--prune-ratio" in said) == (command in ("prune", "compare", "demo"))
+    assert ("--prune-ratio" in said) == (command in ("prune", "compare", "sweep", "demo"))
 
 
 def test_help_says_the_published_defaults(capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,6 +19,7 @@ import torch
 
 import p3b
 import p3b.compare
+import p3b.series
 import p3b.session
 from p3b.cli import STOPPED, USER_ERROR
 from p3b.compare import plan
@@ -194,7 +195,7 @@ def test_a_yaml_file_says_what_flags_say_and_flags_win(tmp_path: Path, monkeypat
     by_flags = parsed(monkeypatch, *said)
     by_file = parsed(monkeypatch, "--config", str(file))
     assert by_file.compare.config == file
-    assert p3b.compare._comparable(by_file, 1) == p3b.compare._comparable(by_flags, 1)
+    assert p3b.series.comparable(by_file, 1) == p3b.series.comparable(by_flags, 1)
     assert plan(by_file) == plan(by_flags) and by_file.run == by_flags.run
     assert by_file.augment.aa is None and by_file.training.lr == 1e-3 and by_file.compare.seeds == (7,)
     over = parsed(monkeypatch, "--seeds", "1", "2", f"--config={file}", "--epochs", "9", "--repeated-aug")

@@ -39,7 +39,8 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 """Rooms and what each may import, beside `errors`, which is common ground. A name covers everything inside it."""
 
-COMMANDS = {"cli", "commands", "compare", "config", "inputs", "part", "session", "settings", "demo.run", "__main__", "demo"}
+COMMANDS = {"cli", "commands", "compare", "config", "demo", "demo.run", "inputs", "__main__", "part"}
+COMMANDS |= {"series", "session", "settings", "sweep", "warmup"}
 """The command line and what carries it out: it may import everything, and nothing below imports it."""
 
 NOT_TORCH = {"errors", "files", "report", "config", "settings", "cli", "__init__", "__main__"}

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import tyro
 
 from p3b.commands import prune, train_warm_up
 from p3b.config import PruneConfig
 from p3b.errors import ConfigError, RunFolderError
-from p3b.methods import METHODS, own_in_warm_up
+from p3b.inputs import open_model
+from p3b.methods import own_in_warm_up
 from p3b.warmup import warm_up_name
-from runs import flags, last_checkpoint, lines, read, same_tensors, weights
+from runs import brief, colour_folders, everything_in, flags, last_checkpoint, lines, read, same_tensors, weights
 
 RANDOM = ("--epochs", "3", "--finetune-epochs", "1", "--drop-path", "0.3", "--lr", "0.05")
 """Augmentation, mixup, stochastic depth: whatever draws."""
@@ -27,6 +28,11 @@ def config_of(data: Path, out: Path, *more: str) -> PruneConfig:
     given = flags(data, out, *RANDOM, *more)
     config: PruneConfig = tyro.cli(PruneConfig, args=given, config=(tyro.conf.OmitArgPrefixes,))
     return config
+
+
+def tiny_weights(config: PruneConfig) -> dict[str, torch.Tensor]:
+    """Of the model that a run with another seed starts from."""
+    return open_model(config.model, num_classes=3, seed=1).model.state_dict()
 
 
 def same_runs(left: Path, right: Path) -> bool:
@@ -46,19 +52,100 @@ def same_runs(left: Path, right: Path) -> bool:
     )
 
 
-@pytest.mark.parametrize("start", [WITHIN_AN_EPOCH, AT_ITS_END])
 @pytest.mark.parametrize(
-    "of_method",
-    [("block_benefit",), ("block_benefit", "--prune-benefit", "subsampled"), ("taylor",), ("random", "--model-ema")],
-    ids=" ".join,
+    ("start", "of_method"),
+    [
+        (WITHIN_AN_EPOCH, ("block_benefit", "--prune-benefit", "linear", "--model-ema")),
+        (AT_ITS_END, ("block_benefit",)),
+        (WITHIN_AN_EPOCH, ("random",)),
+        (AT_ITS_END, ("taylor",)),
+    ],
+    ids=str,
 )
 def test_going_on_from_a_warm_up_is_as_training_it(data: Path, tmp_path: Path, start: str, of_method: tuple[str, ...]) -> None:
-    method, *more = of_method
-    given = ("--prune-start-epoch", start, "--prune-method", method, *more)
-    train_warm_up(config_of(data, tmp_path / "warm", *given, "--prune-ratio", "0"))
-    for ratio in ("0.3", "0.6"):
-        alone, shared = (config_of(data, tmp_path / f"{kind}{ratio}", *given, "--prune-ratio", ratio) for kind in "ab")
-        prune(alone)
-        prune(shared, tmp_path / "warm")
-        assert same_runs(tmp_path / f"a{ratio}", tmp_path / f"b{ratio}")
-        assert "is taken from" in (tmp_path / f"b{ratio}" / "prune" / "log.txt").read_text()
+    given = ("--prune-start-epoch", start, "--prune-method", *of_method)
+    with brief():
+        train_warm_up(config_of(data, tmp_path / "warm", *given, "--prune-ratio", "0"))
+        prune(config_of(data, tmp_path / "alone", *given, "--prune-ratio", "0.6"))
+        prune(config_of(data, tmp_path / "shared", *given, "--prune-ratio", "0.6"), tmp_path / "warm")
+    assert same_runs(tmp_path / "alone", tmp_path / "shared")
+    assert "is taken from" in (tmp_path / "shared" / "prune" / "log.txt").read_text()
+
+
+@pytest.fixture(scope="module")
+def plain_warm_up(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Trained by `uniform`, four steps long; never changed by a test."""
+    folder = tmp_path_factory.mktemp("warm")
+    with brief():
+        train_warm_up(config_of(data, folder, *SHORT, "--prune-method", "uniform"))
+    return folder
+
+
+SHORT = ("--prune-start-epoch", WITHIN_AN_EPOCH)
+
+
+def test_methods_without_a_state_of_their_own_share_it(data: Path, plain_warm_up: Path, tmp_path: Path) -> None:
+    given = (*SHORT, "--prune-method", "magnitude")
+    with brief():
+        prune(config_of(data, tmp_path / "alone", *given))
+        prune(config_of(data, tmp_path / "shared", *given), plain_warm_up)
+    assert same_runs(tmp_path / "alone", tmp_path / "shared")
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        (("--lr", "0.04"), "--lr was 0.05, now 0.04"),
+        (("--seed", "1"), "--seed was 0, now 1"),
+        (("--no-augment",), "--augment was True, now False"),
+        (("--prune-start-epoch", "3steps"), "(--prune-start-epoch) was 4, now 3"),
+        (("--max-train-images", "9"), "--max-train-images was None, now 9"),
+        (("--prune-method", "block_benefit"), "--prune-method was None, now 'block_benefit'"),
+    ],
+)
+def test_a_warm_up_of_other_settings_is_refused(
+    data: Path, plain_warm_up: Path, tmp_path: Path, changed: tuple[str, ...], named: str
+) -> None:
+    before = everything_in(plain_warm_up)
+    with pytest.raises(ConfigError) as refusal:
+        prune(config_of(data, tmp_path / "out", *SHORT, "--prune-method", "uniform", *changed), plain_warm_up)
+    assert named in str(refusal.value) and "train it again" in str(refusal.value)
+    assert not (tmp_path / "out").exists() and everything_in(plain_warm_up) == before
+
+
+def test_a_warm_up_of_other_images_or_weights_is_refused(data: Path, plain_warm_up: Path, tmp_path: Path) -> None:
+    more = colour_folders(tmp_path / "more", {"train": 5, "val": 3, "test": 3})
+    with pytest.raises(ConfigError, match=r"images was \[12, 9\], now \[15, 9\]"):
+        prune(config_of(more, tmp_path / "out", *SHORT, "--prune-method", "uniform"), plain_warm_up)
+    config = config_of(data, tmp_path / "out", *SHORT, "--prune-method", "uniform")
+    torch.save(tiny_weights(config), tmp_path / "weights.pth")
+    with pytest.raises(ConfigError, match="the weights that training starts from was"):
+        prune(replace(config, model=replace(config.model, model_path=tmp_path / "weights.pth")), plain_warm_up)
+
+
+def test_a_warm_up_that_is_not_there_is_refused(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(RunFolderError, match="holds no finished warm-up"):
+        prune(config_of(data, tmp_path / "out", *SHORT), tmp_path / "nowhere")
+
+
+def test_a_warm_up_that_was_killed_before_its_summary_is_not_trained_further(
+    data: Path, plain_warm_up: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(plain_warm_up / "warm-up", tmp_path / "warm-up")
+    (tmp_path / "warm-up" / "summary.json").unlink()
+    config = config_of(data, tmp_path, *SHORT, "--prune-method", "uniform")
+    train_warm_up(replace(config, run=replace(config.run, resume=True)))
+    assert read(tmp_path / "warm-up" / "summary.json")["steps"] == 4
+    assert last_checkpoint(tmp_path / "warm-up")["steps_done"] == 4
+
+
+def test_who_shares_is_named_and_nobody_else_does() -> None:
+    assert own_in_warm_up("taylor", {"blocks_only": True}) == {}
+    assert own_in_warm_up("block_benefit", {"keep_ratios": [0.5]}) == {}
+    probed = own_in_warm_up("block_pr", {"alpha": 0.3, "estimator": "linear"})
+    assert probed == own_in_warm_up("block_benefit", {"estimator": "linear", "gamma": 0.9})
+    assert probed != own_in_warm_up("block_benefit", {}) and probed != own_in_warm_up("block_benefit", {"probe_lr": 1e-3})
+    assert own_in_warm_up("a method to come", {}) is None
+    config = PruneConfig()
+    assert warm_up_name(config, {}) == "block_benefit-seed0"
+    assert warm_up_name(replace(config, prune=replace(config.prune, prune_start_epoch="0%")), {}) is None

@@ -10,7 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from p3b.config import CompareConfig, DemoConfig, EvaluateConfig, FinetuneConfig, PruneConfig, TrainConfig
+from p3b.config import CompareConfig, DemoConfig, EvaluateConfig, FinetuneConfig, PruneConfig, SweepConfig, TrainConfig
 from p3b.errors import Stopped, UserError, unknown_name
 
 USER_ERROR, STOPPED, INTERRUPTED = 2, 75, 130
@@ -34,6 +34,9 @@ COMMANDS: dict[str, Command] = {
     "finetune": Command(FinetuneConfig, "train a small model further", "p3b.commands:finetune"),
     "compare": Command(
         CompareConfig, "methods x prune ratios x seeds, in one table", "p3b.compare:compare", "the same command goes on"
+    ),
+    "sweep": Command(
+        SweepConfig, "several budgets, or the largest that loses little", "p3b.sweep:sweep", "the same command goes on"
     ),
     "evaluate": Command(EvaluateConfig, "accuracy, size and speed of a saved model", "p3b.commands:evaluate_saved"),
 }

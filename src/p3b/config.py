@@ -275,6 +275,41 @@ class CompareConfig:
 
 
 @dataclass(frozen=True)
+class SweepOptions:
+    """Budgets: give either --prune-ratios or --max-loss."""
+
+    prune_ratios: tuple[float, ...] = ()
+    """Shares of all parameters that go, each in [0, 1): one small model is made for each."""
+    max_loss: float | None = None
+    """Search the largest share that may go at a loss of at most so many points of validation top-1 against the dense model."""
+    lowest: float = 0.1
+    """Of the search: the smallest share that is tried."""
+    highest: float = 0.9
+    """Of the search: the largest share that is tried."""
+    ratio_step: float = 0.02
+    """Of the search: distance of the shares that may be tried, and so how closely the answer is known."""
+    dense_run: Path | None = None
+    """Output folder of a finished `p3b train` to compare with; by default a dense model is trained for as many epochs."""
+    prune_method: str = "block_benefit"
+    """Method, as in `p3b prune --prune-method`."""
+    seed: int = 0
+    """Seed of everything random."""
+
+
+@dataclass(frozen=True)
+class SweepConfig:
+    """Several budgets from one warm-up, or the largest that loses at most so many points; the same command goes on."""
+
+    sweep: SweepOptions = field(default_factory=SweepOptions)
+    data: DataOptions = field(default_factory=DataOptions)
+    model: ModelOptions = field(default_factory=ModelOptions)
+    training: TrainingOptions = field(default_factory=lambda: TrainingOptions(epochs=50))
+    augment: AugmentOptions = field(default_factory=AugmentOptions)
+    prune: PhaseOptions = field(default_factory=PhaseOptions)
+    run: MachineOptions = field(default_factory=MachineOptions)
+
+
+@dataclass(frozen=True)
 class EvaluateConfig:
     """Accuracy, size and speed of a saved model on a data set."""
 

@@ -106,7 +106,9 @@ class WarmUp:
     def __init__(self, folder: Path) -> None:
         self._stage = StageFolder(folder, WARM_UP)
         if not self._stage.finished:
-            raise RunFolderError(f"{folder} holds no finished warm-up to go on from; the command that writes it trains it first.")
+            raise RunFolderError(
+                f"{folder} holds no finished warm-up to go on from; the command that writes it trains it first."
+            )
 
     def require(self, terms: Mapping[str, Any]) -> None:
         """Refuse to go on from a state that the run would not have come to by itself.
@@ -125,8 +127,8 @@ class WarmUp:
         ]
         if changed:
             raise ConfigError(
-                f"The warm-up in {self._stage.path} was trained with other settings: {'; '.join(changed)}. Give those, or remove "
-                f"{self._stage.root} to train it again."
+                f"The warm-up in {self._stage.path} was trained with other settings: {'; '.join(changed)}. Give those, or "
+                f"remove {self._stage.root} to train it again."
             )
 
     def take_up(self, session: Session, pruner: Pruner, options: Mapping[str, Any]) -> dict[str, Any] | None:

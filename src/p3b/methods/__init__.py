@@ -77,8 +77,6 @@ def own_in_warm_up(name: str, options: Mapping[str, Any]) -> dict[str, Any] | No
     if name == "block_benefit":  # its probes learn from the first step on
         defaults = inspect.signature(BlockBenefit).parameters
         return {"method": name} | {
-            key: options.get(key, defaults[key].default)
-            for key in method_options(name)
-            if key not in _OF_BLOCK_BENEFIT_LATER
+            key: options.get(key, defaults[key].default) for key in method_options(name) if key not in _OF_BLOCK_BENEFIT_LATER
         }
     return None

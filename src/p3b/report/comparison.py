@@ -1,7 +1,7 @@
-"""The table of a comparison, made from the lines of its compare.jsonl alone: as Markdown, as an HTML page, and as a figure.
+"""The table of a comparison or a sweep, made from its lines alone: as Markdown, as an HTML page, and as a figure.
 
-A line is a run that has come to an end (`"kind": "run"`) or a measurement of speed (`"kind": "speed"`), see docs/compare.md.
-The last line of a run, and of a batch size, is the one that counts.
+A line is a run that has come to an end (`"kind": "run"`), a measurement of speed (`"kind": "speed"`) or what a search came to
+(`"kind": "answer"`), see docs/compare.md and docs/sweep.md. The last line of a run, and of a batch size, counts.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ import matplotlib
 from p3b.errors import RunFolderError
 from p3b.report.figures import SOFT_INK, STYLE, new_figure, save_figure
 
-LINES = "compare.jsonl"
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8A6D00")
 """Okabe and Ito's, told apart by every eye; its yellow, which is lost on white, made darker."""
+_TITLES = {"compare": "Comparison", "sweep": "Sweep over budgets"}
 _MARKERS = ("o", "s", "^", "v", "D", "P", "X")
 
 
@@ -74,13 +74,13 @@ class Comparison:
     speeds: tuple[Mapping[str, Any], ...]
 
 
-def read_lines(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a comparison, none where there is no file.
+def read_lines(folder: Path, name: str = "compare") -> list[dict[str, Any]]:
+    """The lines of a comparison, or of a sweep, in `<folder>/<name>.jsonl`; none where there is no file.
 
     Raises:
         RunFolderError: the file is damaged; the message names the line.
     """
-    file = folder / LINES
+    file = folder / f"{name}.jsonl"
     try:
         text = file.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -91,7 +91,7 @@ def read_lines(folder: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(text.splitlines(), start=1):
         try:
             content = json.loads(line)
-            if content["kind"] not in ("run", "speed"):
+            if content["kind"] not in ("run", "speed", "answer"):
                 raise ValueError(f"it is of the kind {content['kind']!r}")
         except (ValueError, TypeError, KeyError) as error:
             raise RunFolderError(
@@ -117,12 +117,21 @@ def summarise(lines: Sequence[Mapping[str, Any]]) -> Comparison:
     return Comparison(tuple(rows), failed, runs, tuple(speeds.values()))
 
 
-def write_report(folder: Path, fmt: str = "png") -> list[Path]:
-    """Write compare.md, compare.html and the figure from the lines in the folder.
+def write_report(
+    folder: Path,
+    fmt: str = "png",
+    name: str = "compare",
+    lines: Sequence[Mapping[str, Any]] | None = None,
+    answer: Sequence[str] = (),
+) -> list[Path]:
+    """Write <name>.md, <name>.html and the figure.
 
     Args:
-        folder: with compare.jsonl.
+        folder: with the lines.
         fmt: format of the figure, png or svg.
+        name: of the command that wrote the lines.
+        lines: to show; by default those in the folder.
+        answer: sentences that stand before the table.
 
     Returns:
         The files written; the figure only where something was measured.
@@ -130,22 +139,22 @@ def write_report(folder: Path, fmt: str = "png") -> list[Path]:
     Raises:
         RunFolderError: no lines, damaged lines, or the folder cannot be written.
     """
-    lines = read_lines(folder)
+    lines = read_lines(folder, name) if lines is None else lines
     if not lines:
-        raise RunFolderError(f"{folder} holds no {LINES} with runs: nothing has been compared there yet.")
+        raise RunFolderError(f"{folder} holds no {name}.jsonl with runs: nothing has been compared there yet.")
     comparison = summarise(lines)
     written = []
     figure = None
     if comparison.rows:
-        figure = draw_comparison(comparison, folder / f"compare.{fmt}")
+        figure = draw_comparison(comparison, folder / f"{name}.{fmt}")
         written.append(figure)
-    pages = {"compare.md": markdown(comparison, figure), "compare.html": page(comparison, figure)}
-    for name, text in pages.items():
+    pages = {f"{name}.md": markdown(comparison, figure, name, answer), f"{name}.html": page(comparison, figure, name, answer)}
+    for file, text in pages.items():
         try:
-            (folder / name).write_text(text, encoding="utf-8")
+            (folder / file).write_text(text, encoding="utf-8")
         except OSError as error:
-            raise RunFolderError(f"{folder / name} cannot be written: {error}.") from error
-        written.append(folder / name)
+            raise RunFolderError(f"{folder / file} cannot be written: {error}.") from error
+        written.append(folder / file)
     return written
 
 
@@ -203,10 +212,11 @@ def notes(comparison: Comparison) -> list[str]:
     return said
 
 
-def markdown(comparison: Comparison, figure: Path | None) -> str:
-    """compare.md."""
+def markdown(comparison: Comparison, figure: Path | None, name: str = "compare", answer: Sequence[str] = ()) -> str:
+    """<name>.md."""
     head, cells = table(comparison)
-    text = ["# Comparison", "", "Generated by `p3b compare` from `compare.jsonl`; do not edit.", ""]
+    text = [f"# {_TITLES[name]}", "", f"Generated by `p3b {name}` from `{name}.jsonl`; do not edit.", ""]
+    text += [line for sentence in answer for line in (sentence, "")]
     text += [f"| {' | '.join(head)} |", "|---|" + "---:|" * (len(head) - 1), *(f"| {' | '.join(row)} |" for row in cells), ""]
     text += [f"- {note}" for note in notes(comparison)]
     if figure is not None:
@@ -217,13 +227,15 @@ def markdown(comparison: Comparison, figure: Path | None) -> str:
     return "\n".join(text) + "\n"
 
 
-def page(comparison: Comparison, figure: Path | None) -> str:
-    """compare.html: the same in one file that needs no other."""
+def page(comparison: Comparison, figure: Path | None, name: str = "compare", answer: Sequence[str] = ()) -> str:
+    """<name>.html: the same in one file that needs no other."""
     head, cells = table(comparison)
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("p3b.report", "."), autoescape=True, undefined=jinja2.StrictUndefined
     )
     return environment.get_template("comparison.html.j2").render(
+        title=_TITLES[name],
+        answer=answer,
         head=head,
         cells=cells,
         notes=notes(comparison),
