@@ -86,6 +86,20 @@ def test_the_recorded_command_gives_the_run_again(compared: Path, tmp_path: Path
         assert same_tensors(weights(again), weights(saved(compared, line["name"]))), line["name"]
 
 
+def test_methods_that_can_share_a_warm_up_and_come_out_as_alone(data: Path, tmp_path: Path) -> None:
+    """block_benefit trains probes in it, at one ratio here; the others have nothing of their own by then."""
+    given = ("--methods", "block_benefit", "uniform", "random", "--no-smaller", "--epochs", "2", "--prune-start-epoch", "1")
+    assert run("compare", *flags(data, tmp_path, *given)) == 0
+    assert [folder.name for folder in (tmp_path / "warm-ups").iterdir()] == ["plain-seed0"]
+    for name in ("uniform-0.5-seed0", "random-0.5-seed0"):
+        assert "is taken from" in (tmp_path / "runs" / name / "prune" / "log.txt").read_text()
+    assert "is taken from" not in (tmp_path / "runs" / "block_benefit-0.5-seed0" / "prune" / "log.txt").read_text()
+    command = shlex.split(runs_of(tmp_path)[-1]["command"])[2:]
+    command[command.index("--output-dir") + 1] = str(tmp_path / "alone")
+    assert run("prune", *command) == 0
+    assert same_tensors(weights(tmp_path / "alone" / "pruned"), weights(saved(tmp_path, "random-0.5-seed0")))
+
+
 def test_nothing_is_run_twice_and_more_may_be_added(data: Path, tmp_path: Path) -> None:
     given = ("--methods", "uniform", "--no-smaller", *QUICK)
     assert run("compare", *flags(data, tmp_path, *given)) == 0

@@ -15,7 +15,7 @@ from typing import Any
 from p3b.compare import plan, require_taken
 from p3b.config import CompareConfig, CompareOptions, SweepConfig, SweepOptions, check
 from p3b.data import DataSplits
-from p3b.errors import ComparisonError, ConfigError, RunFolderError
+from p3b.errors import BudgetError, ComparisonError, ConfigError, RunFolderError
 from p3b.methods import PUBLISHED_NAMES
 from p3b.methods.base import overall_keep_ratio
 from p3b.report.comparison import write_report
@@ -152,12 +152,15 @@ def sweep(config: SweepConfig) -> list[Path]:
 
     def require(processes: Processes, lines: list[dict[str, Any]]) -> None:
         splits, layout = open_inputs(series_config, processes)
-        overall_keep_ratio(layout, max(run.ratio or 0.0 for run in runs), config.prune.prune_blocks_only)
         if searched and splits.val is None:
             raise ConfigError(
                 "--max-loss is judged on validation images, and there are none: give --val-path or a --val-share above 0. (The "
                 "test images must not choose the budget.)"
             )
+        try:
+            overall_keep_ratio(layout, max(run.ratio or 0.0 for run in runs), config.prune.prune_blocks_only)
+        except BudgetError as error:
+            raise BudgetError(f"{'--highest' if searched else '--prune-ratios'}: {error}") from error
         if given is not None and asked.dense_run is not None:
             _require_comparable(given, splits, asked.dense_run)
 
