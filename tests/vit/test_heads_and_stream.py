@@ -29,6 +29,7 @@ from p3b.scoring.scores import RandomScores
 from p3b.vit.architecture import describe_dense
 from p3b.vit.compact import ConstantBranch, NoBranch, ReadChannels, WriteChannels, apply_cuts, branch_shapes, plan_cuts
 from p3b.vit.cost import (
+    block_params,
     count_macs,
     count_parameters,
     dense_params,
@@ -304,6 +305,12 @@ def test_the_gradient_of_a_gate_at_one_equals_finite_differences(family: str) ->
         return nn.functional.cross_entropy(model(batch), labels())
 
     loss().backward()
+    once = {gate: mask.grad.clone() for gate, mask in masks.items() if mask.grad is not None}
+    loss().backward()  # without a new `set`
+    for gate, mask in masks.items():
+        assert mask.grad is not None
+        torch.testing.assert_close(mask.grad, 2 * once[gate])
+    assert not any(mask.requires_grad for mask in gates.masks.values())
     step = 2.0**-9  # masks are float32: this one they hold exactly
     for gate, element in (("stream", 0), ("stream", 17), ("blocks.0.attn.heads", 1), ("blocks.1.attn.heads", 2)):
         around = []
@@ -314,8 +321,7 @@ def test_the_gradient_of_a_gate_at_one_equals_finite_differences(family: str) ->
             with torch.no_grad():
                 around.append(loss())
         difference = (around[0] - around[1]).item() / (2 * step)
-        assert masks[gate].grad is not None
-        assert masks[gate].grad[element].item() == pytest.approx(difference, rel=1e-3, abs=2e-6)
+        assert once[gate][element].item() == pytest.approx(difference, rel=1e-3, abs=2e-6)
         assert difference != 0
 
 
@@ -425,6 +431,10 @@ def test_costs_follow_the_stream() -> None:
     assert counts[24] == layout.other_params
     assert other_macs(layout, 12) * 2 == other_macs(layout, 24) == 24 * 3 * 8 * 8 * 16 + 24 * 5
     attention = layout.blocks[0]
+    whole = {"heads": torch.tensor(3), "stream": torch.arange(25)}
+    assert block_params(attention, whole).tolist() == [
+        int(block_params(attention, {"heads": torch.tensor(3), "stream": torch.tensor(channels)})) for channels in range(25)
+    ]
     assert prefix_cost(attention)(torch.tensor([[3]])).tolist() == [dense_params(attention)]
     with pytest.raises(ModelError, match='the dimension "stream"'):
         other_macs(read_layout(model), 12)
