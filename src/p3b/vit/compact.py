@@ -244,14 +244,14 @@ def _shape_from_plain(entry: object, name: str, width: int) -> BranchShape:
 def _form(block: BlockLayout, kept: Mapping[str, tuple[int, ...]], params: int) -> str:
     if params == 0:
         return GONE
-    if not kept["in"] or not kept[block.inner]:
+    if not kept["in"] or not kept[str(block.inner[-1])]:
         return CONSTANT
     return WHOLE if all(len(kept[dim]) == size for dim, size in block.dims.items()) else SMALL
 
 
 def _shape(cut: BlockCut) -> BranchShape:
     if cut.form == SMALL:
-        return BranchShape(cut.block.name, SMALL, cut.kept["in"], len(cut.kept[cut.block.inner]), cut.kept["out"])
+        return BranchShape(cut.block.name, SMALL, cut.kept["in"], len(cut.kept[str(cut.block.inner[-1])]), cut.kept["out"])
     return BranchShape(cut.block.name, cut.form, outputs=cut.kept["out"] if cut.form == CONSTANT else ())
 
 
@@ -278,7 +278,7 @@ def _select(parameter: Tensor, weight: Weight, cut: BlockCut) -> Tensor:
     """The kept rows and columns of one parameter, as a new tensor."""
     value = parameter.detach()
     for axis, factors in enumerate(weight.axes):
-        value = split_axis(value, axis, factors, cut.block.dims)
+        value = split_axis(value, axis, factors, cut.block.sizes)
         for position, factor in enumerate(factors):
             if isinstance(factor, str):
                 index = torch.tensor(cut.kept[factor], device=value.device, dtype=torch.int64)
@@ -292,7 +292,7 @@ def _constant(timm_block: Block, cut: BlockCut) -> Tensor:
     if cut.block.kind == "attn":
         inner_bias, last, scale = timm_block.attn.qkv.bias, timm_block.attn.proj, timm_block.ls1
         # Every token offers the same value, so attention returns it, whatever its weights.
-        inner = None if inner_bias is None else split_axis(inner_bias, 0, (3, cut.block.heads, "head"), cut.block.dims)[2]
+        inner = None if inner_bias is None else split_axis(inner_bias, 0, (3, cut.block.heads, "head"), cut.block.sizes)[2]
     else:
         fc1, last, scale = timm_block.mlp.fc1, timm_block.mlp.fc2, timm_block.ls2
         inner = timm_block.mlp.act(fc1.weight.new_zeros(fc1.out_features) if fc1.bias is None else fc1.bias.detach())[None]
@@ -300,7 +300,7 @@ def _constant(timm_block: Block, cut: BlockCut) -> Tensor:
     value = last.weight.new_zeros(last.out_features) if last.bias is None else last.bias.detach().clone()
     if inner is not None:
         visible = torch.zeros_like(inner)
-        visible[:, list(cut.kept[cut.block.inner])] = inner[:, list(cut.kept[cut.block.inner])]
+        visible[:, list(cut.kept[str(cut.block.inner[-1])])] = inner[:, list(cut.kept[str(cut.block.inner[-1])])]
         value = value + last.weight.detach() @ visible.flatten()
     return (value * scale.gamma if isinstance(scale, LayerScale) else value)[outputs]
 

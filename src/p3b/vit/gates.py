@@ -4,6 +4,14 @@ A gate on the channels of a linear layer is the same as scaling rows or columns 
 multiply than activations. While gates are attached, each gated layer computes with the product in the place of its weight; the
 parameters themselves, the classes and the state-dict keys stay as they are. Gates are not trained, and their gradient needs no
 graph of its own: see `p3b.scoring.criteria`.
+
+The gate of the residual stream multiplies all that is written to it (patch embedding, tokens, positions, last layers of the
+blocks) and all that is read of it. What is read are layer norms, and these take their moments over the channels weighted by
+their mask:
+
+    norm(x) = m * (w * (x - mu) / sqrt(var + eps) + b),   mu = sum(m * x) / sum(m),   var = sum(m * (x - mu)^2) / sum(m)
+
+With a mask of zeros and ones this is the ordinary layer norm over the channels that stay.
 """
 
 from __future__ import annotations
@@ -16,19 +24,37 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from p3b.errors import ModelError
-from p3b.vit.layout import ModelLayout, dims_of, expand_along
+from p3b.vit.layout import STREAM, Axis, ModelLayout, Weight, expand_along
+
+
+@dataclass(frozen=True)
+class _Gate:
+    """A gate along one axis of a parameter: its name, the axis, and the dimension's place among the axis's factors."""
+
+    name: str
+    dim: str
+    axis: int
+    factors: Axis
+    sizes: Mapping[str, int]
+
+    @property
+    def along(self) -> tuple[object, ...]:
+        """What a mask that is repeated along the axis depends on."""
+        shape = tuple(self.sizes[factor] if isinstance(factor, str) else factor for factor in self.factors)
+        return self.name, shape, self.factors.index(self.dim)
 
 
 @dataclass(frozen=True)
 class _GatedWeight:
-    """One parameter of a layer and the gates on its axes: (axis, gate name, factors of the axis)."""
+    """One parameter of a layer, its number of axes, and the gates on them."""
 
     parameter: str
-    gates: tuple[tuple[int, str, tuple[int | str, ...]], ...]
+    rank: int
+    gates: tuple[_Gate, ...]
 
 
 class Gates:
-    """All gates of a model. `masks` is what they hold, by gate name ("blocks.0.attn.in"), ones at first.
+    """All gates of a model. `masks` is what they hold, by gate name ("blocks.0.attn.in", "stream"), ones at first.
 
     Until the first `set` nothing is multiplied at all, so that an ungated step costs nothing. The hooks are plain functions
     that share these masks: a deep copy of the model (as an exponential moving average makes) is gated by the same masks.
@@ -36,19 +62,20 @@ class Gates:
 
     def __init__(self, layout: ModelLayout, model: nn.Module) -> None:
         device = next(model.parameters()).device
-        self.masks: dict[str, Tensor] = {
-            block.gate(dim): torch.ones(size, device=device) for block in layout.blocks for dim, size in block.dims.items()
-        }
+        self.masks: dict[str, Tensor] = {gate: torch.ones(size, device=device) for gate, size in layout.gates.items()}
         self._closed = False
         self._scales: dict[tuple[str, str], list[Tensor]] = {}
         self._gated: dict[str, list[_GatedWeight]] = {}
+        self._norms: tuple[str, ...] = ()
+        self._stream: Tensor | None = None
+        """The stream's mask, where norms have to look at it: it is not all ones."""
         for block in layout.blocks:
             for weight in block.weights:
-                if weight.gated:
-                    layer, _, parameter = weight.key.rpartition(".")
-                    gates = tuple((axis, block.gate(dims_of(weight.axes[axis])[0]), weight.axes[axis]) for axis in weight.gated)
-                    self._gated.setdefault(layer, []).append(_GatedWeight(parameter, gates))
-        self._ranks = {weight.key: len(weight.axes) for block in layout.blocks for weight in block.weights}
+                self._add(weight, {dim: block.gate(dim) for _, dim in weight.gated}, block.sizes)
+        if layout.stream is not None:
+            self._norms = layout.stream.norms
+            for weight in layout.stream.outside:
+                self._add(weight, {STREAM: STREAM}, {STREAM: layout.stream.size})
         self._handles: list[RemovableHandle] = []
         self._layers: list[nn.Module] = []
 
@@ -61,6 +88,8 @@ class Gates:
                 layer.register_forward_pre_hook(self._swap_hook(name)),
                 layer.register_forward_hook(_restore, always_call=True),
             ]
+        for name in self._norms:
+            self._handles.append(model.get_submodule(name).register_forward_hook(self._norm_hook()))
 
     def detach(self) -> None:
         """Take the gates off: class, state-dict keys and outputs are as they were before `attach`."""
@@ -72,31 +101,40 @@ class Gates:
         self._layers.clear()
 
     def set(self, masks: Mapping[str, Tensor]) -> None:
-        """New values for all gates.
+        """New values for all gates. Masks that want a gradient get it from each backward pass through the model.
 
         Raises:
-            ModelError: names or sizes are not those of this model's gates.
+            ModelError: names or sizes are not those of this model's gates, or nothing is left of the residual stream.
         """
         if {name: mask.shape for name, mask in masks.items()} != {name: mask.shape for name, mask in self.masks.items()}:
             raise ModelError("The masks do not fit the model: their names or sizes are those of another architecture.")
+        stream = masks.get(STREAM)
+        if stream is not None and not (stream > 0).any():
+            raise ModelError("The masks leave no channel of the residual stream: keep one at least.")
         sizes = [len(mask) for mask in self.masks.values()]
         together = torch.cat([masks[name] for name in self.masks]).to(next(iter(self.masks.values())))  # one transfer for all
         self.masks = dict(zip(self.masks, together.split(sizes), strict=True))
         self._closed = True
+        untouched = stream is None or (not stream.requires_grad and bool((stream == 1).all()))
+        self._stream = None if untouched else self.masks[STREAM]
         expanded = {
-            (gate, factors): expand_along(self.masks[gate], factors)
+            gate.along: expand_along(self.masks[gate.name], gate.factors, gate.dim, gate.sizes)
             for weights in self._gated.values()
             for gated in weights
-            for _, gate, factors in gated.gates
+            for gate in gated.gates
         }
         self._scales = {
-            (layer, gated.parameter): [
-                _along_axis(expanded[gate, factors], axis, self._ranks[f"{layer}.{gated.parameter}"])
-                for axis, gate, factors in gated.gates
-            ]
+            (layer, gated.parameter): [_along_axis(expanded[gate.along], gate.axis, gated.rank) for gate in gated.gates]
             for layer, weights in self._gated.items()
             for gated in weights
         }
+
+    def _add(self, weight: Weight, names: Mapping[str, str], sizes: Mapping[str, int]) -> None:
+        """Take in one parameter, if any gate multiplies it; `names` says each dimension's gate."""
+        if weight.gated:
+            layer, _, parameter = weight.key.rpartition(".")
+            gates = tuple(_Gate(names[dim], dim, axis, weight.factors(axis, dim), sizes) for axis, dim in weight.gated)
+            self._gated.setdefault(layer, []).append(_GatedWeight(parameter, len(weight.axes), gates))
 
     def _swap_hook(self, layer_name: str) -> Callable[[nn.Module, object], None]:
         gated_weights = self._gated[layer_name]
@@ -117,6 +155,30 @@ class Gates:
             layer._ungated_parameters = kept
 
         return swap
+
+    def _norm_hook(self) -> Callable[[nn.LayerNorm, tuple[Tensor, ...], Tensor], Tensor | None]:
+        def normalise(norm: nn.LayerNorm, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+            return None if self._stream is None else _norm_of_kept(norm, args[0], self._stream).to(output.dtype)
+
+        return normalise
+
+
+def _norm_of_kept(norm: nn.LayerNorm, x: Tensor, mask: Tensor) -> Tensor:
+    """A layer norm over the channels that stay: (..., D) -> (..., D), channels that go are zero.
+
+    Moments are taken in float32 at least, as an ordinary layer norm takes them.
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    x, mask = x.to(dtype), mask.to(dtype)
+    share = mask / mask.sum()
+    centred = x - (x * share).sum(-1, keepdim=True)
+    variance = (centred.square() * share).sum(-1, keepdim=True)
+    x = centred * torch.rsqrt(variance + norm.eps)
+    if norm.weight is not None:
+        x = x * norm.weight.to(dtype)
+    if norm.bias is not None:
+        x = x + norm.bias.to(dtype)
+    return x * mask
 
 
 def _restore(layer: nn.Module, *_args: object) -> None:
