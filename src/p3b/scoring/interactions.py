@@ -18,14 +18,14 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from p3b.vit.layout import STREAM, ModelLayout, Weight
+from p3b.vit.layout import STREAM, ModelLayout, Weight, expand_along
 
 KINDS = ("heads", "hidden", STREAM)
 
 
 def kind_weights(layout: ModelLayout) -> Tensor:
-    """(3,) parameters that an element of each kind is taken to weigh: D for a head, 4 D for a hidden channel, 6 L D for one of the
-    stream (D channels, L layers)."""
+    """(3,) what an element of each kind is taken to weigh: D for a head, 4 D for a hidden channel, 6 L D for a channel of the
+    stream, with D channels and L layers."""
     layers = len(layout.blocks) // 2
     return torch.tensor([1.0, 4.0, 6.0 * layers], dtype=torch.float64) * layout.width
 
@@ -84,7 +84,9 @@ def interaction_matrix(
         ):
             value = loss(functional_call(model, _gated(model, layout, gates), (images,)))
             firsts = torch.autograd.grad(
-                value, [gates[_gate(layout, kind, layer)] for kind, (layer, _) in zip(KINDS, layers, strict=True)], create_graph=True
+                value,
+                [gates[_gate(layout, kind, layer)] for kind, (layer, _) in zip(KINDS, layers, strict=True)],
+                create_graph=True,
             )
             rows = [
                 torch.autograd.grad(first.sum(), [gates[name] for name in names], retain_graph=True)
@@ -108,7 +110,8 @@ def _gated(model: VisionTransformer, layout: ModelLayout, gates: Mapping[str, Te
     parameters = {key: parameter.detach() for key, parameter in model.named_parameters()}
     for block in layout.blocks:
         for weight in block.weights:
-            parameters[weight.key] = _product(parameters[weight.key], weight, block.sizes, {d: gates[block.gate(d)] for _, d in weight.gated})
+            gated = {dim: gates[block.gate(dim)] for _, dim in weight.gated}
+            parameters[weight.key] = _product(parameters[weight.key], weight, block.sizes, gated)
     for weight in layout.stream.outside:
         gated = {dim: gates[dim] for _, dim in weight.gated}
         parameters[weight.key] = _product(parameters[weight.key], weight, {STREAM: layout.stream.size}, gated)
@@ -117,8 +120,6 @@ def _gated(model: VisionTransformer, layout: ModelLayout, gates: Mapping[str, Te
 
 def _product(value: Tensor, weight: Weight, sizes: Mapping[str, int], gates: Mapping[str, Tensor]) -> Tensor:
     for axis, dim in weight.gated:
-        factors = weight.factors(axis, dim)
-        shape = [sizes[factor] if isinstance(factor, str) else factor for factor in factors]
-        along = gates[dim].view([-1 if factor == dim else 1 for factor in factors]).expand(shape).reshape(-1)
+        along = expand_along(gates[dim], weight.factors(axis, dim), dim, sizes)
         value = value * along.view([-1 if position == axis else 1 for position in range(value.ndim)])
     return value
