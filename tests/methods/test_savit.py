@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,14 +17,19 @@ from p3b.errors import BudgetError, ConfigError, ModelError, TrainingError, Weig
 from p3b.methods.savit import Savit, cost_surface
 from p3b.scoring.criteria import taylor_of_stream
 from p3b.scoring.interactions import KINDS, draw_layers, interaction_matrix, kind_weights
-from p3b.vit.cost import count_parameters
+from p3b.vit.cost import block_params, count_parameters, other_params
 from p3b.vit.gates import Gates
 from p3b.vit.layout import STREAM, read_layout
-from runs import CALM, read, run
+from runs import CALM, colour_folders, flags, lines, read, run
 from tiny import VARIANTS, images, labels, tiny_vit
 
 CE = nn.functional.cross_entropy
 PLAN = p3b.Schedule(start=1, sparse=3, final=6, update_every=2)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return colour_folders(tmp_path_factory.mktemp("colours"))
 
 
 def _same(tensor: Tensor) -> Tensor:
@@ -100,7 +106,11 @@ def test_the_second_layer_drawn_is_never_above_the_first() -> None:
     generator = torch.Generator().manual_seed(0)
     drawn = [draw_layers(layout, generator) for _ in range(200)]
     assert all(other <= layer for rows in drawn for layer, below in rows[:2] for other in below)
-    assert {layer for rows in drawn for layer, _ in rows} == {other for rows in drawn for _, b in rows for other in b} == set(range(4))
+    assert (
+        {layer for rows in drawn for layer, _ in rows}
+        == {other for rows in drawn for _, b in rows for other in b}
+        == set(range(4))
+    )
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -133,8 +143,6 @@ def test_the_surface_costs_what_a_cut_model_has(variant: str, blocks_only: bool)
     surface: CostSurface = cost_surface(layout, blocks_only)
     kept = {"heads": 2, "hidden": 40, STREAM: 16}
     shares = [1 - kept[kind] / size for kind, size in zip(KINDS, (3, 96, 24), strict=True)]
-    from p3b.vit.cost import block_params, other_params
-
     counts = {kind: torch.tensor(count) for kind, count in kept.items()}
     expected = sum(
         int(block_params(block, {STREAM: counts[STREAM]} | {d: counts[d] for d in ("heads", "hidden") if d in block.dims}))
@@ -248,5 +256,12 @@ def test_gates_of_the_stream_close_in_the_masked_model() -> None:
     assert not torch.allclose(model(images(dtype=torch.float64)), before)
 
 
-def test_the_command_prunes_by_it(tmp_path: Any) -> None:
-    assert CALM and read and run  # see the reference methods' test for the shape of a run
+def test_the_command_prunes_by_it(data: Path, tmp_path: Path) -> None:
+    short = ("--epochs", "2", "--prune-start-epoch", "0", "--finetune-epochs", "1", "--savit-every", "1", *CALM)
+    assert run("prune", *flags(data, tmp_path, *short, "--prune-method", "savit"), figures=True) == 0
+    assert abs(read(tmp_path / "prune" / "summary.json")["reached_prune_ratio"] - 0.5) < 0.01
+    updates = lines(tmp_path / "prune" / "blocks.jsonl")
+    assert "% of heads" in updates[-1]["note"]
+    small = p3b.load(tmp_path / "pruned")
+    assert count_parameters(small) == updates[-1]["kept_params"] < updates[0]["kept_params"]
+    assert not any(type(module).__module__.startswith("p3b") for module in small.modules()), "it is a plain timm model"
