@@ -101,7 +101,10 @@ class Gates:
         self._layers.clear()
 
     def set(self, masks: Mapping[str, Tensor]) -> None:
-        """New values for all gates. Masks that want a gradient get it from each backward pass through the model.
+        """New values for all gates.
+
+        A mask that wants a gradient gets it from each backward pass through the model, exact also for the stream, whose norms
+        depend on it beside what its weights tell; `masks` holds the values alone.
 
         Raises:
             ModelError: names or sizes are not those of this model's gates, or nothing is left of the residual stream.
@@ -113,12 +116,13 @@ class Gates:
             raise ModelError("The masks leave no channel of the residual stream: keep one at least.")
         sizes = [len(mask) for mask in self.masks.values()]
         together = torch.cat([masks[name] for name in self.masks]).to(next(iter(self.masks.values())))  # one transfer for all
-        self.masks = dict(zip(self.masks, together.split(sizes), strict=True))
+        values = dict(zip(self.masks, together.split(sizes), strict=True))
+        self.masks = {name: mask.detach() for name, mask in values.items()}
         self._closed = True
         untouched = stream is None or (not stream.requires_grad and bool((stream == 1).all()))
-        self._stream = None if untouched else self.masks[STREAM]
+        self._stream = None if untouched else values[STREAM]
         expanded = {
-            gate.along: expand_along(self.masks[gate.name], gate.factors, gate.dim, gate.sizes)
+            gate.along: expand_along(values[gate.name], gate.factors, gate.dim, gate.sizes)
             for weights in self._gated.values()
             for gated in weights
             for gate in gated.gates
