@@ -210,6 +210,8 @@ METHOD_OPTIONS = {
     "prune_gamma": "gamma",
     "prune_benefit_scale": "benefit_scale",
     "probe_lr": "probe_lr",
+    "savit_every": "every",
+    "savit_images": "images",
 }
 """Settings of the command that are for the method alone, and what the methods that take them call them."""
 

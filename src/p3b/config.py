@@ -160,6 +160,10 @@ class PhaseOptions:
     """Scale T of the benefits before they are squashed."""
     probe_lr: float = 5e-4
     """Learning rate of the probes, not scaled with the batch size."""
+    savit_every: int = 10
+    """With savit, interactions are measured at every so many optimizer steps of the last two intervals between mask updates."""
+    savit_images: int = 16
+    """With savit, images of a batch that interactions are measured on; it costs about as much as five steps on them."""
     align: int = 1
     """Widths of the last masks (channels read, inner, written) are multiples of this where the budget allows; 1 is off."""
     layout: str = "auto"
@@ -180,7 +184,8 @@ class PruneOptions(PhaseOptions):
     uniform: the same share of every block, elements by Taylor score;
     random: the same share of every block, random elements;
     magnitude: L2 norms of weights, ranked over the whole network (Li et al., ICLR 2017);
-    taylor: squared Taylor scores, ranked over the whole network (Molchanov et al., CVPR 2019)."""
+    taylor: squared Taylor scores, ranked over the whole network (Molchanov et al., CVPR 2019);
+    savit: whole heads, hidden channels and the residual stream, once, by their interactions (Zheng et al., NeurIPS 2022)."""
     prune_ratio: float = 0.5
     """Share of all parameters that goes, in [0, 1)."""
     prune_keep_ratios: tuple[float, ...] = ()

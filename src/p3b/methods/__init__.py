@@ -12,6 +12,8 @@ from p3b.errors import ConfigError, unknown_name
 from p3b.methods import global_score, uniform
 from p3b.methods.base import Method
 from p3b.methods.block_benefit import BlockBenefit
+from p3b.methods.savit import Savit
+from p3b.scoring.interactions import KINDS
 from p3b.scoring.meter import Reduce
 from p3b.vit.layout import DEFAULT_DIMS, ModelLayout
 
@@ -21,8 +23,9 @@ METHODS: Mapping[str, Callable[..., Method]] = {
     "random": uniform.random,
     "magnitude": global_score.magnitude,
     "taylor": global_score.taylor,
+    "savit": Savit,
 }
-METHOD_DIMS: Mapping[str, tuple[str, ...]] = {}
+METHOD_DIMS: Mapping[str, tuple[str, ...]] = {"savit": KINDS}
 """Dimensions that a method prunes, of `p3b.vit.layout.DIMS`, where they are others than `DEFAULT_DIMS`."""
 PUBLISHED_NAMES = {"block_pr": "block_benefit"}
 

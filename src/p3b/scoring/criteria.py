@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from p3b.vit.layout import Axis, BlockLayout, dims_of, split_axis
+from p3b.vit.layout import Axis, BlockLayout, StreamLayout, dims_of, split_axis
 
 
 @torch.no_grad()
@@ -37,6 +37,19 @@ def taylor(block: BlockLayout, weights: Mapping[str, Tensor]) -> dict[str, Tenso
             if dim in first_order:  # the stream's gate is no gate of the block
                 first_order[dim] += sum_by_element(contribution, weight.factors(axis, dim), axis, dim, block.sizes)
     return {block.gate(dim): score.square() for dim, score in first_order.items()}
+
+
+@torch.no_grad()
+def taylor_of_stream(stream: StreamLayout, weights: Mapping[str, Tensor]) -> Tensor:
+    """`taylor` for the channels of the residual stream: from everything that writes to them, (D,) float32, >= 0."""
+    first_order = torch.zeros(stream.size, device=weights[stream.weights[0].key].device)
+    for weight in stream.weights:
+        parameter = weights[weight.key]
+        for axis, dim in weight.gated:
+            if parameter.grad is not None:
+                values = (parameter.detach() * parameter.grad).float()
+                first_order += sum_by_element(values, weight.factors(axis, dim), axis, dim, {dim: stream.size})
+    return first_order.square()
 
 
 @torch.no_grad()
