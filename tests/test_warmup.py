@@ -84,8 +84,9 @@ def plain_warm_up(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 SHORT = ("--prune-start-epoch", WITHIN_AN_EPOCH)
 
 
-def test_methods_without_a_state_of_their_own_share_it(data: Path, plain_warm_up: Path, tmp_path: Path) -> None:
-    given = (*SHORT, "--prune-method", "magnitude")
+@pytest.mark.parametrize("method", ["magnitude", "savit"])
+def test_methods_without_a_state_of_their_own_share_it(data: Path, plain_warm_up: Path, tmp_path: Path, method: str) -> None:
+    given = (*SHORT, "--prune-method", method)
     with brief():
         prune(config_of(data, tmp_path / "alone", *given))
         prune(config_of(data, tmp_path / "shared", *given), plain_warm_up)

@@ -29,7 +29,7 @@ METHOD_DIMS: Mapping[str, tuple[str, ...]] = {"savit": KINDS}
 """Dimensions that a method prunes, of `p3b.vit.layout.DIMS`, where they are others than `DEFAULT_DIMS`."""
 PUBLISHED_NAMES = {"block_pr": "block_benefit"}
 
-_STATELESS_IN_WARM_UP = ("uniform", "random", "magnitude", "taylor")
+_STATELESS_IN_WARM_UP = ("uniform", "random", "magnitude", "taylor", "savit")
 _OF_BLOCK_BENEFIT_LATER = ("alpha", "gamma", "benefit_scale", "blocks_only", "align", "keep_ratios")
 """Options of block_benefit that come into play when masks are decided: its probes know nothing of them."""
 

@@ -87,8 +87,9 @@ class Savit:
         self._handle = model.register_forward_pre_hook(self._see)
 
     def attach(self, gates: Gates, schedule: Schedule) -> None:
-        # Only the last two intervals count: what is measured before them would be thrown away.
-        self._first_step = schedule.final - 2 * schedule.update_every
+        # Only the last two intervals count: what is measured before them would be thrown away. Steps are counted from the end
+        # of the warm-up, which leaves no trace here, so that runs may share one.
+        self._first_step = max(0, schedule.final - schedule.start - 2 * schedule.update_every)
 
     def loss(self, criterion: Criterion, targets: Any) -> Tensor:
         if self._seen is not None and isinstance(targets, Tensor):
@@ -103,11 +104,11 @@ class Savit:
             self._meter.add("scores", torch.cat(scores), gradients_finite)
             if self._batch is not None:
                 self._look(*self._batch, gradients_finite)
+        self._steps += 1
         self.discard()
 
     def discard(self) -> None:
         self._batch = None
-        self._steps += 1
 
     def train_own(self, gradients_finite: Tensor, scaler: torch.amp.GradScaler | None) -> None:
         pass
