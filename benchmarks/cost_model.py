@@ -4,8 +4,8 @@ S images of a batch (of one process), G patches, N tokens, D width, K channels o
 B = 2 L blocks, P = B + 1 places x_0 .. x_B of the residual stream.
 
 Products are counted exactly, as torch's FlopCounterMode counts them, and so are parameters, states, what autograd keeps, and
-what is reduced. Memory traffic is a count of the passes that the code makes over its tensors, good to some tens of percent. Time is
-a sum: multiply-accumulates, bytes and operators, each times a rate (`Rates`); nothing hides behind anything else.
+what is reduced. Memory traffic is a count of the passes that the code makes over its tensors, good to some tens of percent.
+Time is a sum: multiply-accumulates, bytes and operators, each times a rate (`Rates`); nothing hides behind anything else.
 
 Source of the shapes: `p3b.scoring` (probes, trained, ridge), `p3b.vit.gates`, `p3b.scoring.criteria`.
 """

@@ -7,7 +7,7 @@
 Small models in a series for each axis, everything else as in the model they start from. Sides take turns as in bench.py, and
 a line that is measured again on the same kind of device replaces the one before. Beside every measured ratio stands what
 cost_model.py says from the shapes; its rates are fitted to the plain steps alone, so that what it says about pruning is a
-prediction. The last table is no measurement: what large runs take, from the same model and the assumptions that stand beside it.
+prediction. The last tables are no measurement: what large runs take, from the same model and the assumptions beside it.
 """
 
 from __future__ import annotations
@@ -230,7 +230,7 @@ def _together(act: Callable[[], object]) -> Callable[[], object]:
 def _server() -> Any:
     """Processes that fork from one which has loaded everything and done nothing."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["scaling"])
+    context.set_forkserver_preload(["timm", "p3b.pruner"])
     return context
 
 
@@ -461,7 +461,8 @@ def _projection_tables() -> list[str]:
         f"| share of peak that training reaches | {low:.0%} to {high:.0%} of arithmetic and of memory bandwidth; "
         f"{GPU.link_share:.0%} of the links |",
         f"| batch | {PER_GPU} a GPU, {GPUS * PER_GPU} together; data loading keeps up |",
-        f"| a step's products | {plain(size).macs / 1e12:.2f}e12 multiply-accumulates a GPU at 1,000 classes, 2 operations each |",
+        f"| a step's products | {plain(size).macs / 1e12:.2f}e12 multiply-accumulates a GPU at 1,000 classes, "
+        "2 operations each |",
         f"| so plain training | 2 x {plain(size).macs / 1e12:.2f}e12 / (share x {GPU.bf16 / 1e12:.0f}e12) seconds a step: "
         f"{images[0]:,.0f} to {images[1]:,.0f} images a second and GPU |",
         f"| epochs | {PRUNING_EPOCHS} of pruning, {FINETUNING_EPOCHS} of fine-tuning at {KEPT:.0%} of the arithmetic; "
