@@ -130,7 +130,7 @@ def plain(size: Size) -> Work:
     return Work(
         macs=products,
         traffic=layers + size.parameters * (3 * FLOAT + ADAMW) + TRAINED_LOGIT_PASSES * S * size.classes * FLOAT,
-        operators=116 + 258 * L,
+        operators=116 + 223 * L,
     )
 
 
@@ -292,7 +292,7 @@ def fit(steps: Sequence[tuple[Work, float]]) -> Rates:
     """
     rows = torch.tensor([[w.macs, w.traffic, w.operators] for w, _ in steps], dtype=torch.float64)
     rows = rows / torch.tensor([seconds for _, seconds in steps], dtype=torch.float64)[:, None]
-    scale = rows.norm(dim=0)
+    scale = rows.norm(dim=0).clamp(min=torch.finfo(torch.float64).tiny)
     ones = torch.ones(len(steps), 1, dtype=torch.float64)
     best, least = torch.zeros(3, dtype=torch.float64), torch.inf
     for count in range(1, min(3, len(steps)) + 1):  # so few unknowns: which of them are above zero is tried out
