@@ -144,11 +144,12 @@ def gates(size: Size) -> Work:
     return Work(traffic=multiplied + scored + size.parameters * FLOAT, operators=41 + 105 * size.depth)
 
 
-def probes(estimator: str, size: Size) -> Work:
+def probes(estimator: str, size: Size, ranks: int = 1) -> Work:
     """What an estimator of benefit adds to a step, its probes' own learning included; ridge's solution by its share.
 
     Args:
         estimator: of `ESTIMATED`.
+        ranks: processes; where there are several, ridge makes a step's moments apart before it adds them.
     """
     S, N, G, D, C, B, P = size.batch, size.tokens, size.patches, size.width, size.classes, size.blocks, size.places
     scored = S * D * C  # a linear probe on one kind of token at one place
@@ -159,7 +160,9 @@ def probes(estimator: str, size: Size) -> Work:
         observed = Work(
             macs=4 * B * scored,
             macs64=2 * P * S * D * (D + C),
-            traffic=4 * B * RIDGE_LOGIT_PASSES * S * C * FLOAT + 2 * weights * FLOAT + 2 * moments * DOUBLE,
+            traffic=4 * B * RIDGE_LOGIT_PASSES * S * C * FLOAT
+            + 2 * weights * FLOAT
+            + (2 if ranks == 1 else 6) * moments * DOUBLE,
             operators=82 + 135 * B,
         )
         solved = Work(
@@ -211,19 +214,20 @@ class Memory:
         return self.held + self.passing
 
 
-def memory_probes(estimator: str, size: Size) -> Memory:
+def memory_probes(estimator: str, size: Size, ranks: int = 1) -> Memory:
     """What an estimator of benefit holds.
 
     Args:
         estimator: of `ESTIMATED`. Of the trained ones `held` are their parameters with gradients and moments, `passing` is what
-            autograd keeps; of ridge `held` are moments and probes, `passing` tokens and targets of one step
-            (several processes hold its moments too: as much as `held` nearly).
+            autograd keeps; of ridge `held` are moments and probes, `passing` tokens and targets of one
+            step, and its moments where there are several processes.
+        ranks: processes.
     """
     S, G, D, C, B, P = size.batch, size.patches, size.width, size.classes, size.blocks, size.places
     if estimator == "ridge":
         moments = (2 * P * (D**2 + D * C + D) + C) * DOUBLE
         held = moments + 2 * B * (D * C + C) * FLOAT + C * FLOAT + (1 + 2 * B) * DOUBLE
-        return Memory(held=held, passing=(2 * P * S * D + S * C) * FLOAT)
+        return Memory(held=held, passing=(2 * P * S * D + S * C) * FLOAT + (moments if ranks > 1 else 0))
     heads = 2 * B * size.head
     logits = 4 * B * S * C * FLOAT
     if estimator == "linear":

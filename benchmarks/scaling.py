@@ -320,7 +320,7 @@ def project(estimator: str | None, data: DataSet, share: float) -> Projection:
     size = deit_base(data.classes)
     rates = Rates(2 / (share * GPU.bf16), 2 / (share * GPU.float64), 1 / (share * GPU.memory), 0.0)
     plain_step = plain(size).macs * rates.mac
-    added = gates(size) + (probes(estimator, size) if estimator else Work())
+    added = gates(size) + (probes(estimator, size, GPUS) if estimator else Work())
     handed = wire(estimator, size).step
     averaging = Wire.sent(handed, GPUS) / (GPU.link_share * GPU.link)
     steps = data.images // (GPUS * PER_GPU)
@@ -424,10 +424,10 @@ def _ranks_table(lines: Sequence[dict[str, Any]], shapes: Mapping[str, Shape]) -
         for name, told in line["result"]["sides"].items():
             if name == "plain":
                 continue
-            paper = handed_over(name, size)
+            paper = f"{handed_over(name, size):,}" if ranks > 1 else "-"  # a single process keeps to itself what it can
             sent = Wire.sent(told["bytes"], ranks)
             text.append(
-                f"| {ranks} | {_AVERAGED[name]} | {told['reductions']} | {told['bytes']:,} | {paper:,} | {sent:,.0f} | "
+                f"| {ranks} | {_AVERAGED[name]} | {told['reductions']} | {told['bytes']:,} | {paper} | {sent:,.0f} | "
                 f"{told['ratio']:.3f} | {told['wall_ratio']:.3f} |"
             )
     return [*text, ""]
@@ -478,7 +478,7 @@ def _projection_tables() -> list[str]:
         for estimator in (None, *ESTIMATED):
             size = deit_base(data.classes)
             slow, fast = (project(estimator, data, share) for share in GPU.share)
-            extra = memory_gates(size) + (memory_probes(estimator, size).total if estimator else 0)
+            extra = memory_gates(size) + (memory_probes(estimator, size, GPUS).total if estimator else 0)
             text.append(
                 f"| {data.title} ({data.images:,} images, {data.classes:,} classes) | {estimator or 'none (gates alone)'} | "
                 f"{_range(60 * fast.epoch, 60 * slow.epoch)} min | {_range(*sorted((fast.ratio, slow.ratio)), digits=2)} | "
@@ -497,7 +497,7 @@ def _projection_tables() -> list[str]:
     ]
     for data in DATA:
         for estimator in (None, *ESTIMATED):
-            added = gates(deit_base(data.classes)) + (probes(estimator, deit_base(data.classes)) if estimator else Work())
+            added = gates(deit_base(data.classes)) + (probes(estimator, deit_base(data.classes), GPUS) if estimator else Work())
             told = project(estimator, data, high)
             parts = (
                 2 * added.macs / GPU.bf16,
