@@ -57,10 +57,11 @@ class Shape:
     cpu_batch: int
     rounds: int
     arguments: Mapping[str, int]
+    classes: int = CLASSES
 
     def build(self) -> nn.Module:
         torch.manual_seed(0)
-        return timm.create_model(self.model, num_classes=CLASSES, drop_path_rate=0.1, **self.arguments).train()
+        return timm.create_model(self.model, num_classes=self.classes, drop_path_rate=0.1, **self.arguments).train()
 
 
 SHAPES: Mapping[str, Shape] = {
@@ -111,7 +112,7 @@ class Training:
         self._optimizer = torch.optim.AdamW(self._model.parameters(), lr=1e-4)
         size = self._model.patch_embed.img_size
         self._images = torch.randn(batch, 3, *size, device=machine.device)
-        self._targets = torch.randint(CLASSES, (batch,), device=machine.device)
+        self._targets = torch.randint(shape.classes, (batch,), device=machine.device)
         self.pruner: p3b.Pruner | None = None
         if prune is not None:
             first_update = 1 if masked else 10**6
@@ -313,8 +314,16 @@ def main(
     return 0
 
 
-def record(name: str, entry: Entry, machine: Machine, shapes: Mapping[str, Shape], rounds: int | None, lines: Path) -> None:
-    """Measure one entry; its line replaces the one that the same kind of device gave before."""
+def record(
+    name: str,
+    entry: Entry,
+    machine: Machine,
+    shapes: Mapping[str, Shape],
+    rounds: int | None,
+    lines: Path,
+    script: str = "benchmarks/bench.py",
+) -> None:
+    """Measure one entry of a script; its line replaces the one that the same kind of device gave before."""
     made_by = circumstances()
     began, threads = time.monotonic(), torch.get_num_threads()
     device = torch.cuda.get_device_name(machine.device) if machine.device.type == "cuda" else "cpu"
@@ -327,7 +336,7 @@ def record(name: str, entry: Entry, machine: Machine, shapes: Mapping[str, Shape
         "device": device,
         "threads": threads,
         "result": entry.run(machine, shapes, rounds),
-        "command": f"python benchmarks/bench.py run --only {name} --device {machine.device.type} --threads {threads}",
+        "command": f"python {script} run --only {name} --device {machine.device.type} --threads {threads}",
         **made_by,
         "versions": versions("torch", "timm"),
         "seconds": round(time.monotonic() - began, 1),

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
-from p3b.scoring.meter import IntervalMeter
+from p3b.scoring.meter import IntervalMeter, average
+from tiny import in_ranks
 
 YES, NO = torch.tensor(True), torch.tensor(False)
 
@@ -90,3 +93,25 @@ def test_a_state_that_was_read_onto_the_cpu_goes_on_where_the_model_is() -> None
     mean = other.mean("x")
     assert mean is not None
     assert mean.device.type == "meta"
+
+
+def test_a_mean_in_buckets_is_the_mean() -> None:
+    def rank(number: int, mean: Any) -> tuple[list[Tensor], list[int]]:
+        generator = torch.Generator().manual_seed(number)
+        conv = torch.randn(4, 3, 3, 3, generator=generator).to(memory_format=torch.channels_last)
+        tensors = [torch.randn(70, generator=generator), torch.randn((), generator=generator), conv]
+        tensors += [torch.randn(5, 2, generator=generator), torch.randn(0)]
+        sizes = []
+
+        def told(tensor: Tensor) -> Tensor:
+            sizes.append(tensor.nbytes)
+            return mean(tensor)
+
+        average(told, tensors, bucket_bytes=128)
+        return tensors, sizes
+
+    (first, sizes), (second, _) = in_ranks(2, rank)
+    alone = [rank(number, lambda tensor: tensor)[0] for number in (0, 1)]
+    for one, other, *both in zip(first, second, *alone, strict=True):
+        assert torch.equal(one, other) and torch.equal(one, torch.stack(both).mean(0))
+    assert sizes == [128, 128, 28, 432, 40]  # bytes; what is not contiguous is not taken apart

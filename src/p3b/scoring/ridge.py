@@ -27,6 +27,7 @@ Costs: about 2 S D (D + C) P K multiply-accumulates a step, P K D (D + C) number
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ from torch.nn import functional as F
 from p3b.core.finite import all_finite
 from p3b.errors import TrainingError
 from p3b.scoring.estimator import Criterion, read_tokens
-from p3b.scoring.meter import Reduce, is_alone
+from p3b.scoring.meter import Reduce, average, is_alone
 from p3b.vit.layout import ModelLayout
 
 DECAY = 0.98
@@ -49,6 +50,16 @@ LEAST_PRIOR = 0.01
 """Share of the prior that is spread evenly, so that a class not seen of late stays possible."""
 LEARNING = 0.25
 """Share of a Newton step that the factor a takes at each observation: a batch tells its best place with noise."""
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What a step keeps of a micro-batch: its tokens (2, B + 1, S, D), targets (S, C), and derivatives by the factors."""
+
+    tokens: Tensor
+    targets: Tensor
+    slope: Tensor
+    curvature: Tensor
 
 
 class RidgeProbes:
@@ -79,8 +90,7 @@ class RidgeProbes:
             "prior": torch.full((self._classes,), 1 / self._classes, dtype=torch.float32, device=device),
         }
         self._steps_done = 0
-        self._pending: dict[str, Tensor] = {}  # sums over the micro-batches of the step
-        self._micro_batches = 0
+        self._pending: list[_Seen] = []  # the micro-batches of the step
         self._alone: bool | None = None
 
     def due(self) -> bool:
@@ -92,25 +102,13 @@ class RidgeProbes:
             tokens_KPSD = torch.stack([torch.stack(read_tokens(x_SND, self._layout)).float() for x_SND in stream_SND], dim=1)
             y_SC = _distributions(targets, self._classes)
             benefits_2B, slope, curvature = self._score(tokens_KPSD, criterion, targets)
-            wide, y_SC = tokens_KPSD.double(), y_SC.double()
-            evenly = wide.mT / len(targets)
-            fresh = {
-                "square": evenly @ wide,
-                "cross": evenly @ y_SC,
-                "token": wide.mean(2),
-                "target": y_SC.mean(0),
-                "slope": slope,
-                "curvature": curvature,
-            }
-            for name, tensor in fresh.items():
-                self._pending[name] = self._pending[name].add_(tensor) if self._micro_batches else tensor
-            self._micro_batches += 1
+            self._pending.append(_Seen(tokens_KPSD, y_SC, slope, curvature))
         return benefits_2B, stream_SND[0].new_zeros(())
 
     def train(self, gradients_finite: Tensor, scaler: torch.amp.GradScaler | None) -> None:
-        if self._micro_batches:
+        if self._pending:
             self._take_in(gradients_finite)
-            self._pending, self._micro_batches = {}, 0
+            self._pending = []
         if self._steps_done % SOLVE_EVERY == 0:
             self._solve()
         self._steps_done += 1
@@ -152,26 +150,39 @@ class RidgeProbes:
 
     def _take_in(self, gradients_finite: Tensor) -> None:
         """Add a step's moments, and move the factors; the same on all ranks."""
-        found = self._averaged({name: tensor.div_(self._micro_batches) for name, tensor in self._pending.items()})
+        state = self._state
+        found = {
+            "token": torch.stack([seen.tokens.double().mean(2) for seen in self._pending]).mean(0),
+            "target": torch.stack([seen.targets.double().mean(0) for seen in self._pending]).mean(0),
+            "slope": torch.stack([seen.slope for seen in self._pending]).mean(0),
+            "curvature": torch.stack([seen.curvature for seen in self._pending]).mean(0),
+        }
+        if self._alone is None:
+            self._alone = is_alone(self._reduce, found["slope"])
+        if not self._alone:
+            found |= {name: torch.empty_like(state[name]) for name in ("square", "cross")}
+            self._add_products(found, keep=0.0)
+            average(self._reduce, found.values())
         if not gradients_finite & all_finite([found["token"], found["slope"]]):
             return
-        state = self._state
-        state["steps"] = DECAY * state["steps"] + 1
-        for name in ("square", "cross", "token", "target"):
+        if self._alone:  # right into the state: with many classes a second copy of the products would cost more than they do
+            self._add_products(state, keep=DECAY)
+        for name in found.keys() & {"square", "cross", "token", "target"}:
             state[name].mul_(DECAY).add_(found[name])
+        state["steps"] = DECAY * state["steps"] + 1
         step = LEARNING * found["slope"] / (found["curvature"] + 1e-12)
         bound = LEARNING * (1 + state["factor"])  # where the curvature vanishes Newton's step says nothing
         state["factor"] = (state["factor"] - step.clamp(min=-bound, max=bound)).clamp(min=0)
 
-    def _averaged(self, moments: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Their mean over ranks, in one go; a single process is spared the copies."""
-        if self._alone is None:
-            self._alone = is_alone(self._reduce, moments["slope"])
-        if self._alone:
-            return moments
-        reduced = self._reduce(torch.cat([tensor.flatten() for tensor in moments.values()]))
-        parts = reduced.split([tensor.numel() for tensor in moments.values()])
-        return {name: part.view(moments[name].shape) for name, part in zip(moments, parts, strict=True)}
+    def _add_products(self, into: Mapping[str, Tensor], keep: float) -> None:
+        """Put keep x what is there + the mean products of the step's samples into "square" and "cross"."""
+        square, cross = into["square"].flatten(0, 1), into["cross"].flatten(0, 2)
+        for seen in self._pending:
+            wide = seen.tokens.double().flatten(0, 1)
+            evenly = wide.mT / (wide.shape[1] * len(self._pending))
+            square.baddbmm_(evenly, wide, beta=keep)
+            cross.addmm_(evenly.flatten(0, 1), seen.targets.double(), beta=keep)
+            keep = 1.0
 
     def _solve(self) -> None:
         """New probes from the moments of now; a system that cannot be solved leaves its probe as it was."""

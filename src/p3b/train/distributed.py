@@ -86,7 +86,7 @@ def all_reduce_mean(tensor: Tensor) -> Tensor:
         return tensor
     total = tensor.clone()
     dist.all_reduce(total)
-    return total / dist.get_world_size()
+    return total.div_(dist.get_world_size())
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:
