@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from tyro.conf import arg
 
 from p3b.errors import ConfigError
 
@@ -160,6 +162,18 @@ class PhaseOptions:
     """Scale T of the benefits before they are squashed."""
     probe_lr: float = 5e-4
     """Learning rate of the probes, not scaled with the batch size."""
+    wd_round_to: int = 1
+    """With wdpruning, gates of so many elements keep a multiple of it; the log says what it costs; published: 16; 1 is off."""
+    wd_classifiers: Annotated[tuple[int, ...], arg(aliases=("--classifiers",))] = ()
+    """Blocks, counted from 1, that wdpruning trains a classifier behind, so that the network may be cut there: 8 10."""
+    wd_classifier_choose: Annotated[int | None, arg(aliases=("--classifier-choose",))] = None
+    """Which of them takes the place of the head: the network keeps so many blocks; by default it keeps all."""
+    wd_classifier_lr: float | None = None
+    """Learning rate of these classifiers, not scaled with the batch size; by default 5e-4."""
+    wd_lr: float | None = None
+    """Learning rate of wdpruning's scores and thresholds; by default 0.0025, more where pruning is too short for it."""
+    wd_lambda_lr: float = 10.0
+    """Rate at which wdpruning's two Lagrange multipliers climb."""
     align: int = 1
     """Widths of the last masks (channels read, inner, written) are multiples of this where the budget allows; 1 is off."""
     layout: str = "auto"
@@ -180,7 +194,8 @@ class PruneOptions(PhaseOptions):
     uniform: the same share of every block, elements by Taylor score;
     random: the same share of every block, random elements;
     magnitude: L2 norms of weights, ranked over the whole network (Li et al., ICLR 2017);
-    taylor: squared Taylor scores, ranked over the whole network (Molchanov et al., CVPR 2019)."""
+    taylor: squared Taylor scores, ranked over the whole network (Molchanov et al., CVPR 2019);
+    wdpruning: learned widths of every layer, and depth where asked for (WD-Pruning, Yu et al., AAAI 2022)."""
     prune_ratio: float = 0.5
     """Share of all parameters that goes, in [0, 1)."""
     prune_keep_ratios: tuple[float, ...] = ()

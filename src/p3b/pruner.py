@@ -42,7 +42,7 @@ class Pruner:
         model: dense timm VisionTransformer; may be wrapped in DistributedDataParallel before or after.
         prune_ratio: share of all parameters that goes, in [0, 1).
         method: name of a method: "block_benefit" (P3B, published as "block_pr"), or one to compare it with: "uniform",
-            "random", "magnitude", "taylor".
+            "random", "magnitude", "taylor", "wdpruning".
         schedule: phases in optimizer steps.
         reduce: mean of a tensor over all ranks, which hold equal shares of each batch; by default over torch.distributed's
             group, if there is one, whose ranks then compare their masks after every decision.
@@ -74,6 +74,7 @@ class Pruner:
         self._method = create_method(method, self._model, self.layout, prune_ratio, reduce, method_options)
         self.gates = Gates(self.layout, self._model)
         self.gates.attach(self._model)
+        self._method.attach(self.gates, schedule)
         self._kept_params = {block.name: dense_params(block) for block in self.layout.blocks}
         self.steps_done = 0
 

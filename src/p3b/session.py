@@ -208,6 +208,9 @@ class Session:
             "kept_params": kept_params,
             "blocks": [asdict(block) for block in decision.blocks],
         }
+        if decision.note is not None:
+            line["note"] = decision.note
+            self.display.say(decision.note)
         self.on_main(lambda: self.folder.append_line("blocks.jsonl", line))
 
     def save_model(self, model: VisionTransformer) -> Path:

@@ -12,6 +12,7 @@ from p3b.errors import ConfigError, unknown_name
 from p3b.methods import global_score, uniform
 from p3b.methods.base import Method
 from p3b.methods.block_benefit import BlockBenefit
+from p3b.methods.wdpruning import WDPruning
 from p3b.scoring.meter import Reduce
 from p3b.vit.layout import ModelLayout
 
@@ -21,6 +22,7 @@ METHODS: Mapping[str, Callable[..., Method]] = {
     "random": uniform.random,
     "magnitude": global_score.magnitude,
     "taylor": global_score.taylor,
+    "wdpruning": WDPruning,
 }
 PUBLISHED_NAMES = {"block_pr": "block_benefit"}
 

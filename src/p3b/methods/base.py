@@ -19,10 +19,11 @@ from p3b.core.masks import (
     shares_to_counts,
     take_turns,
 )
-from p3b.core.schedule import applied_keep_ratio
+from p3b.core.schedule import Schedule, applied_keep_ratio
 from p3b.errors import TrainingError
 from p3b.scoring.scores import ElementScores
 from p3b.vit.cost import dense_params, prefix_cost
+from p3b.vit.gates import Gates
 from p3b.vit.layout import BlockLayout, ModelLayout, alike
 
 Criterion = Callable[[Tensor, Any], Tensor]
@@ -51,14 +52,20 @@ class Decision:
     blocks: tuple[BlockDecision, ...]
     progress: float
     tau: float
+    note: str | None = None
+    """What the user is to know of it, in a sentence."""
 
 
 class Method(Protocol):
     """A pruning method. `Pruner` calls it; the loop never sees it.
 
-    In every forward pass `loss`; after the last backward of an optimizer step `collect` (or `discard`, in the warm-up) and
-    `train_own`; at a mask update `renew`; at the end `last`.
+    At the beginning `attach`. In every forward pass `loss`; after the last backward of an optimizer step `collect` (or
+    `discard`, in the warm-up) and `train_own`; at a mask update `renew`; at the end `last`.
     """
+
+    def attach(self, gates: Gates, schedule: Schedule) -> None:
+        """Take note of the gates that the masks act through and of the phases; a method that learns masks needs both."""
+        ...
 
     def loss(self, criterion: Criterion, targets: Any) -> Tensor:
         """What the method adds to the training loss of the forward pass just done: a scalar, 0 where it adds nothing."""
@@ -90,7 +97,7 @@ class Method(Protocol):
         ...
 
     def detach(self) -> None:
-        """Take off everything that was attached to the model."""
+        """Take off everything that was attached to the model; a part trained to replace one of its own takes its place."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
@@ -118,6 +125,9 @@ class ScoreMethod:
 
     def __init__(self, name: str, model: nn.Module, scores: ElementScores, decide: Decide) -> None:
         self._name, self._model, self._scores, self._decide = name, model, scores, decide
+
+    def attach(self, gates: Gates, schedule: Schedule) -> None:
+        pass
 
     def loss(self, criterion: Criterion, targets: Any) -> Tensor:
         return torch.zeros((), device=next(self._model.parameters()).device)

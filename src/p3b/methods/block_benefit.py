@@ -31,6 +31,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from p3b.core.allocation import block_budget, given_keep_ratios, keep_ratios, mix_importance, update_importance
+from p3b.core.schedule import Schedule
 from p3b.errors import ConfigError, TrainingError
 from p3b.methods.base import BlockShares, Criterion, Decision
 from p3b.scoring.criteria import by_gate, taylor
@@ -38,6 +39,7 @@ from p3b.scoring.estimator import BenefitEstimator
 from p3b.scoring.estimators import ProbeSettings, create_estimator
 from p3b.scoring.meter import IntervalMeter, Reduce
 from p3b.scoring.scores import of_all
+from p3b.vit.gates import Gates
 from p3b.vit.layout import ModelLayout
 from p3b.vit.taps import Taps
 
@@ -116,6 +118,9 @@ class BlockBenefit:
             self._estimator = create_estimator(estimator, settings)
             self._taps.attach(model)
             self._taps.recording = self._estimator.due()
+
+    def attach(self, gates: Gates, schedule: Schedule) -> None:
+        pass
 
     def loss(self, criterion: Criterion, targets: Any) -> Tensor:
         if self._estimator is None or not self._estimator.due():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,17 @@ def is_alone(reduce: Reduce, example: Tensor) -> bool:
     """Whether there is one process only. All ranks have to ask together: it costs a reduction of one number."""
     asked = example.new_zeros(())
     return reduce(asked) is asked
+
+
+def average_gradients(gradients: Sequence[Tensor], reduce: Reduce) -> None:
+    """Average gradients over ranks, in place, with one reduction for all of them."""
+    if not gradients:
+        return
+    together = torch.cat([gradient.flatten() for gradient in gradients])
+    average = reduce(together)
+    if average is not together:
+        for gradient, share in zip(gradients, average.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(share.view_as(gradient))
 
 
 class IntervalMeter:

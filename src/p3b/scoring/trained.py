@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from p3b.core.finite import all_finite
 from p3b.scoring.estimator import Criterion, compare, read_tokens
-from p3b.scoring.meter import Reduce, is_alone
+from p3b.scoring.meter import Reduce, average_gradients, is_alone
 from p3b.vit.layout import ModelLayout
 
 
@@ -66,9 +66,7 @@ class TrainedProbes:
         if self._alone is None:
             self._alone = is_alone(self._reduce, gradients[0])
         if not self._alone:  # a single process is spared the copies
-            flat = self._reduce(torch.cat([gradient.flatten() for gradient in gradients]))
-            for gradient, average in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-                gradient.copy_(average.view_as(gradient))
+            average_gradients(gradients, self._reduce)
         return gradients
 
 

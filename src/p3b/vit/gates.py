@@ -2,8 +2,9 @@
 
 A gate on the channels of a linear layer is the same as scaling rows or columns of that layer's weight, which is far less to
 multiply than activations. While gates are attached, each gated layer computes with the product in the place of its weight; the
-parameters themselves, the classes and the state-dict keys stay as they are. Gates are not trained, and their gradient needs no
-graph of its own: see `p3b.scoring.criteria`.
+parameters themselves, the classes and the state-dict keys stay as they are. A score that is m * dLoss/dm needs no gradient of
+the gates: see `p3b.scoring.criteria`. A method that learns masks does, also of elements that are masked: `collect_gradients`
+is for it.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ class Gates:
             block.gate(dim): torch.ones(size, device=device) for block in layout.blocks for dim, size in block.dims.items()
         }
         self._closed = False
+        self._leaves: dict[str, Tensor] | None = None
         self._scales: dict[tuple[str, str], list[Tensor]] = {}
         self._gated: dict[str, list[_GatedWeight]] = {}
         for block in layout.blocks:
@@ -97,6 +99,25 @@ class Gates:
             for layer, weights in self._gated.items()
             for gated in weights
         }
+        if self._leaves is not None:
+            self._leaves = self._new_leaves()
+
+    def collect_gradients(self) -> None:
+        """From now on backward passes leave the gradient with respect to the masks, those of masked elements included."""
+        if self._leaves is None:
+            self._leaves = {}
+            self.set(self.masks)
+
+    def gradients(self) -> dict[str, Tensor]:
+        """dLoss/dm of every gate, by name, summed over the backward passes since the last `set`; zeros where there was none.
+
+        It is this rank's own: the sum knows nothing of a distributed wrapper.
+        """
+        assert self._leaves is not None, "collect_gradients comes first"
+        return {name: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for name, leaf in self._leaves.items()}
+
+    def _new_leaves(self) -> dict[str, Tensor]:
+        return {name: mask.detach().requires_grad_() for name, mask in self.masks.items()}
 
     def _swap_hook(self, layer_name: str) -> Callable[[nn.Module, object], None]:
         gated_weights = self._gated[layer_name]
@@ -108,15 +129,25 @@ class Gates:
             kept: dict[str, nn.Parameter] = {}
             for gated in gated_weights:
                 weight = kept[gated.parameter] = layer._parameters[gated.parameter]
-                first, *others = self._scales[layer_name, gated.parameter]
-                product = weight * first.to(weight.dtype)
-                for scale in others:
-                    product = product.mul_(scale.to(weight.dtype))
+                if self._leaves is not None and torch.is_grad_enabled():
+                    product = self._differentiable_product(weight, gated, self._leaves)
+                else:
+                    first, *others = self._scales[layer_name, gated.parameter]
+                    product = weight * first.to(weight.dtype)
+                    for scale in others:
+                        product = product.mul_(scale.to(weight.dtype))
                 # The registry may hold any tensor while the layer computes; __setattr__ would refuse it.
                 layer._parameters[gated.parameter] = product
             layer._ungated_parameters = kept
 
         return swap
+
+    @staticmethod
+    def _differentiable_product(weight: Tensor, gated: _GatedWeight, leaves: Mapping[str, Tensor]) -> Tensor:
+        """The weight times its gates, as part of the graph: nothing may be multiplied in place."""
+        for axis, gate, factors in gated.gates:
+            weight = weight * _along_axis(expand_along(leaves[gate], factors).to(weight.dtype), axis, weight.ndim)
+        return weight
 
 
 def _restore(layer: nn.Module, *_args: object) -> None:
