@@ -197,7 +197,7 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
     "config not text": lambda f: (f / CONFIG_FILE).write_bytes(b"\xff\xfe\x00"),
     "config of something else": lambda f: (f / CONFIG_FILE).write_text('{"model_type": "vit"}'),
     "config a list": lambda f: (f / CONFIG_FILE).write_text("[1]"),
-    "a later schema": _edit(lambda c: c.update(schema=3)),
+    "a later schema": _edit(lambda c: c.update(schema=4)),
     "another format": _edit(lambda c: c.update(format="other")),
     "no blocks": _edit(lambda c: c.pop("blocks")),
     "blocks null": _edit(lambda c: c.update(blocks=None)),
@@ -275,7 +275,7 @@ def test_files_of_the_first_schema_load(tmp_path: Path) -> None:
 def test_a_later_schema_says_who_wrote_it_and_what_is_read(tmp_path: Path) -> None:
     p3b.save(_small(), tmp_path)
     _edit(lambda config: config.update(schema=7, p3b_version="3.1"))(tmp_path)
-    with pytest.raises(WeightsError, match=r"schema 7, written by p3b 3\.1.*reads schemas 1 and 2.*install"):
+    with pytest.raises(WeightsError, match=r"schema 7, written by p3b 3\.1.*reads schemas 1, 2 and 3.*install"):
         read_config(tmp_path)
 
 

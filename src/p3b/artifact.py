@@ -2,8 +2,9 @@
 
 config.json says everything that is needed to build the network without the training code's arguments: the architecture,
 read off the model itself, the channels that each block reads and writes and its inner widths, class names, preprocessing and
-provenance. The published `first_sparse_checkpoint.pth` holds the same text beside the same tensors and loads in torch's
-weights-only mode.
+provenance. A model that has lost whole attention heads or channels of its residual stream is of schema 3, which says how many
+are left; any other is of schema 2. The published `first_sparse_checkpoint.pth` holds the same text beside the same tensors and
+loads in torch's weights-only mode.
 
 Two digests tell damage: `digest` is of the other entries of the config, `weights_digest` of the tensors (names, dtypes, shapes,
 bytes), so that the config also tells which weights it belongs to. Files of schema 1 have none and load with every other check:
@@ -46,12 +47,12 @@ from p3b.untrusted import (
     read_safetensors,
 )
 from p3b.vit.architecture import build_skeleton, check_description, describe_dense
-from p3b.vit.compact import branch_shapes, reshape_branches, shapes_from_plain
+from p3b.vit.compact import BranchShape, branch_shapes, reshape_branches, shapes_from_plain
 from p3b.vit.cost import count_parameters
 from p3b.vit.layout import require_vision_transformer
 from p3b.vit.layouts import check_layout, compact_of
 
-FORMAT, SCHEMA = "p3b-model", 2
+FORMAT = "p3b-model"
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 CHECKPOINT_KEY = "p3b"
 _NEW_CONFIG_FILE = "config.json.new"
@@ -60,6 +61,7 @@ _ENTRIES_OF_SCHEMA = {
     1: {"format", "schema", "architecture", "blocks", "params", "class_names", "preprocessing", "provenance"},
 }
 _ENTRIES_OF_SCHEMA[2] = _ENTRIES_OF_SCHEMA[1] | {"p3b_version", "weights_digest", "digest"}
+_ENTRIES_OF_SCHEMA[3] = _ENTRIES_OF_SCHEMA[2] | {"stream"}
 
 
 def save(
@@ -188,13 +190,21 @@ def model_config(
     vit = compact_of(require_vision_transformer(model))
     if class_names is not None and len(class_names) != vit.num_classes:
         raise ModelError(f"Got {len(class_names)} class names for a head of {vit.num_classes} outputs.")
-    shapes = branch_shapes(vit)
+    shapes, architecture = branch_shapes(vit), describe_dense(vit)
+    dense = architecture["arguments"]
+    # What schema 2 can say is said in it: every version that reads it can read such a model.
+    narrower = vit.embed_dim != dense["embed_dim"] or any(shape.heads not in (0, dense["num_heads"]) for shape in shapes)
+    blocks = [{key: list(v) if isinstance(v, tuple) else v for key, v in asdict(shape).items()} for shape in shapes]
+    if not narrower:
+        for block in blocks:
+            del block["heads"]
     return {
         "format": FORMAT,
-        "schema": SCHEMA,
+        "schema": 3 if narrower else 2,
         "p3b_version": __version__,
-        "architecture": describe_dense(vit),
-        "blocks": [{key: list(v) if isinstance(v, tuple) else v for key, v in asdict(shape).items()} for shape in shapes],
+        "architecture": architecture,
+        **({"stream": vit.embed_dim} if narrower else {}),
+        "blocks": blocks,
         "params": sum(value.numel() for _, value in vit.named_parameters(remove_duplicate=False)),  # ties are cut by saving
         "class_names": None if class_names is None else list(class_names),
         "preprocessing": None if preprocessing is None else dict(preprocessing),
@@ -370,11 +380,12 @@ def _checked_config(config: object, file: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         raise WeightsError(f"{file} is not the config of a model that p3b saved (its format is not '{FORMAT}').")
     schema = config.get("schema")
+    *earlier, latest = _ENTRIES_OF_SCHEMA
     if type(schema) is not int or schema not in _ENTRIES_OF_SCHEMA:
         writer = str(config.get("p3b_version", "of unknown version"))[:40]
         raise WeightsError(
             f"{file} has schema {repr(schema)[:40]}, written by p3b {writer}. This is p3b {__version__}, which reads schemas "
-            f"{' and '.join(map(str, _ENTRIES_OF_SCHEMA))}: install the version that wrote it, or a newer one."
+            f"{', '.join(map(str, earlier))} and {latest}: install the version that wrote it, or a newer one."
         )
     try:
         if schema > 1 and config.get("digest") != _config_digest(config):
@@ -394,7 +405,7 @@ def _check_entries(config: Mapping[str, Any], names: set[str]) -> None:
         raise ModelError(f"it lacks entries or has unknown ones ({', '.join(sorted(config.keys() ^ names)[:5])[:200]})")
     check_description(config["architecture"])
     arguments = config["architecture"]["arguments"]
-    shapes_from_plain(config["blocks"], arguments["depth"], arguments["embed_dim"])
+    _shapes_of(config)
     classes = config["class_names"]
     if classes is not None and not (isinstance(classes, list) and all(isinstance(name, str) for name in classes)):
         raise ModelError("class_names is not a list of names")
@@ -405,11 +416,22 @@ def _check_entries(config: Mapping[str, Any], names: set[str]) -> None:
             raise ModelError(f"{key} is a {type(config[key]).__name__}")
 
 
+def _shapes_of(config: Mapping[str, Any]) -> tuple[list[BranchShape], int]:
+    """Shapes of the blocks and width of the residual stream; ModelError where one of them cannot be."""
+    arguments, tells_heads = config["architecture"]["arguments"], config["schema"] >= 3
+    dense_width = arguments["embed_dim"]
+    width = config["stream"] if tells_heads else dense_width
+    if type(width) is not int or not 1 <= width <= dense_width:
+        raise ModelError(f"stream is {str(width)[:40]}; expected a whole number of channels from 1 to {dense_width}")
+    shapes = shapes_from_plain(config["blocks"], arguments["depth"], width, arguments["num_heads"], tells_heads=tells_heads)
+    return shapes, width
+
+
 def _skeleton(config: Mapping[str, Any], file: Path) -> VisionTransformer:
     """The model that a checked config describes, without memory for its weights."""
     try:
         model = build_skeleton(config["architecture"])
-        reshape_branches(model, shapes_from_plain(config["blocks"], len(model.blocks), model.embed_dim))
+        reshape_branches(model, *_shapes_of(config))
         if config["params"] != count_parameters(model):
             raise ModelError(f"params is {str(config['params'])[:40]}, the model has {count_parameters(model)}")
     except (ModelError, *READ_ERRORS) as error:

@@ -14,12 +14,12 @@ from p3b.core.finite import all_finite
 from p3b.core.masks import hard_masks
 from p3b.core.schedule import Schedule
 from p3b.errors import ScheduleError, WeightsError
-from p3b.methods import create_method
+from p3b.methods import create_method, method_dims
 from p3b.methods.base import Criterion, Decision
 from p3b.scoring.meter import Reduce
 from p3b.train.distributed import all_reduce_mean, require_agreement, unwrap
 from p3b.vit.compact import apply_cuts, plan_cuts
-from p3b.vit.cost import dense_params, kept_params
+from p3b.vit.cost import dense_params, kept_other_params, kept_params
 from p3b.vit.gates import Gates
 from p3b.vit.layout import read_layout, require_vision_transformer
 
@@ -69,13 +69,14 @@ class Pruner:
             )
         self._model: VisionTransformer = require_vision_transformer(unwrap(model))
         self.schedule = schedule
-        self.layout = read_layout(self._model)
+        self.layout = read_layout(self._model, method_dims(method))
         self._reduce = reduce
         self._method = create_method(method, self._model, self.layout, prune_ratio, reduce, method_options)
         self.gates = Gates(self.layout, self._model)
         self.gates.attach(self._model)
         self._method.attach(self.gates, schedule)
         self._kept_params = {block.name: dense_params(block) for block in self.layout.blocks}
+        self._kept_other_params = self.layout.other_params
         self.steps_done = 0
 
     def loss(self, criterion: Criterion, targets: Any) -> Tensor:
@@ -124,7 +125,7 @@ class Pruner:
 
     def kept_params(self) -> int:
         """Parameters of the model that would come out if the masks of now were the last."""
-        return self.layout.other_params + sum(self._kept_params.values())
+        return self._kept_other_params + sum(self._kept_params.values())
 
     def decide_last(self) -> Decision:
         """The last decision, from the last two intervals together, with hard masks; the model is not changed yet.
@@ -186,6 +187,7 @@ class Pruner:
     def _set_masks(self, masks: Mapping[str, Tensor]) -> None:
         self.gates.set(masks)
         self._kept_params = kept_params(self.layout, masks)  # of those just decided, which are on the CPU
+        self._kept_other_params = kept_other_params(self.layout, masks)
 
     def _gradients_finite(self) -> Tensor:
         """Whether all gradients are finite, one answer for all ranks; it stays on the device."""

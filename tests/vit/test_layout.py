@@ -16,7 +16,7 @@ from torch import nn
 from p3b.errors import ModelError
 from p3b.vit.compact import apply_cuts, plan_cuts
 from p3b.vit.cost import dense_params
-from p3b.vit.layout import dims_of, expand_along, read_layout, split_axis
+from p3b.vit.layout import expand_along, read_layout, split_axis
 from tiny import VARIANTS, parameters_of, random_masks, tiny_vit
 
 
@@ -39,7 +39,7 @@ def test_blocks_come_in_network_order_with_their_dimensions() -> None:
     assert layout.blocks[0].dims == {"in": 24, "head": 8, "out": 24}
     assert layout.blocks[1].dims == {"in": 24, "hidden": 96, "out": 24}
     assert (layout.blocks[0].heads, layout.blocks[1].heads) == (3, 1)
-    assert (layout.blocks[0].inner, layout.blocks[1].inner) == ("head", "hidden")
+    assert (layout.blocks[0].inner, layout.blocks[1].inner) == ((3, "head"), ("hidden",))
     assert layout.blocks[3].gate("hidden") == "blocks.1.mlp.hidden"
 
 
@@ -55,13 +55,13 @@ def test_tokens_before_the_patches_are_told_apart(variant: str, prefix: int, cls
 
 def test_every_gate_multiplies_its_dimension() -> None:
     for block in read_layout(tiny_vit()).blocks:
-        gated = {dim for weight in block.weights for axis in weight.gated for dim in dims_of(weight.axes[axis])}
+        gated = {dim for weight in block.weights for _axis, dim in weight.gated}
         assert gated == set(block.dims)
 
 
 def test_a_vector_along_an_axis_and_the_axis_in_factors_agree() -> None:
     vector = torch.arange(4.0)
-    along = expand_along(vector, (3, 2, "head"))
+    along = expand_along(vector, (3, 2, "head"), "head", {"head": 4})
     assert torch.equal(split_axis(along, 0, (3, 2, "head"), {"head": 4}), vector.expand(3, 2, 4))
 
 

@@ -18,7 +18,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-GATE_FACTORS: Mapping[str, float] = {"in": 1.0, "head": 1.0, "hidden": 0.75, "out": 1.5}
+GATE_FACTORS: Mapping[str, float] = {"in": 1.0, "heads": 1.0, "head": 1.0, "hidden": 0.75, "out": 1.5}
 """Factor on the ranks of a gate's elements, by kind: output channels are given up later, hidden channels earlier."""
 
 _BELOW_HALF = 0.5 - 2.0**-25

@@ -14,7 +14,7 @@ from p3b.methods.base import Method
 from p3b.methods.block_benefit import BlockBenefit
 from p3b.methods.wdpruning import WDPruning
 from p3b.scoring.meter import Reduce
-from p3b.vit.layout import ModelLayout
+from p3b.vit.layout import DEFAULT_DIMS, ModelLayout
 
 METHODS: Mapping[str, Callable[..., Method]] = {
     "block_benefit": BlockBenefit,
@@ -24,6 +24,8 @@ METHODS: Mapping[str, Callable[..., Method]] = {
     "taylor": global_score.taylor,
     "wdpruning": WDPruning,
 }
+METHOD_DIMS: Mapping[str, tuple[str, ...]] = {"wdpruning": ("heads", "hidden", "out")}
+"""Dimensions that a method prunes, of `p3b.vit.layout.DIMS`, where they are others than `DEFAULT_DIMS`."""
 PUBLISHED_NAMES = {"block_pr": "block_benefit"}
 
 
@@ -42,6 +44,11 @@ def create_method(
         if option not in known:
             raise ConfigError(unknown_name(f"option of {name}", option, known))
     return METHODS[name](model, layout, prune_ratio, reduce, **options)
+
+
+def method_dims(name: str) -> tuple[str, ...]:
+    """The dimensions that a method, by its name or published name, wants to be prunable: what `read_layout` is to be given."""
+    return METHOD_DIMS.get(PUBLISHED_NAMES.get(name, name), DEFAULT_DIMS)
 
 
 def method_options(name: str) -> list[str]:

@@ -188,17 +188,19 @@ class WDPruning:
 
     def last(self, kept_params: Mapping[str, int]) -> Decision:
         self._require_learned()
-        note = None
+        notes = []
+        if self._chosen is not None:
+            notes.append(f"the network is cut after block {self._chosen}, whose classifier takes the place of its norm and head")
         counts_G, _ = self._counts_at_budget()
         if self._round_to > 1:
             rounded_G, _ = self._counts_at_budget(self._round_to)
             kept, unrounded = (float(self._cost.params(each)) for each in (rounded_G, counts_G))
             counts_G = rounded_G
-            note = (
+            notes.append(
                 f"widths in multiples of {self._round_to} keep {kept:,.0f} parameters in the blocks, {unrounded:,.0f} without "
                 f"rounding: it costs {100 * (kept - unrounded) / self._all_params:+.2f} percentage points of the budget"
             )
-        return self._decision(counts_G, 1.0, 0.0, is_last=True, note=note)
+        return self._decision(counts_G, 1.0, 0.0, is_last=True, note="; ".join(notes) or None)
 
     def detach(self) -> None:
         if self._classifiers is not None:

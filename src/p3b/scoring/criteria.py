@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from p3b.vit.layout import BlockLayout, Weight, split_axis
+from p3b.vit.layout import Axis, BlockLayout, dims_of, split_axis
 
 
 @torch.no_grad()
@@ -32,10 +32,10 @@ def taylor(block: BlockLayout, weights: Mapping[str, Tensor]) -> dict[str, Tenso
         if parameter.grad is None:
             continue
         contribution = (parameter.detach() * parameter.grad).float() if weight.gated else None
-        for axis in weight.gated:
+        for axis, dim in weight.gated:
             assert contribution is not None
-            dim, sums = _sum_by_element(contribution, weight, axis, block.dims)
-            first_order[dim] += sums
+            if dim in first_order:  # the stream's gate is no gate of the block
+                first_order[dim] += sum_by_element(contribution, weight.factors(axis, dim), axis, dim, block.sizes)
     return {block.gate(dim): score.square() for dim, score in first_order.items()}
 
 
@@ -60,9 +60,10 @@ def magnitude(block: BlockLayout, weights: Mapping[str, Tensor]) -> dict[str, Te
         if len(weight.axes) != 2:
             continue
         square = weights[weight.key].detach().float().square()
-        for axis in range(2):
-            dim, sums = _sum_by_element(square, weight, axis, block.dims)
-            squares[dim] += sums
+        for axis, factors in enumerate(weight.axes):
+            for dim in dims_of(factors):
+                if dim in squares:
+                    squares[dim] += sum_by_element(square, factors, axis, dim, block.sizes)
     return {block.gate(dim): square.sqrt() for dim, square in squares.items()}
 
 
@@ -72,9 +73,20 @@ def by_gate(blocks: Sequence[BlockLayout], values_N: Tensor) -> dict[str, Tensor
     return dict(zip(sizes, values_N.split(list(sizes.values())), strict=True))
 
 
-def _sum_by_element(values: Tensor, weight: Weight, axis: int, dims: Mapping[str, int]) -> tuple[str, Tensor]:
-    """Sum a tensor of the weight's shape over everything but the elements along one axis: name of their dimension, and sums."""
-    factors = split_axis(values, axis, weight.axes[axis], dims)
-    position, dim = next((axis + i, name) for i, name in enumerate(weight.axes[axis]) if isinstance(name, str))
-    others = [i for i in range(factors.ndim) if i != position]
-    return dim, factors.sum(others) if others else factors
+def sum_by_element(values: Tensor, factors: Axis, axis: int, dim: str, sizes: Mapping[str, int]) -> Tensor:
+    """Sum a tensor of a weight's shape over everything but the elements of one dimension along one axis.
+
+    Args:
+        values: of the weight's shape.
+        factors: of that axis; `dim` is one of them.
+        axis: index of the axis.
+        dim: whose elements are summed by.
+        sizes: of the dimensions among the factors.
+
+    Returns:
+        (size of the dimension,).
+    """
+    split = split_axis(values, axis, factors, sizes)
+    position = axis + factors.index(dim)
+    others = [i for i in range(split.ndim) if i != position]
+    return split.sum(others) if others else split

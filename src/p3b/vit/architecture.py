@@ -15,7 +15,7 @@ from torch import nn
 from p3b.errors import ModelError
 
 BLOCK_ARGUMENTS = "p3b_block_arguments"
-"""Attribute of a small model that keeps what its dense blocks were built with: cut blocks do not tell."""
+"""Attribute of a small model that keeps what it was built with where it does not tell: cut blocks, and a narrower stream."""
 
 _CLASSES: Mapping[str, type[VisionTransformer]] = {
     "VisionTransformer": VisionTransformer,
@@ -141,7 +141,8 @@ def describe_dense(vit: VisionTransformer) -> dict[str, Any]:
 
 
 def describe_blocks(vit: VisionTransformer) -> dict[str, Any]:
-    """What the dense blocks were built with: kept on a small model from before it was cut, else read off the first block.
+    """What the dense blocks, and the stream between them, were built with: kept on a small model from before it was cut, else
+    read off the first block.
 
     Raises:
         ModelError: an activation or norm that has no name here.
@@ -162,6 +163,7 @@ def describe_blocks(vit: VisionTransformer) -> dict[str, Any]:
         "act_layer": _activation_name(block.mlp.act),
         "norm_layer": norms[0],
         "norm_eps": block.norm1.eps,
+        "embed_dim": vit.embed_dim,
     }
 
 

@@ -13,32 +13,49 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from p3b.vit.layout import Axis, BlockLayout, ModelLayout, alike
+from p3b.errors import ModelError
+from p3b.vit.layout import STREAM, Axis, BlockLayout, ModelLayout, alike
 
 Count = TypeVar("Count", int, Tensor)
 
 
 def block_params(block: BlockLayout, kept: Mapping[str, Tensor]) -> Tensor:
-    """Parameters that the shrunk block has when `kept[dim]` channels of each dimension stay.
+    """Parameters that the shrunk block has when `kept[dim]` channels of each dimension stay; a dimension not named is whole.
 
     A block that reads nothing or has no inner channels left is a constant of one number per output channel, or nothing where no
     bias feeds it; one that writes nothing is gone. See `p3b.vit.compact`, which shrinks by the same rules.
+
+    Args:
+        block: layout of the block.
+        kept: counts of its dimensions and, where it is prunable, of the stream ("stream"). Counts of "in" and "out" are then of
+            channels that the stream still has (`kept_channels`).
     """
+    kept = {**block.sizes, **kept}
+    inputs, inner, outputs = (torch.as_tensor(_size(axis, kept)) for axis in (block.inputs, block.inner, block.outputs))
     whole = sum(_numel(weight.axes, kept) for weight in block.weights)
-    constant = kept["out"]
-    no_input = constant * int(block.constant_without_input)
-    no_inner = constant * int(block.constant_without_inner)
-    remaining = torch.where(kept["in"] == 0, no_input, torch.as_tensor(whole))
-    return torch.where(kept[block.inner] == 0, no_inner, remaining) * (kept["out"] > 0)
+    no_input = outputs * int(block.constant_without_input)
+    no_inner = outputs * int(block.constant_without_inner)
+    remaining = torch.where(inputs == 0, no_input, torch.as_tensor(whole))
+    return torch.where(inner == 0, no_inner, remaining) * (outputs > 0)
 
 
 def dense_params(block: BlockLayout) -> int:
     """P_b: parameters of the block as it is, norm, biases and LayerScale included."""
-    return sum(math.prod(math.prod(_sizes(axis, block.dims)) for axis in weight.axes) for weight in block.weights)
+    return sum(math.prod(_size(axis, block.sizes) for axis in weight.axes) for weight in block.weights)
+
+
+def other_params(layout: ModelLayout, stream: Count) -> Count | int:
+    """Parameters outside the blocks when so many channels of the stream stay; as they are where it is not prunable."""
+    if layout.stream is None:
+        return layout.other_params
+    return sum(_numel(weight.axes, {STREAM: stream}) for weight in layout.stream.outside)
 
 
 def prefix_cost(block: BlockLayout) -> Callable[[Tensor], Tensor]:
-    """The block's parameters as a function of (n + 1, G) kept elements, G its gates in the order of `block.dims`."""
+    """The block's parameters as a function of (n + 1, G) kept elements, G its gates in the order of `block.dims`.
+
+    The stream stays whole.
+    """
 
     def cost(kept: Tensor) -> Tensor:
         return block_params(block, dict(zip(block.dims, kept.unbind(-1), strict=True)))
@@ -47,8 +64,15 @@ def prefix_cost(block: BlockLayout) -> Callable[[Tensor], Tensor]:
 
 
 def kept_channels(block: BlockLayout, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Channels of each dimension that count as kept (mask >= 0.5), as 0-dim tensors."""
-    return {dim: (masks[block.gate(dim)] >= 0.5).sum() for dim in block.dims}
+    """Channels of each dimension that count as kept (mask >= 0.5), as 0-dim tensors.
+
+    Where the stream has a mask its count comes last, and the block's inputs and outputs are those that lie in it.
+    """
+    kept = {dim: masks[block.gate(dim)] >= 0.5 for dim in block.dims}
+    if STREAM in masks:
+        stream = masks[STREAM] >= 0.5
+        kept = {dim: mask & stream if dim in ("in", "out") else mask for dim, mask in kept.items()} | {STREAM: stream}
+    return {dim: mask.sum() for dim, mask in kept.items()}
 
 
 def kept_params(layout: ModelLayout, masks: Mapping[str, Tensor]) -> dict[str, int]:
@@ -57,23 +81,43 @@ def kept_params(layout: ModelLayout, masks: Mapping[str, Tensor]) -> dict[str, i
     by_block = {block.name: 0 for block in layout.blocks}
     for group in alike(layout.blocks):
         shape = layout.blocks[group[0]]
-        counts = block_params(shape, {dim: torch.stack([kept[b][dim] for b in group]) for dim in shape.dims})
-        by_block |= zip((layout.blocks[b].name for b in group), counts.tolist(), strict=True)
+        counts = block_params(shape, {dim: torch.stack([kept[b][dim] for b in group]) for dim in kept[group[0]]})
+        by_block |= zip((layout.blocks[b].name for b in group), counts.expand(len(group)).tolist(), strict=True)
     return by_block
+
+
+def kept_other_params(layout: ModelLayout, masks: Mapping[str, Tensor]) -> int:
+    """Parameters outside the blocks that stay under the masks."""
+    return layout.other_params if layout.stream is None else int(other_params(layout, (masks[STREAM] >= 0.5).sum()))
 
 
 def block_macs(block: BlockLayout, kept: Mapping[str, int], tokens: int) -> int:
     """MACs of the shrunk block for one image of `tokens` tokens: linear layers, attention scores and values.
 
-    Norms, biases, softmax and activations count as nothing, as is usual.
+    Norms, biases, softmax and activations count as nothing, as is usual. `kept` as in `block_params`.
     """
-    if 0 in kept.values():
+    kept = {**block.sizes, **kept}
+    inner = _size(block.inner, kept)
+    if not (inner and _size(block.inputs, kept) and _size(block.outputs, kept)):
         return 0
-    linear = sum(
-        math.prod(math.prod(_sizes(axis, kept)) for axis in weight.axes) for weight in block.weights if len(weight.axes) == 2
-    )
-    attention = 2 * tokens * tokens * block.heads * kept["head"] if block.kind == "attn" else 0
-    return linear * tokens + attention
+    linear = sum(math.prod(_size(axis, kept) for axis in weight.axes) for weight in block.weights if len(weight.axes) == 2)
+    return linear * tokens + (2 * tokens * tokens * inner if block.kind == "attn" else 0)
+
+
+def other_macs(layout: ModelLayout, stream: int) -> int:
+    """MACs outside the blocks, patch embedding and head, when so many channels of the stream stay.
+
+    Raises:
+        ModelError: the layout was read without the dimension "stream".
+    """
+    if layout.stream is None:
+        raise ModelError('The stream is not prunable here: read the layout with the dimension "stream".')
+    sizes = {STREAM: stream}
+    macs = 0
+    for weight in layout.stream.outside:
+        times = {4: layout.stream.patches, 2: 1}.get(len(weight.axes), 0)  # a convolution, a linear layer, anything else
+        macs += times * math.prod(_size(axis, sizes) for axis in weight.axes)
+    return macs
 
 
 def model_macs(layout: ModelLayout, kept: Mapping[str, Mapping[str, int]], other_macs: int) -> int:
@@ -108,14 +152,16 @@ def count_macs(model: nn.Module, img_size: int | tuple[int, int] = 224) -> int:
     return counter.get_total_flops() // 2
 
 
-def _numel(axes: tuple[Axis, ...], kept: Mapping[str, Tensor]) -> Tensor:
+def _numel(axes: tuple[Axis, ...], kept: Mapping[str, Count]) -> Count | int:
     """Elements of a weight: a product of cumulative counts, in int64, exact."""
-    size = torch.ones((), dtype=torch.int64, device=kept["in"].device)
+    size: Count | int = 1
     for axis in axes:
-        for factor in axis:
-            size = size * (kept[factor] if isinstance(factor, str) else factor)
+        size = size * _size(axis, kept)
     return size
 
 
-def _sizes(axis: Axis, sizes: Mapping[str, int]) -> list[int]:
-    return [sizes[factor] if isinstance(factor, str) else factor for factor in axis]
+def _size(axis: Axis, sizes: Mapping[str, Count]) -> Count | int:
+    size: Count | int = 1
+    for factor in axis:
+        size = size * (sizes[factor] if isinstance(factor, str) else factor)
+    return size

@@ -2,9 +2,16 @@
 
 A gate on the channels of a linear layer is the same as scaling rows or columns of that layer's weight, which is far less to
 multiply than activations. While gates are attached, each gated layer computes with the product in the place of its weight; the
-parameters themselves, the classes and the state-dict keys stay as they are. A score that is m * dLoss/dm needs no gradient of
-the gates: see `p3b.scoring.criteria`. A method that learns masks does, also of elements that are masked: `collect_gradients`
-is for it.
+parameters themselves, the classes and the state-dict keys stay as they are. A score m * dLoss/dm needs no graph
+of its own (see `p3b.scoring.criteria`); a method that learns masks asks for dLoss/dm itself, by `Gates.collect_gradients`.
+
+The gate of the residual stream multiplies all that is written to it (patch embedding, tokens, positions, last layers of the
+blocks) and all that is read of it. What is read are layer norms, and these take their moments over the channels weighted by
+their mask:
+
+    norm(x) = m * (w * (x - mu) / sqrt(var + eps) + b),   mu = sum(m * x) / sum(m),   var = sum(m * (x - mu)^2) / sum(m)
+
+With a mask of zeros and ones this is the ordinary layer norm over the channels that stay.
 """
 
 from __future__ import annotations
@@ -17,19 +24,37 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from p3b.errors import ModelError
-from p3b.vit.layout import ModelLayout, dims_of, expand_along
+from p3b.vit.layout import STREAM, Axis, ModelLayout, Weight, expand_along
+
+
+@dataclass(frozen=True)
+class _Gate:
+    """A gate along one axis of a parameter: its name, the axis, and the dimension's place among the axis's factors."""
+
+    name: str
+    dim: str
+    axis: int
+    factors: Axis
+    sizes: Mapping[str, int]
+
+    @property
+    def along(self) -> tuple[object, ...]:
+        """What a mask that is repeated along the axis depends on."""
+        shape = tuple(self.sizes[factor] if isinstance(factor, str) else factor for factor in self.factors)
+        return self.name, shape, self.factors.index(self.dim)
 
 
 @dataclass(frozen=True)
 class _GatedWeight:
-    """One parameter of a layer and the gates on its axes: (axis, gate name, factors of the axis)."""
+    """One parameter of a layer, its number of axes, and the gates on them."""
 
     parameter: str
-    gates: tuple[tuple[int, str, tuple[int | str, ...]], ...]
+    rank: int
+    gates: tuple[_Gate, ...]
 
 
 class Gates:
-    """All gates of a model. `masks` is what they hold, by gate name ("blocks.0.attn.in"), ones at first.
+    """All gates of a model. `masks` is what they hold, by gate name ("blocks.0.attn.in", "stream"), ones at first.
 
     Until the first `set` nothing is multiplied at all, so that an ungated step costs nothing. The hooks are plain functions
     that share these masks: a deep copy of the model (as an exponential moving average makes) is gated by the same masks.
@@ -37,20 +62,23 @@ class Gates:
 
     def __init__(self, layout: ModelLayout, model: nn.Module) -> None:
         device = next(model.parameters()).device
-        self.masks: dict[str, Tensor] = {
-            block.gate(dim): torch.ones(size, device=device) for block in layout.blocks for dim, size in block.dims.items()
-        }
+        self.masks: dict[str, Tensor] = {gate: torch.ones(size, device=device) for gate, size in layout.gates.items()}
         self._closed = False
-        self._leaves: dict[str, Tensor] | None = None
+        self._collects = False
+        self._leaf: Tensor | None = None
+        """All masks in one vector, where gradients are collected: it gets them."""
         self._scales: dict[tuple[str, str], list[Tensor]] = {}
         self._gated: dict[str, list[_GatedWeight]] = {}
+        self._norms: tuple[str, ...] = ()
+        self._stream: Tensor | None = None
+        """The stream's mask, where norms have to look at it: it is not all ones."""
         for block in layout.blocks:
             for weight in block.weights:
-                if weight.gated:
-                    layer, _, parameter = weight.key.rpartition(".")
-                    gates = tuple((axis, block.gate(dims_of(weight.axes[axis])[0]), weight.axes[axis]) for axis in weight.gated)
-                    self._gated.setdefault(layer, []).append(_GatedWeight(parameter, gates))
-        self._ranks = {weight.key: len(weight.axes) for block in layout.blocks for weight in block.weights}
+                self._add(weight, {dim: block.gate(dim) for _, dim in weight.gated}, block.sizes)
+        if layout.stream is not None:
+            self._norms = layout.stream.norms
+            for weight in layout.stream.outside:
+                self._add(weight, {STREAM: STREAM}, {STREAM: layout.stream.size})
         self._handles: list[RemovableHandle] = []
         self._layers: list[nn.Module] = []
 
@@ -63,6 +91,8 @@ class Gates:
                 layer.register_forward_pre_hook(self._swap_hook(name)),
                 layer.register_forward_hook(_restore, always_call=True),
             ]
+        for name in self._norms:
+            self._handles.append(model.get_submodule(name).register_forward_hook(self._norm_hook()))
 
     def detach(self) -> None:
         """Take the gates off: class, state-dict keys and outputs are as they were before `attach`."""
@@ -74,50 +104,59 @@ class Gates:
         self._layers.clear()
 
     def set(self, masks: Mapping[str, Tensor]) -> None:
-        """New values for all gates.
+        """New values for all gates. Masks that want a gradient get it from each backward pass through the model.
 
         Raises:
-            ModelError: names or sizes are not those of this model's gates.
+            ModelError: names or sizes are not those of this model's gates, or nothing is left of the residual stream.
         """
         if {name: mask.shape for name, mask in masks.items()} != {name: mask.shape for name, mask in self.masks.items()}:
             raise ModelError("The masks do not fit the model: their names or sizes are those of another architecture.")
+        stream = masks.get(STREAM)
+        if stream is not None and not (stream > 0).any():
+            raise ModelError("The masks leave no channel of the residual stream: keep one at least.")
         sizes = [len(mask) for mask in self.masks.values()]
         together = torch.cat([masks[name] for name in self.masks]).to(next(iter(self.masks.values())))  # one transfer for all
-        self.masks = dict(zip(self.masks, together.split(sizes), strict=True))
+        if self._collects:
+            together = self._leaf = together.detach().requires_grad_()
+        multiplied = dict(zip(self.masks, together.split(sizes), strict=True))
+        self.masks = {name: mask.detach() for name, mask in multiplied.items()} if self._collects else multiplied
         self._closed = True
+        wants_gradient = self._collects or (stream is not None and stream.requires_grad)
+        untouched = stream is None or (not wants_gradient and bool((stream == 1).all()))
+        self._stream = None if untouched else multiplied[STREAM]
         expanded = {
-            (gate, factors): expand_along(self.masks[gate], factors)
+            gate.along: expand_along(multiplied[gate.name], gate.factors, gate.dim, gate.sizes)
             for weights in self._gated.values()
             for gated in weights
-            for _, gate, factors in gated.gates
+            for gate in gated.gates
         }
         self._scales = {
-            (layer, gated.parameter): [
-                _along_axis(expanded[gate, factors], axis, self._ranks[f"{layer}.{gated.parameter}"])
-                for axis, gate, factors in gated.gates
-            ]
+            (layer, gated.parameter): [_along_axis(expanded[gate.along], gate.axis, gated.rank) for gate in gated.gates]
             for layer, weights in self._gated.items()
             for gated in weights
         }
-        if self._leaves is not None:
-            self._leaves = self._new_leaves()
 
     def collect_gradients(self) -> None:
-        """From now on backward passes leave the gradient with respect to the masks, those of masked elements included."""
-        if self._leaves is None:
-            self._leaves = {}
+        """From now on each backward pass leaves the gradient with respect to all masks, those of masked elements included."""
+        if not self._collects:
+            self._collects = True
             self.set(self.masks)
 
     def gradients(self) -> dict[str, Tensor]:
         """dLoss/dm of every gate, by name, summed over the backward passes since the last `set`; zeros where there was none.
 
-        It is this rank's own: the sum knows nothing of a distributed wrapper.
+        It is this rank's own: a distributed wrapper does not know of masks.
         """
-        assert self._leaves is not None, "collect_gradients comes first"
-        return {name: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for name, leaf in self._leaves.items()}
+        assert self._leaf is not None, "collect_gradients comes first"
+        gradient = torch.zeros_like(self._leaf) if self._leaf.grad is None else self._leaf.grad
+        return dict(zip(self.masks, gradient.split([len(mask) for mask in self.masks.values()]), strict=True))
 
-    def _new_leaves(self) -> dict[str, Tensor]:
-        return {name: mask.detach().requires_grad_() for name, mask in self.masks.items()}
+    def _add(self, weight: Weight, names: Mapping[str, str], sizes: Mapping[str, int]) -> None:
+        """Take in one parameter, if any gate multiplies it; `names` says each dimension's gate."""
+        if weight.gated:
+            layer, _, parameter = weight.key.rpartition(".")
+            gates = tuple(_Gate(names[dim], dim, axis, weight.factors(axis, dim), sizes) for axis, dim in weight.gated)
+            self._gated.setdefault(layer, []).append(_GatedWeight(parameter, len(weight.axes), gates))
 
     def _swap_hook(self, layer_name: str) -> Callable[[nn.Module, object], None]:
         gated_weights = self._gated[layer_name]
@@ -129,25 +168,39 @@ class Gates:
             kept: dict[str, nn.Parameter] = {}
             for gated in gated_weights:
                 weight = kept[gated.parameter] = layer._parameters[gated.parameter]
-                if self._leaves is not None and torch.is_grad_enabled():
-                    product = self._differentiable_product(weight, gated, self._leaves)
-                else:
-                    first, *others = self._scales[layer_name, gated.parameter]
-                    product = weight * first.to(weight.dtype)
-                    for scale in others:
-                        product = product.mul_(scale.to(weight.dtype))
+                first, *others = self._scales[layer_name, gated.parameter]
+                product = weight * first.to(weight.dtype)
+                for scale in others:
+                    product = product.mul_(scale.to(weight.dtype))
                 # The registry may hold any tensor while the layer computes; __setattr__ would refuse it.
                 layer._parameters[gated.parameter] = product
             layer._ungated_parameters = kept
 
         return swap
 
-    @staticmethod
-    def _differentiable_product(weight: Tensor, gated: _GatedWeight, leaves: Mapping[str, Tensor]) -> Tensor:
-        """The weight times its gates, as part of the graph: nothing may be multiplied in place."""
-        for axis, gate, factors in gated.gates:
-            weight = weight * _along_axis(expand_along(leaves[gate], factors).to(weight.dtype), axis, weight.ndim)
-        return weight
+    def _norm_hook(self) -> Callable[[nn.LayerNorm, tuple[Tensor, ...], Tensor], Tensor | None]:
+        def normalise(norm: nn.LayerNorm, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+            return None if self._stream is None else _norm_of_kept(norm, args[0], self._stream).to(output.dtype)
+
+        return normalise
+
+
+def _norm_of_kept(norm: nn.LayerNorm, x: Tensor, mask: Tensor) -> Tensor:
+    """A layer norm over the channels that stay: (..., D) -> (..., D), channels that go are zero.
+
+    Moments are taken in float32 at least, as an ordinary layer norm takes them.
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    x, mask = x.to(dtype), mask.to(dtype)
+    share = mask / mask.sum()
+    centred = x - (x * share).sum(-1, keepdim=True)
+    variance = (centred.square() * share).sum(-1, keepdim=True)
+    x = centred * torch.rsqrt(variance + norm.eps)
+    if norm.weight is not None:
+        x = x * norm.weight.to(dtype)
+    if norm.bias is not None:
+        x = x + norm.bias.to(dtype)
+    return x * mask
 
 
 def _restore(layer: nn.Module, *_args: object) -> None:
