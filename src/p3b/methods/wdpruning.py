@@ -6,7 +6,7 @@ Width is learned while the model trains. Every element of a gate has a score and
 
     share_g  = sigmoid(threshold_g),  mask = top share of the scores, gradients passed straight through      core.learned_width
     loss     = task + auxiliary + lambda_1 (R - target) + lambda_2 (R - target)^2    where R > target
-    scores, thresholds: descent, 0.0025;  lambda_1, lambda_2: ascent, 10;  all with a cosine to 0 over the pruning
+    scores, thresholds: descent at a rate of 0.0025;  lambda_1, lambda_2: ascent at 10;  both with a cosine to 0 over the pruning
 
 R is the share of the blocks' parameters that the shares let expect, target what the prune ratio leaves of them. Gates begin
 with scores of 0 and thresholds of 10, so that all is kept. Masks are renewed after every optimizer step, hard from the start:
@@ -23,13 +23,15 @@ Departures from the paper and its published code, and what they leave open:
 
 - The gradient of a share, sum(gradient * mask), reaches the threshold through the sigmoid, as the Lagrangian term's does.
 - R counts biases, norms and LayerScale too, not matrices alone, so that its target is the budget itself.
-- Which optimizers move these is left open. Scores have Adam. Thresholds have Adamax without momentum, with a short memory: a
-  step is never longer than the learning rate, so that R does not fall far below its target, where no term brings it back;
-  and once the term is gone, the loss's own gradient, which is smaller by orders, moves thresholds again after some dozen
-  steps, each gate's its own way. Multipliers climb by plain ascent.
+- Which optimizers move these is left open. Scores descend by the gradient over its root mean square within the gate: their
+  order there is all that counts, late steps count like early ones, and an element without a gradient stays where it is, where
+  Adam would make as much of its rounding errors as of another's gradient. Thresholds have Adamax without momentum, with a
+  short memory: a step is never longer than the learning rate, so that R does not fall far below its target, where no term
+  brings it back; and once the term is gone, the loss's own gradient, which is smaller by orders, moves thresholds again
+  after some dozen steps, each gate's its own way. Multipliers climb by plain ascent.
 - Pruning phases are often much shorter here than the published runs. A threshold moves by at most one learning rate a step,
   and from 10 it has a way of about 10 to go: in fewer than 24,000 steps the default rate rises so that the sum of all rates
-  stays 30, up to 0.25 (`default_lr`). A rate that is given is taken as it is.
+  stays 30, up to 0.5 (`default_lr`). A rate that is given is taken as it is.
 - Kept counts are whole numbers without further rounding; `round_to=16` is the published rounding, and the last decision says by
   how much the budget is missed for it.
 """
@@ -58,7 +60,7 @@ from p3b.vit.tails import MiddleClassifiers
 
 FIRST_THRESHOLD = 10.0
 LR, LAMBDA_LR = 0.0025, 10.0
-LEAST_PATH, MOST_LR = 30.0, 0.25
+LEAST_PATH, MOST_LR = 30.0, 0.5
 FORGETTING = 0.9
 """Of the largest gradient of a threshold so far, at every step."""
 TOLERANCE = 5e-4
@@ -122,10 +124,7 @@ class WDPruning:
         self._scores_N = torch.zeros(sum(self._sizes.values()), requires_grad=True, **numbers)
         self._thresholds_G = torch.full((len(self._sizes),), FIRST_THRESHOLD, requires_grad=True, **numbers)
         self._lambdas = torch.zeros(2, requires_grad=True, **numbers)
-        self._optimizers = {
-            "score_optimizer": torch.optim.Adam([self._scores_N], lr=0.0),
-            "threshold_optimizer": torch.optim.Adamax([self._thresholds_G], lr=0.0, betas=(0.0, FORGETTING)),
-        }
+        self._threshold_optimizer = torch.optim.Adamax([self._thresholds_G], lr=0.0, betas=(0.0, FORGETTING))
         self._cost_on_device = self._cost.to(self._device)
         self._steps = self._learned_steps = 0
         self._gates: Gates | None = None
@@ -190,7 +189,9 @@ class WDPruning:
         self._require_learned()
         notes = []
         if self._chosen is not None:
-            notes.append(f"the network is cut after block {self._chosen}, whose classifier takes the place of its norm and head")
+            notes.append(
+                f"the network is cut after block {self._chosen}, whose classifier takes the place of its norm and head"
+            )
         counts_G, _ = self._counts_at_budget()
         if self._round_to > 1:
             rounded_G, _ = self._counts_at_budget(self._round_to)
@@ -213,7 +214,7 @@ class WDPruning:
             "scores": self._scores_N.detach(),
             "thresholds": self._thresholds_G.detach(),
             "lambdas": self._lambdas.detach(),
-            **{name: optimizer.state_dict() for name, optimizer in self._optimizers.items()},
+            "threshold_optimizer": self._threshold_optimizer.state_dict(),
             "steps": self._steps,
             "learned_steps": self._learned_steps,
         }
@@ -230,8 +231,7 @@ class WDPruning:
             if state[key].shape != mine.shape:
                 raise ValueError(f"its {key} are {len(state[key])}, here are {len(mine)}")
             mine.copy_(state[key])
-        for name, optimizer in self._optimizers.items():
-            optimizer.load_state_dict(state[name])
+        self._threshold_optimizer.load_state_dict(state["threshold_optimizer"])
         self._steps, self._learned_steps = int(state["steps"]), int(state["learned_steps"])
         if self._classifiers is not None:
             self._classifiers.tails.load_state_dict(state["classifiers"])
@@ -246,18 +246,20 @@ class WDPruning:
     def _learn(self, gradient_N: Tensor) -> None:
         """One step of scores, thresholds and multipliers, from the gradient of the loss with respect to all masks."""
         shares_G = torch.sigmoid(self._thresholds_G)
-        masks = [top_share_mask(scores, share) for scores, share in zip(self._scores_by_gate(), shares_G, strict=True)]
+        masks = [top_share_mask(scores, share) for scores, share in zip(self._by_gate(self._scores_N), shares_G, strict=True)]
         penalty = lagrangian(self._remaining(shares_G), self._target, *self._lambdas)
         torch.autograd.backward([torch.cat(masks), penalty], [gradient_N, None])
         decay = self._decay()
-        for optimizer in self._optimizers.values():
-            optimizer.param_groups[0]["lr"] = self._full_lr() * decay
-            optimizer.step()
-            optimizer.zero_grad()
+        lr = self._full_lr() * decay
+        self._threshold_optimizer.param_groups[0]["lr"] = lr
+        self._threshold_optimizer.step()
+        assert self._scores_N.grad is not None
         assert self._lambdas.grad is not None
         with torch.no_grad():
+            self._scores_N -= lr * torch.cat([of_unit_size(gradient) for gradient in self._by_gate(self._scores_N.grad)])
             self._lambdas += self._lambda_lr * decay * self._lambdas.grad
-        self._lambdas.grad = None
+        for learned in (self._scores_N, self._thresholds_G, self._lambdas):
+            learned.grad = None
         self._learned_steps += 1
 
     def _follow(self) -> None:
@@ -271,7 +273,7 @@ class WDPruning:
         """Hard masks of all gates; `later_blocks` is the mask of blocks behind the chosen classifier."""
         tops = {
             gate: top_mask(scores, count).float()
-            for gate, scores, count in zip(self._sizes, self._scores_by_gate(), counts_G.tolist(), strict=True)
+            for gate, scores, count in zip(self._sizes, self._by_gate(self._scores_N.detach()), counts_G.tolist(), strict=True)
         }
         return {
             block.gate(dim): tops.get(block.gate(dim), torch.full((size,), later_blocks, device=self._device))
@@ -303,8 +305,8 @@ class WDPruning:
             )
         return Decision(masks, tuple(decisions), progress, tau, note)
 
-    def _scores_by_gate(self) -> tuple[Tensor, ...]:
-        return self._scores_N.split(list(self._sizes.values()))
+    def _by_gate(self, values_N: Tensor) -> tuple[Tensor, ...]:
+        return values_N.split(list(self._sizes.values()))
 
     def _shares_counts(self) -> Tensor:
         return kept_counts(torch.sigmoid(self._thresholds_G), self._cost.sizes)
@@ -359,9 +361,15 @@ class WDPruning:
 
 def default_lr(steps: int) -> float:
     """Learning rate of scores and thresholds for a pruning phase of so many steps, at its beginning: 0.0025 as published; in a
-    phase too short for it as much as makes the rates of all steps sum to 30, up to 0.25.
+    phase too short for it as much as makes the rates of all steps sum to 30, up to 0.5.
     """
     return min(MOST_LR, max(LR, 2 * LEAST_PATH / steps))
+
+
+def of_unit_size(gradient_n: Tensor) -> Tensor:
+    """A gradient over its root mean square; zeros stay zeros."""
+    size = gradient_n.square().mean().sqrt()
+    return torch.where(size > 0, gradient_n / size, 0.0)
 
 
 def width_cost(blocks: Sequence[BlockLayout]) -> WidthCost:

@@ -103,6 +103,7 @@ class Gates:
             _restore(layer)
         self._layers.clear()
 
+    @torch.enable_grad()
     def set(self, masks: Mapping[str, Tensor]) -> None:
         """New values for all gates. Masks that want a gradient get it from each backward pass through the model.
 
