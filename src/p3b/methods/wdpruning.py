@@ -6,7 +6,7 @@ Width is learned while the model trains. Every element of a gate has a score and
 
     share_g  = sigmoid(threshold_g),  mask = top share of the scores, gradients passed straight through      core.learned_width
     loss     = task + auxiliary + lambda_1 (R - target) + lambda_2 (R - target)^2    where R > target
-    scores, thresholds: descent at a rate of 0.0025;  lambda_1, lambda_2: ascent at 10;  both with a cosine to 0 over the pruning
+    scores, thresholds: descent at 0.0025;  lambda_1, lambda_2: ascent at 10;  both with a cosine to 0 over the pruning
 
 R is the share of the blocks' parameters that the shares let expect, target what the prune ratio leaves of them. Gates begin
 with scores of 0 and thresholds of 10, so that all is kept. Masks are renewed after every optimizer step, hard from the start:
@@ -211,6 +211,7 @@ class WDPruning:
 
     def state_dict(self) -> dict[str, Any]:
         state = {
+            "name": "wdpruning",
             "scores": self._scores_N.detach(),
             "thresholds": self._thresholds_G.detach(),
             "lambdas": self._lambdas.detach(),
@@ -225,6 +226,8 @@ class WDPruning:
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if state["name"] != "wdpruning":
+            raise ValueError(f"it is a state of {state['name']}, this is wdpruning")
         if ("classifiers" in state) != (self._classifiers is not None):
             raise ValueError("it has classifiers where this one has none, or the other way round")
         for mine, key in ((self._scores_N, "scores"), (self._thresholds_G, "thresholds"), (self._lambdas, "lambdas")):
