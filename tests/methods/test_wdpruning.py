@@ -148,7 +148,7 @@ def test_nothing_is_masked_in_the_warm_up_and_scores_go_against_their_gradient_a
     for _ in range(PLAN.start):
         assert torch.equal(run.model(images()), run.model(images()))
         run.step()
-    assert all((value == 0).all() for value in (run.learned()["scores"], run.learned()["lambdas"]))
+    assert all((value == 0).all() for value in (run.learned()["saliency"], run.learned()["lambdas"]))
     assert all((mask == 1).all() for mask in run.pruner.gates.masks.values())
     dense.load_state_dict(run.model.state_dict())
     assert torch.equal(dense(images()), run.model(images()))
@@ -157,15 +157,15 @@ def test_nothing_is_masked_in_the_warm_up_and_scores_go_against_their_gradient_a
     gradient = torch.cat(list(run.pruner.gates.gradients().values()))
     run.pruner.step()
     assert gradient.abs().min() > 0
-    assert torch.equal(run.learned()["scores"].sign(), -gradient.double().sign())
+    assert torch.equal(run.learned()["saliency"].sign(), -gradient.double().sign())
 
 
 def test_masked_elements_go_on_learning() -> None:
     run = Run(tiny_vit()).steps(25)
-    masks, before = torch.cat(list(run.pruner.gates.masks.values())), run.learned()["scores"].clone()
+    masks, before = torch.cat(list(run.pruner.gates.masks.values())), run.learned()["saliency"].clone()
     assert (masks == 0).any()
     run.step()
-    assert (run.learned()["scores"] != before)[masks == 0].all()
+    assert (run.learned()["saliency"] != before)[masks == 0].all()
 
 
 def test_masks_are_hard_and_follow_every_step() -> None:
@@ -219,7 +219,7 @@ def test_a_step_that_is_not_finite_teaches_nothing() -> None:
     assert all(torch.equal(value, tails[key]) for key, value in run.method.state_dict()["classifiers"].items())
     run.optimizer.zero_grad()
     run.step()
-    assert not torch.equal(run.learned()["scores"], before["scores"])
+    assert not torch.equal(run.learned()["saliency"], before["saliency"])
 
 
 # --- the budget, and the small model

@@ -42,7 +42,8 @@ class TopShareMask(torch.autograd.Function):
 
 def top_share_mask(scores_n: Tensor, share: Tensor) -> Tensor:
     """`TopShareMask`, as a function."""
-    return TopShareMask.apply(scores_n, share)
+    mask_n: Tensor = TopShareMask.apply(scores_n, share)
+    return mask_n
 
 
 def top_mask(scores_n: Tensor, count: int) -> Tensor:

@@ -120,10 +120,10 @@ class WDPruning:
 
         self._device = next(model.parameters()).device
         # In float64 elements whose gradients differ in their last digits alone still have an order.
-        numbers = {"dtype": torch.float64, "device": self._device}
-        self._scores_N = torch.zeros(sum(self._sizes.values()), requires_grad=True, **numbers)
-        self._thresholds_G = torch.full((len(self._sizes),), FIRST_THRESHOLD, requires_grad=True, **numbers)
-        self._lambdas = torch.zeros(2, requires_grad=True, **numbers)
+        start = (torch.zeros(sum(self._sizes.values())), torch.full((len(self._sizes),), FIRST_THRESHOLD), torch.zeros(2))
+        self._scores_N, self._thresholds_G, self._lambdas = (
+            values.to(self._device, torch.float64).requires_grad_() for values in start
+        )
         self._threshold_optimizer = torch.optim.Adamax([self._thresholds_G], lr=0.0, betas=(0.0, FORGETTING))
         self._cost_on_device = self._cost.to(self._device)
         self._steps = self._learned_steps = 0
@@ -212,7 +212,7 @@ class WDPruning:
     def state_dict(self) -> dict[str, Any]:
         state = {
             "name": "wdpruning",
-            "scores": self._scores_N.detach(),
+            "saliency": self._scores_N.detach(),
             "thresholds": self._thresholds_G.detach(),
             "lambdas": self._lambdas.detach(),
             "threshold_optimizer": self._threshold_optimizer.state_dict(),
@@ -230,7 +230,7 @@ class WDPruning:
             raise ValueError(f"it is a state of {state['name']}, this is wdpruning")
         if ("classifiers" in state) != (self._classifiers is not None):
             raise ValueError("it has classifiers where this one has none, or the other way round")
-        for mine, key in ((self._scores_N, "scores"), (self._thresholds_G, "thresholds"), (self._lambdas, "lambdas")):
+        for mine, key in ((self._scores_N, "saliency"), (self._thresholds_G, "thresholds"), (self._lambdas, "lambdas")):
             if state[key].shape != mine.shape:
                 raise ValueError(f"its {key} are {len(state[key])}, here are {len(mine)}")
             mine.copy_(state[key])
