@@ -12,7 +12,7 @@ from p3b.core.learned_width import (
     kept_counts,
     lagrangian,
     top_mask,
-    top_share_mask,
+    top_share_masks,
 )
 
 
@@ -31,13 +31,16 @@ def _cost(sizes: tuple[int, ...] = (3, 24, 96, 24)) -> WidthCost:
 
 def test_the_mask_keeps_the_top_share_and_its_gradients_are_those_of_the_definition() -> None:
     scores = _double(0.3, -1.0, 2.0, 0.1, 0.0).requires_grad_()
-    share = torch.tensor(0.6, dtype=torch.float64, requires_grad=True)
-    mask = top_share_mask(scores, share)
+    other = _double(1.0, 3.0, 2.0).requires_grad_()
+    shares = _double(0.6, 0.3).requires_grad_()
+    mask, other_mask = top_share_masks([scores, other], shares)
     assert mask.tolist() == [1, 0, 1, 1, 0]
+    assert other_mask.tolist() == [0, 1, 0]
     gradient = _double(0.5, -2.0, 3.0, 7.0, -11.0)
-    mask.backward(gradient)
+    torch.autograd.backward([mask, other_mask], [gradient, _double(5.0, 6.0, 7.0)])
     assert torch.equal(scores.grad, gradient)
-    assert share.grad == (gradient * mask).sum() == 10.5
+    assert other.grad.tolist() == [5.0, 6.0, 7.0]
+    assert shares.grad.tolist() == [(gradient * mask).sum(), 6.0] == [10.5, 6.0]
 
 
 def test_equal_scores_are_told_apart_by_their_place_every_time() -> None:

@@ -10,6 +10,7 @@ Yu et al., "Width & Depth Pruning for Vision Transformers", AAAI 2022. G gates w
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,27 +24,35 @@ _FAR = 50.0
 class TopShareMask(torch.autograd.Function):
     """Hard mask of the top share of the scores; equal scores keep their order, and the later ones stay.
 
-    Forward: (n,) scores of any scale and a 0-dim share in [0, 1] -> (n,) of 0 and 1, `kept_counts` of them 1.
+    Forward: (n,) scores of any scale, a 0-dim share in [0, 1] and its count -> (n,) of 0 and 1, so many of them 1.
     Backward: the gradient goes straight through to the scores; the share gets sum(gradient * mask).
     """
 
     @staticmethod
-    def forward(ctx: Any, scores_n: Tensor, share: Tensor) -> Tensor:
-        mask_n = top_mask(scores_n, int(kept_counts(share[None], torch.tensor([len(scores_n)]))))
+    def forward(ctx: Any, scores_n: Tensor, share: Tensor, count: int) -> Tensor:
+        mask_n = top_mask(scores_n, count)
         ctx.save_for_backward(mask_n, share)
         return mask_n
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
         mask_n, share = ctx.saved_tensors
         gradient_n = gradients[0]
-        return gradient_n, (gradient_n * mask_n).sum().to(share.dtype)
+        return gradient_n, (gradient_n * mask_n).sum().to(share.dtype), None
 
 
-def top_share_mask(scores_n: Tensor, share: Tensor) -> Tensor:
-    """`TopShareMask`, as a function."""
-    mask_n: Tensor = TopShareMask.apply(scores_n, share)
-    return mask_n
+def top_share_masks(scores: Sequence[Tensor], shares_G: Tensor) -> list[Tensor]:
+    """`TopShareMask` of every gate, with `kept_counts` of the shares.
+
+    Args:
+        scores: G tensors, each (n_g,).
+        shares_G: (G,) in [0, 1].
+
+    Returns:
+        G tensors, each (n_g,). A device is waited for once.
+    """
+    counts = kept_counts(shares_G, torch.tensor([len(each) for each in scores])).tolist()
+    return [TopShareMask.apply(*each) for each in zip(scores, shares_G.unbind(), counts, strict=True)]
 
 
 def top_mask(scores_n: Tensor, count: int) -> Tensor:

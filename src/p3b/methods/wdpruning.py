@@ -48,7 +48,7 @@ from timm.optim import param_groups_weight_decay
 from torch import Tensor
 
 from p3b.core.finite import all_finite
-from p3b.core.learned_width import WidthCost, counts_at_budget, kept_counts, lagrangian, top_mask, top_share_mask
+from p3b.core.learned_width import WidthCost, counts_at_budget, kept_counts, lagrangian, top_mask, top_share_masks
 from p3b.core.schedule import Schedule
 from p3b.errors import BudgetError, ConfigError, TrainingError
 from p3b.methods.base import BlockDecision, Criterion, Decision, overall_keep_ratio
@@ -249,7 +249,7 @@ class WDPruning:
     def _learn(self, gradient_N: Tensor) -> None:
         """One step of scores, thresholds and multipliers, from the gradient of the loss with respect to all masks."""
         shares_G = torch.sigmoid(self._thresholds_G)
-        masks = [top_share_mask(scores, share) for scores, share in zip(self._by_gate(self._scores_N), shares_G, strict=True)]
+        masks = top_share_masks(self._by_gate(self._scores_N), shares_G)
         penalty = lagrangian(self._remaining(shares_G), self._target, *self._lambdas)
         torch.autograd.backward([torch.cat(masks), penalty], [gradient_N, None])
         decay = self._decay()
