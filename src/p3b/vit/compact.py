@@ -77,7 +77,7 @@ class StreamCut:
 
 @dataclass(frozen=True)
 class CutPlan:
-    """All cuts of a model, the parameters to expect of the whole small model, and what stays of the stream (None: all of it)."""
+    """All cuts of a model, and the parameters to expect of the whole small model; `stream` is None where all of it stays."""
 
     cuts: tuple[BlockCut, ...]
     params: int
@@ -160,7 +160,7 @@ def plan_cuts(layout: ModelLayout, masks: Mapping[str, Tensor]) -> CutPlan:
     return CutPlan(
         tuple(cuts),
         others + sum(cut.params for cut in cuts),
-        StreamCut(layout.stream, stream) if narrower else None,  # type: ignore[arg-type]
+        StreamCut(layout.stream, stream) if narrower else None,
     )
 
 

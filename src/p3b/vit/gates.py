@@ -105,7 +105,10 @@ class Gates:
 
     @torch.enable_grad()
     def set(self, masks: Mapping[str, Tensor]) -> None:
-        """New values for all gates. Masks that want a gradient get it from each backward pass through the model.
+        """New values for all gates.
+
+        A mask that wants a gradient gets it from each backward pass through the model, exact also for the stream, whose norms
+        depend on it beside what its weights tell; `masks` holds the values alone.
 
         Raises:
             ModelError: names or sizes are not those of this model's gates, or nothing is left of the residual stream.
@@ -119,14 +122,13 @@ class Gates:
         together = torch.cat([masks[name] for name in self.masks]).to(next(iter(self.masks.values())))  # one transfer for all
         if self._collects:
             together = self._leaf = together.detach().requires_grad_()
-        multiplied = dict(zip(self.masks, together.split(sizes), strict=True))
-        self.masks = {name: mask.detach() for name, mask in multiplied.items()} if self._collects else multiplied
+        values = dict(zip(self.masks, together.split(sizes), strict=True))
+        self.masks = {name: mask.detach() for name, mask in values.items()}
         self._closed = True
-        wants_gradient = self._collects or (stream is not None and stream.requires_grad)
-        untouched = stream is None or (not wants_gradient and bool((stream == 1).all()))
-        self._stream = None if untouched else multiplied[STREAM]
+        untouched = stream is None or (not together.requires_grad and bool((stream == 1).all()))
+        self._stream = None if untouched else values[STREAM]
         expanded = {
-            gate.along: expand_along(multiplied[gate.name], gate.factors, gate.dim, gate.sizes)
+            gate.along: expand_along(values[gate.name], gate.factors, gate.dim, gate.sizes)
             for weights in self._gated.values()
             for gated in weights
             for gate in gated.gates

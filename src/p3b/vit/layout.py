@@ -15,8 +15,8 @@ Two further dimensions are there for methods that ask for them (`read_layout(mod
 
 A weight's axis is written as a tuple of factors, outermost first: the rows of `qkv.weight` are (3, heads, "head"), so the
 dimension "head" lies along that axis 3 * heads times. A factor is a name where the dimension is prunable and a number where it
-is not: with whole heads alone it is (3, "heads", head), with both (3, "heads", "head"). Costs, gates, scores and cuts follow from
-these tuples.
+is not: with whole heads alone it is (3, "heads", head), with both (3, "heads", "head"). Costs, gates, scores and cuts follow
+from these tuples.
 """
 
 from __future__ import annotations
