@@ -8,9 +8,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
-
-from tyro.conf import arg
+from typing import Any, Literal
 
 from p3b.errors import ConfigError
 
@@ -164,10 +162,12 @@ class PhaseOptions:
     """Learning rate of the probes, not scaled with the batch size."""
     wd_round_to: int = 1
     """With wdpruning, gates of so many elements keep a multiple of it; the log says what it costs; published: 16; 1 is off."""
-    wd_classifiers: Annotated[tuple[int, ...], arg(aliases=("--classifiers",))] = ()
-    """Blocks, counted from 1, that wdpruning trains a classifier behind, so that the network may be cut there: 8 10."""
-    wd_classifier_choose: Annotated[int | None, arg(aliases=("--classifier-choose",))] = None
-    """Which of them takes the place of the head: the network keeps so many blocks; by default it keeps all."""
+    wd_classifiers: tuple[int, ...] = ()
+    """Blocks, counted from 1, that wdpruning trains a classifier behind, so that the network may be cut there: 8 10.
+    Published as --classifiers."""
+    wd_classifier_choose: int | None = None
+    """Which of them takes the place of the head: the network keeps so many blocks; by default it keeps all.
+    Published as --classifier-choose."""
     wd_classifier_lr: float | None = None
     """Learning rate of these classifiers, not scaled with the batch size; by default 5e-4."""
     wd_lr: float | None = None
