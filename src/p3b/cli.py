@@ -17,6 +17,10 @@ USER_ERROR, STOPPED, INTERRUPTED = 2, 75, 130
 """75 is EX_TEMPFAIL of sysexits.h: nothing is wrong, try again."""
 
 
+PUBLISHED_FLAGS = {"--classifiers": "--wd-classifiers", "--classifier-choose": "--wd-classifier-choose"}
+"""Flags of other methods' published command lines, and what they are called here."""
+
+
 @dataclass(frozen=True)
 class Command:
     """A command: its settings, what it is for, where it is carried out ("module:function"), and how it goes on when stopped."""
@@ -78,7 +82,7 @@ def run_command(name: str, flags: Sequence[str], prog: str) -> int:
 
     command = COMMANDS[name]
     try:
-        given = [*_flags_of_file(command, flags), *flags]
+        given = [*_flags_of_file(command, flags), *map(_our_name, flags)]
         config: Any = tyro.cli(command.config, args=given, prog=prog, config=(tyro.conf.OmitArgPrefixes,))
         _load(command.target)(config)
     except UserError as error:
@@ -93,6 +97,13 @@ def run_command(name: str, flags: Sequence[str], prog: str) -> int:
         print(f"p3b {name}: interrupted; the last checkpoint is kept, {command.goes_on}.", file=sys.stderr, flush=True)
         return INTERRUPTED
     return 0
+
+
+def _our_name(word: str) -> str:
+    """A word of the command line, with the name that a published flag has here."""
+    flag, equals, value = word.partition("=")
+    name = flag.replace("_", "-")
+    return PUBLISHED_FLAGS[name] + equals + value if name in PUBLISHED_FLAGS else word
 
 
 def _flags_of_file(command: Command, flags: Sequence[str]) -> list[str]:

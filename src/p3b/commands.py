@@ -210,6 +210,12 @@ METHOD_OPTIONS = {
     "prune_gamma": "gamma",
     "prune_benefit_scale": "benefit_scale",
     "probe_lr": "probe_lr",
+    "wd_round_to": "round_to",
+    "wd_classifiers": "classifiers",
+    "wd_classifier_choose": "classifier_choose",
+    "wd_classifier_lr": "classifier_lr",
+    "wd_lr": "lr",
+    "wd_lambda_lr": "lambda_lr",
     "savit_every": "every",
     "savit_images": "images",
 }

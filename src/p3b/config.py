@@ -160,6 +160,20 @@ class PhaseOptions:
     """Scale T of the benefits before they are squashed."""
     probe_lr: float = 5e-4
     """Learning rate of the probes, not scaled with the batch size."""
+    wd_round_to: int = 1
+    """With wdpruning, gates of so many elements keep a multiple of it; the log says what it costs; published: 16; 1 is off."""
+    wd_classifiers: tuple[int, ...] = ()
+    """Blocks, counted from 1, that wdpruning trains a classifier behind, so that the network may be cut there: 8 10.
+    Published as --classifiers."""
+    wd_classifier_choose: int | None = None
+    """Which of them takes the place of the head: the network keeps so many blocks; by default it keeps all.
+    Published as --classifier-choose."""
+    wd_classifier_lr: float | None = None
+    """Learning rate of these classifiers, not scaled with the batch size; by default 5e-4."""
+    wd_lr: float | None = None
+    """Learning rate of wdpruning's scores and thresholds; by default 0.0025, more where pruning is too short for it."""
+    wd_lambda_lr: float = 10.0
+    """Rate at which wdpruning's two Lagrange multipliers climb."""
     savit_every: int = 10
     """With savit, interactions are measured at every so many optimizer steps of the last two intervals between mask updates."""
     savit_images: int = 16
@@ -185,6 +199,7 @@ class PruneOptions(PhaseOptions):
     random: the same share of every block, random elements;
     magnitude: L2 norms of weights, ranked over the whole network (Li et al., ICLR 2017);
     taylor: squared Taylor scores, ranked over the whole network (Molchanov et al., CVPR 2019);
+    wdpruning: learned widths of every layer, and depth where asked for (WD-Pruning, Yu et al., AAAI 2022);
     savit: whole heads, hidden channels and the residual stream, once, by their interactions (Zheng et al., NeurIPS 2022)."""
     prune_ratio: float = 0.5
     """Share of all parameters that goes, in [0, 1)."""

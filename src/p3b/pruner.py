@@ -42,7 +42,7 @@ class Pruner:
         model: dense timm VisionTransformer; may be wrapped in DistributedDataParallel before or after.
         prune_ratio: share of all parameters that goes, in [0, 1).
         method: name of a method: "block_benefit" (P3B, published as "block_pr"), or one to compare it with: "uniform",
-            "random", "magnitude", "taylor", "savit".
+            "random", "magnitude", "taylor", "wdpruning", "savit".
         schedule: phases in optimizer steps.
         reduce: mean of a tensor over all ranks, which hold equal shares of each batch; by default over torch.distributed's
             group, if there is one, whose ranks then compare their masks after every decision.

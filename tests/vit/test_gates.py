@@ -10,7 +10,7 @@ from torch import nn
 
 from p3b.errors import ModelError
 from p3b.vit.gates import Gates
-from p3b.vit.layout import read_layout
+from p3b.vit.layout import DEFAULT_DIMS, read_layout
 from tiny import CLASSES, VARIANTS, images, labels, masks_of, multiply_activations, random_masks, soft_random_masks, tiny_vit
 
 
@@ -161,3 +161,48 @@ def test_masks_of_another_model_are_refused() -> None:
         with pytest.raises(ModelError, match="do not fit"):
             gates.set(random_masks(read_layout(other)))
     assert all((mask == 1).all() for mask in gates.masks.values())
+
+
+@pytest.mark.parametrize("dims", [DEFAULT_DIMS, ("heads", "hidden", "out")])
+def test_collected_gradients_are_those_of_multiplied_activations_also_of_masked_elements(dims: tuple[str, ...]) -> None:
+    gated = tiny_vit(dtype=torch.float64)
+    reference = deepcopy(gated)
+    layout = read_layout(gated, dims)
+    gates = Gates(layout, gated)
+    gates.attach(gated)
+    gates.collect_gradients()
+    hard = {gate: mask.double() for gate, mask in random_masks(layout, seed=2).items()}
+    gates.set(hard)
+    leaves = {gate: mask.clone().requires_grad_() for gate, mask in hard.items()}
+    whole = masks_of(read_layout(gated), lambda _gate, size: torch.ones(size, dtype=torch.float64))
+    multiply_activations(reference, {**whole, **{gate: mask for gate, mask in leaves.items() if not gate.endswith("heads")}})
+    if "heads" in dims:
+        for depth, block in enumerate(reference.blocks):
+            mask = leaves[f"blocks.{depth}.attn.heads"]
+            block.attn.proj.register_forward_pre_hook(lambda _m, args, mask=mask: args[0] * mask.repeat_interleave(8))
+    for seed in (1, 2):  # micro-batches add up
+        batch = images(seed=seed, dtype=torch.float64)
+        gated(batch).square().sum().backward()
+        reference(batch).square().sum().backward()
+    found = gates.gradients()
+    assert any((found[gate][hard[gate] == 0] != 0).any() for gate in found)
+    for gate, leaf in leaves.items():
+        torch.testing.assert_close(found[gate].double(), leaf.grad, rtol=1e-4, atol=1e-6, msg=gate)
+    assert not any(mask.requires_grad for mask in gates.masks.values())
+    gates.set(hard)
+    assert all((gradient == 0).all() for gradient in gates.gradients().values())
+
+
+def test_collecting_gradients_changes_no_output_and_no_other_gradient() -> None:
+    plain, collecting = tiny_vit(dtype=torch.float64), tiny_vit(dtype=torch.float64)
+    masks = random_masks(read_layout(plain), seed=3)
+    _gated(plain).set(masks)
+    gates = _gated(collecting)
+    gates.collect_gradients()
+    gates.set(masks)
+    batch = images(dtype=torch.float64)
+    for model in (plain, collecting):
+        model(batch).square().sum().backward()
+    assert torch.equal(plain(batch), collecting(batch))
+    for (key, a), (_, b) in zip(plain.named_parameters(), collecting.named_parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-12, atol=1e-14, msg=key)

@@ -13,6 +13,7 @@ from p3b.methods import global_score, uniform
 from p3b.methods.base import Method
 from p3b.methods.block_benefit import BlockBenefit
 from p3b.methods.savit import Savit
+from p3b.methods.wdpruning import WDPruning
 from p3b.scoring.interactions import KINDS
 from p3b.scoring.meter import Reduce
 from p3b.vit.layout import DEFAULT_DIMS, ModelLayout
@@ -23,9 +24,10 @@ METHODS: Mapping[str, Callable[..., Method]] = {
     "random": uniform.random,
     "magnitude": global_score.magnitude,
     "taylor": global_score.taylor,
+    "wdpruning": WDPruning,
     "savit": Savit,
 }
-METHOD_DIMS: Mapping[str, tuple[str, ...]] = {"savit": KINDS}
+METHOD_DIMS: Mapping[str, tuple[str, ...]] = {"wdpruning": ("heads", "hidden", "out"), "savit": KINDS}
 """Dimensions that a method prunes, of `p3b.vit.layout.DIMS`, where they are others than `DEFAULT_DIMS`."""
 PUBLISHED_NAMES = {"block_pr": "block_benefit"}
 

@@ -2,8 +2,8 @@
 
 A gate on the channels of a linear layer is the same as scaling rows or columns of that layer's weight, which is far less to
 multiply than activations. While gates are attached, each gated layer computes with the product in the place of its weight; the
-parameters themselves, the classes and the state-dict keys stay as they are. Gates are not trained, and their gradient needs no
-graph of its own: see `p3b.scoring.criteria`.
+parameters themselves, the classes and the state-dict keys stay as they are. A score m * dLoss/dm needs no graph
+of its own (see `p3b.scoring.criteria`); a method that learns masks asks for dLoss/dm itself, by `Gates.collect_gradients`.
 
 The gate of the residual stream multiplies all that is written to it (patch embedding, tokens, positions, last layers of the
 blocks) and all that is read of it. What is read are layer norms, and these take their moments over the channels weighted by
@@ -64,6 +64,9 @@ class Gates:
         device = next(model.parameters()).device
         self.masks: dict[str, Tensor] = {gate: torch.ones(size, device=device) for gate, size in layout.gates.items()}
         self._closed = False
+        self._collects = False
+        self._leaf: Tensor | None = None
+        """All masks in one vector, where gradients are collected: it gets them."""
         self._scales: dict[tuple[str, str], list[Tensor]] = {}
         self._gated: dict[str, list[_GatedWeight]] = {}
         self._norms: tuple[str, ...] = ()
@@ -100,6 +103,7 @@ class Gates:
             _restore(layer)
         self._layers.clear()
 
+    @torch.enable_grad()
     def set(self, masks: Mapping[str, Tensor]) -> None:
         """New values for all gates.
 
@@ -116,10 +120,12 @@ class Gates:
             raise ModelError("The masks leave no channel of the residual stream: keep one at least.")
         sizes = [len(mask) for mask in self.masks.values()]
         together = torch.cat([masks[name] for name in self.masks]).to(next(iter(self.masks.values())))  # one transfer for all
+        if self._collects:
+            together = self._leaf = together.detach().requires_grad_()
         values = dict(zip(self.masks, together.split(sizes), strict=True))
         self.masks = {name: mask.detach() for name, mask in values.items()}
         self._closed = True
-        untouched = stream is None or (not stream.requires_grad and bool((stream == 1).all()))
+        untouched = stream is None or (not together.requires_grad and bool((stream == 1).all()))
         self._stream = None if untouched else values[STREAM]
         expanded = {
             gate.along: expand_along(values[gate.name], gate.factors, gate.dim, gate.sizes)
@@ -132,6 +138,21 @@ class Gates:
             for layer, weights in self._gated.items()
             for gated in weights
         }
+
+    def collect_gradients(self) -> None:
+        """From now on each backward pass leaves the gradient with respect to all masks, those of masked elements included."""
+        if not self._collects:
+            self._collects = True
+            self.set(self.masks)
+
+    def gradients(self) -> dict[str, Tensor]:
+        """dLoss/dm of every gate, by name, summed over the backward passes since the last `set`; zeros where there was none.
+
+        It is this rank's own: a distributed wrapper does not know of masks.
+        """
+        assert self._leaf is not None, "collect_gradients comes first"
+        gradient = torch.zeros_like(self._leaf) if self._leaf.grad is None else self._leaf.grad
+        return dict(zip(self.masks, gradient.split([len(mask) for mask in self.masks.values()]), strict=True))
 
     def _add(self, weight: Weight, names: Mapping[str, str], sizes: Mapping[str, int]) -> None:
         """Take in one parameter, if any gate multiplies it; `names` says each dimension's gate."""
