@@ -114,7 +114,7 @@ class _Part:
 
     def _begin_epoch(self, resumed: dict[str, Any] | None) -> None:
         self._progress = EpochProgress(self._learner.pruner.phase, self._session.device)
-        self._began, self._skipped_before = time.time(), self._learner.skipped_steps
+        self._began, self._skipped_before = time.time(), self._learner.skipped.steps
         if resumed is not None:
             self._progress.load_state_dict(resumed["progress"])
             self._began -= resumed["seconds"]
@@ -190,7 +190,7 @@ class _Part:
         return self._first_step + self._learner.steps_done
 
     def _skipped(self) -> int:
-        return self._learner.skipped_steps - self._skipped_before
+        return self._learner.skipped.steps - self._skipped_before
 
 
 def _learner(

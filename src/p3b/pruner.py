@@ -84,12 +84,19 @@ class Pruner:
         """
         return self._method.loss(criterion, targets)
 
-    def step(self, scaler: torch.amp.GradScaler | None = None) -> Decision | None:
+    def step(
+        self, scaler: torch.amp.GradScaler | None = None, gradients_finite: Tensor | None = None
+    ) -> Decision | None:
         """Collect what the finished backward passes measured, and renew the masks when due.
 
         Call it once per optimizer step: gradients complete (accumulated, averaged over ranks), weights not yet moved. With a
         GradScaler call `scaler.unscale_(optimizer)` before and pass the scaler. Where a gradient is not finite, on any rank,
         the step counts and nothing that it measured does: a loop that leaves such steps out calls this all the same.
+
+        Args:
+            scaler: of the loss.
+            gradients_finite: 0-dim bool tensor, the same on all ranks: whether all gradients of the model are finite, from a
+                loop that has looked already. By default they are looked at here.
 
         Returns:
             What was decided, at a mask update; None otherwise.
@@ -99,7 +106,8 @@ class Pruner:
         """
         step = self.steps_done
         self.steps_done += 1
-        gradients_finite = self._gradients_finite()
+        if gradients_finite is None:
+            gradients_finite = self._gradients_finite()
         if step >= self.schedule.start:
             self._method.collect(gradients_finite)
         else:

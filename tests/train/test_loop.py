@@ -198,14 +198,14 @@ def test_mixed_precision_skips_a_step_that_is_not_finite_and_counts_it(dtype: to
     before = [parameter.detach().clone() for parameter in model.parameters()]
     loss, _, _ = train(given, [(batches[1][0] * float("nan"), batches[1][1])])
     assert all(map(torch.equal, model.parameters(), before)) and loss == 0.0
-    assert (given.steps_done, given.skipped_steps, given.skipped_in_a_row) == (2, 1, 1)
+    assert (given.steps_done, given.skipped.steps, given.skipped.in_a_row) == (2, 1, 1)
     now = pruner.state_dict()["method"]["meter"]["intervals"][-1]
     assert all(torch.equal(now[name][0], total) for name, total in sums.items())
     if scaler.is_enabled():
         assert scaler.get_scale() == 1.0, "the scale comes down"
     loss, _, _ = train(given, batches[2:])
     assert loss > 0 and not any(map(torch.equal, model.parameters(), before))
-    assert (given.steps_done, given.skipped_steps, given.skipped_in_a_row) == (3, 1, 0)
+    assert (given.steps_done, given.skipped.steps, given.skipped.in_a_row) == (3, 1, 0)
 
 
 def test_steps_that_are_skipped_again_and_again_end_the_run() -> None:
@@ -213,7 +213,7 @@ def test_steps_that_are_skipped_again_and_again_end_the_run() -> None:
     given = learner(precision=Precision(CPU, torch.bfloat16))
     with pytest.raises(TrainingError, match=f"{MOST_SKIPPED_IN_A_ROW}th time in a row.*--lr"):
         train(given, bad)
-    assert given.steps_done == given.skipped_steps == MOST_SKIPPED_IN_A_ROW
+    assert given.steps_done == given.skipped.steps == MOST_SKIPPED_IN_A_ROW
 
 
 def test_the_model_trains_in_training_mode_and_stays_so() -> None:
