@@ -91,7 +91,7 @@ def run(command: str, *given: str, figures: bool = False) -> int:
             patch.setattr(module, "images_per_second", brief)
         patch.setattr(p3b.commands, "choose_layout", partial(p3b.commands.choose_layout, seconds=0.0))
         if not figures:
-            patch.setattr(p3b.session, "draw_figures", lambda *_: [])
+            patch.setattr(p3b.session.Session, "draw_figures", lambda _session: [])
         try:
             return published_main(given) if command == "main.py" else main([command, *given])
         except SystemExit as stop:  # how the parser of the flags ends
