@@ -39,7 +39,7 @@ class Pruner:
         model = pruner.finalize()  # an ordinary module, small; it has new parameters, so give it a new optimizer
 
     Args:
-        model: dense timm VisionTransformer; may be wrapped in DistributedDataParallel before or after.
+        model: dense timm VisionTransformer; may be wrapped in DistributedDataParallel or torch.compile before or after.
         prune_ratio: share of all parameters that goes, in [0, 1).
         method: name of a method: "block_benefit" (P3B, published as "block_pr"), or one to compare it with: "uniform",
             "random", "magnitude", "taylor".
@@ -84,9 +84,7 @@ class Pruner:
         """
         return self._method.loss(criterion, targets)
 
-    def step(
-        self, scaler: torch.amp.GradScaler | None = None, gradients_finite: Tensor | None = None
-    ) -> Decision | None:
+    def step(self, scaler: torch.amp.GradScaler | None = None, gradients_finite: Tensor | None = None) -> Decision | None:
         """Collect what the finished backward passes measured, and renew the masks when due.
 
         Call it once per optimizer step: gradients complete (accumulated, averaged over ranks), weights not yet moved. With a

@@ -27,6 +27,7 @@ from p3b.errors import ConfigError, RunFolderError, TrainingError, UserError
 from p3b.inputs import OpenedModel, answer_teacher_apart, augmentation, num_workers, open_model, open_splits, training_loss
 from p3b.methods.base import Decision
 from p3b.train.checkpoint import Checkpoint, Checkpoints, newest_for_all, seed_everything
+from p3b.train.compiled import require_compiler
 from p3b.train.display import Display
 from p3b.train.distributed import Processes, all_reduce_sum, gather, lost_process, process_group, wait_for_all
 from p3b.train.evaluate import Accuracy, evaluate
@@ -61,6 +62,8 @@ class Session:
         self.checkpoints = Checkpoints(self.folder.path / "checkpoints")
         self.interruption = Interruption(config.run.checkpoint_minutes, processes.is_main)
         self.precision = Precision.choose(config.training.precision, device)
+        if config.training.compile:
+            require_compiler(device)
         seed_everything(config.run.seed, processes.rank)
         self.splits: DataSplits = open_splits(config.data, config.run.seed, processes)
         if self.splits.val is None and self.splits.test is None:

@@ -51,9 +51,7 @@ def everything(folder: Path, budget: str, workers: int) -> list[torch.Tensor]:
     """All batches of two epochs and of an evaluation after each."""
     splits = open_data("FOLDER", folder)
     keep_decoded(splits, budget)
-    batches = train_batches(
-        splits.train, PREPROCESSING, Augmentation(), batch_size=4, num_workers=workers, device=CPU, seed=3
-    )
+    batches = train_batches(splits.train, PREPROCESSING, Augmentation(), batch_size=4, num_workers=workers, device=CPU, seed=3)
     assert splits.val is not None
     watched = eval_batches(splits.val, PREPROCESSING, batch_size=5, num_workers=workers, device=CPU)
     made: list[torch.Tensor] = []
@@ -152,9 +150,7 @@ def test_a_worker_that_is_killed_takes_no_lock_with_it() -> None:
     assert kept.get(1) is not None
 
 
-def test_a_data_set_that_does_not_fit_is_left_alone_and_the_log_says_why(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_data_set_that_does_not_fit_is_left_alone_and_the_log_says_why(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """36 images of about 2 kB: they fit a quarter of 1 MB, but not the share of the eighth process."""
     monkeypatch.setattr("p3b.data.cache.available_memory", lambda: 1_000_000)
     for processes, fits in ((1, True), (8, False)):

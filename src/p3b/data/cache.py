@@ -57,7 +57,9 @@ def keep_decoded(splits: DataSplits, budget: str, local_world_size: int = 1) -> 
     images = sum(len(part) for part in parts if id(part.store) in stores)
     free, asked = available_memory(), None if budget == "auto" else int(float(budget) * 1e9)
     if asked is not None and asked > free:
-        raise ConfigError(f"--cache {budget} asks for {_gigabytes(asked)}, but {_gigabytes(free)} are free. Ask for less, or auto.")
+        raise ConfigError(
+            f"--cache {budget} asks for {_gigabytes(asked)}, but {_gigabytes(free)} are free. Ask for less, or auto."
+        )
     room = (int(MEMORY_SHARE * free) if asked is None else asked) // max(1, local_world_size)
     sampled = [mean_bytes(part.store, len(part)) * len(part) for part in parts if id(part.store) in stores]
     needed = int(sum(sampled))
