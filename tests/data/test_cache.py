@@ -98,7 +98,7 @@ def test_an_image_that_cannot_be_read_is_told_as_ever(tmp_path: Path) -> None:
     store = CachedStore(FileStore([str(tmp_path / "bad.png"), str(tmp_path / "good.png")]), DecodedImages(2, 10_000))
     skipping = LabelledImages(store, [0, 1], skip_unreadable=True)
     assert skipping[0][1] == 1 and skipping.unreadable == (str(tmp_path / "bad.png"),)
-    with pytest.raises(DataError, match="Cannot read the image .*bad.png"):
+    with pytest.raises(DataError, match=r"Cannot read the image .*bad\.png"):
         _ = LabelledImages(store, [0, 1])[0]
 
 

@@ -26,8 +26,8 @@ def require_compiler(device: torch.device) -> None:
     except Exception as error:  # torch's compiler passes on whatever its parts raise
         cause = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         raise ConfigError(
-            f"--compile does not work here ({type(error).__name__}: {cause}). On a CPU it needs a C++ compiler (g++, or the one "
-            "that the variable CXX names), on a GPU also Triton. Install what is missing, or leave --compile out."
+            f"--compile does not work here ({type(error).__name__}: {cause}). On a CPU it needs a C++ compiler (g++, or the "
+            "one that the variable CXX names), on a GPU also Triton. Install what is missing, or leave --compile out."
         ) from error
 
 
