@@ -39,7 +39,8 @@ class Pruner:
         model = pruner.finalize()  # an ordinary module, small; it has new parameters, so give it a new optimizer
 
     Args:
-        model: dense timm VisionTransformer; may be wrapped in DistributedDataParallel or torch.compile before or after.
+        model: dense timm VisionTransformer; may be wrapped in DistributedDataParallel before or after,
+            and in torch.compile, as long as no forward pass has been compiled before.
         prune_ratio: share of all parameters that goes, in [0, 1).
         method: name of a method: "block_benefit" (P3B, published as "block_pr"), or one to compare it with: "uniform",
             "random", "magnitude", "taylor".

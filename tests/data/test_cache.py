@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -120,7 +121,8 @@ def _put(kept: DecodedImages, number: int) -> None:
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_processes_share_it_however_they_begin(method: str) -> None:
-    context, kept = multiprocessing.get_context(method), DecodedImages(8, 10_000)
+    context: Any = multiprocessing.get_context(method)
+    kept = DecodedImages(8, 10_000)
     processes = [context.Process(target=_put, args=(kept, number)) for number in (1, 6)]
     for process in processes:
         process.start()

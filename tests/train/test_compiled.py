@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -61,13 +62,25 @@ def test_a_compiled_pruning_is_the_same_pruning(dtype: torch.dtype | None) -> No
     losses_c, decisions_c, model_c, average_c = pruned(True, Precision(CPU, dtype))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2, "one before the gates close, one after"
     assert not torch._dynamo.utils.counters["graph_break"]
-    tolerance = {"rtol": 1e-5, "atol": 1e-6} if dtype is None else {"rtol": 2e-2, "atol": 2e-2}
+    tolerance: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-6} if dtype is None else {"rtol": 2e-2, "atol": 2e-2}
     torch.testing.assert_close(losses_c, losses, **tolerance)
     assert len(decisions) == len(decisions_c) == 4
     for left, right in ((model, model_c), (average, average_c)):
         assert list(left.state_dict()) == list(right.state_dict()) and type(left) is type(right)
         for one, other in zip(left.parameters(), right.parameters(), strict=True):
             torch.testing.assert_close(other, one, **tolerance)
+
+
+def test_gates_that_come_after_the_first_compiled_pass_are_seen() -> None:
+    model, x = tiny_vit(img_size=16, depth=1), images(2, size=16)
+    wrapped = compiled(model, backend="aot_eager")
+    before = wrapped(x)
+    pruner = p3b.Pruner(model, 0.5, schedule=p3b.Schedule(0, 3, 6, 1), keep_ratios=[0.5, 0.5])
+    pruner.gates.set({name: torch.full_like(mask, 0.5) for name, mask in pruner.gates.masks.items()})
+    torch.testing.assert_close(wrapped(x), model(x))
+    assert not torch.allclose(before, model(x))
+    pruner.gates.detach()
+    torch.testing.assert_close(wrapped(x), before)
 
 
 @has_compiler

@@ -34,9 +34,11 @@ def require_compiler(device: torch.device) -> None:
 def compiled(model: nn.Module, backend: str = "inductor") -> nn.Module:
     """The model behind torch.compile; it is compiled when it is first called, and once more when its gates first close.
 
-    What was compiled before in this process is forgotten: torch gives up on a model that it has compiled too often.
+    What was compiled before in this process is forgotten: torch gives up on a model that it has compiled too often. And hooks
+    are watched: unless told so, torch takes a model with gates for the one without that it has compiled before.
     """
     torch.compiler.reset()
+    torch._dynamo.config.skip_nnmodule_hook_guards = False
     return cast(nn.Module, torch.compile(model, backend=backend))
 
 

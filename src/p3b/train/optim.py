@@ -38,7 +38,7 @@ def build_optimizer(model: VisionTransformer, name: str, lr: float, weight_decay
         raise ConfigError(f"Optimizer '{name}' needs second derivatives, which training here does not compute. Try adamw.")
     groups = decay_groups(model, weight_decay, model.no_weight_decay())
     # torch's fused kernels take about a third of the time on a CPU, too, and can leave a step out without asking the host.
-    fused = {"fused": True} if get_optimizer_info(base).opt_class in _FUSED else {}
+    fused: dict[str, Any] = {"fused": True} if get_optimizer_info(base).opt_class in _FUSED else {}
     try:
         return create_optimizer_v2(groups, opt=name, lr=lr, weight_decay=0.0, **fused)
     except (ValueError, AssertionError, KeyError, RuntimeError, ImportError) as error:
