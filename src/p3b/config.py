@@ -96,7 +96,7 @@ class TrainingOptions:
     precision: str = "auto"
     """fp32, bf16, fp16 (autocast), or auto: bf16 where the hardware multiplies it natively."""
     compile: bool = False
-    """Train with torch.compile: minutes at the start, faster steps after it on a GPU (on a CPU hardly)."""
+    """Train with torch.compile: faster steps, after a minute or more of compiling at the start and when masks first close."""
     model_ema: bool = False
     """Evaluate and keep an exponential moving average of the weights."""
     model_ema_decay: float = 0.9999
