@@ -5,8 +5,8 @@
     python benchmarks/clock.py table                          # the generated part of docs/clock.md from the JSON lines
 
 A step of the real loop is taken apart: what its parts take is measured around them, each without those it calls.
-Every measurement is a process of its own; the two sides take turns, and a figure is the median over rounds of processor time, so
-that other work on the machine counts little. Photos are made by the tool itself: JPEGs of 500 x 375 pixels.
+Every measurement is a process of its own; the two sides take turns, and a figure is the median over rounds of processor time,
+so that other work on the machine counts little. Photos are made by the tool itself: JPEGs of 500 x 375 pixels.
 """
 
 from __future__ import annotations
