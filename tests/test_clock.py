@@ -30,7 +30,7 @@ def test_an_inner_part_does_not_count_for_the_outer_one() -> None:
             pass
     found = watch.end(steps=2)
     assert found["calls"] == {"outer": 0.5, "inner": 0.5}
-    assert found["ms"]["inner"] >= 20 > 10 > found["ms"]["outer"] + found["ms"]["the rest"]
+    assert found["ms"]["inner"] > 15 > 5 > found["ms"]["outer"] + found["ms"]["the rest"]
 
 
 def test_a_step_is_taken_apart_into_its_parts() -> None:
