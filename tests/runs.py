@@ -91,7 +91,7 @@ def brief(*, figures: bool = False) -> Iterator[None]:
             patch.setattr(module, "images_per_second", measure)
         patch.setattr(p3b.commands, "choose_layout", partial(p3b.commands.choose_layout, seconds=0.0))
         if not figures:
-            patch.setattr(p3b.session, "draw_figures", lambda *_: [])
+            patch.setattr(p3b.session.Session, "draw_figures", lambda _session: [])
         yield
 
 

@@ -157,3 +157,10 @@ def test_the_public_names_are_there_and_a_wrong_one_is_an_attribute_error() -> N
     assert p3b.core.allocation.keep_ratios.__name__ == "keep_ratios"
     with pytest.raises(AttributeError, match="has no attribute 'prune'"):
         _ = p3b.prune
+
+
+def test_the_commands_load_what_draws_and_exports_only_when_it_is_needed() -> None:
+    costly = "{'matplotlib', 'onnx', 'sklearn'}"
+    script = f"import sys, p3b.commands, p3b.compare; sys.exit(', '.join({costly} & set(sys.modules)) or None)"
+    result = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True, text=True)
+    assert result.returncode == 0, f"importing the commands loads {result.stderr}"

@@ -35,6 +35,8 @@ class DataOptions:
     """Skip and count images that cannot be read, instead of stopping at the first."""
     num_workers: int | None = None
     """Processes that decode and augment; by default what fits the machine."""
+    cache: str = "auto"
+    """Keep images in memory once they are decoded: auto (if all fit a quarter of what is free), off, or gigabytes to use."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,8 @@ class TrainingOptions:
     """Cutmix strength alpha; 0 is off."""
     precision: str = "auto"
     """fp32, bf16, fp16 (autocast), or auto: bf16 where the hardware multiplies it natively."""
+    compile: bool = False
+    """Train with torch.compile: faster steps, after a minute or more of compiling at the start and when masks first close."""
     model_ema: bool = False
     """Evaluate and keep an exponential moving average of the weights."""
     model_ema_decay: float = 0.9999
@@ -416,6 +420,11 @@ def _check_inputs(data: DataOptions, model: ModelOptions, run: RunOptions) -> No
         raise ConfigError(f"--crop-pct must lie in (0, 1], got {model.crop_pct}.")
     if data.num_workers is not None:
         _not_negative(num_workers=data.num_workers)
+    if data.cache not in ("auto", "off"):
+        try:
+            _positive(cache=float(data.cache))
+        except ValueError:
+            raise ConfigError(f"--cache must be auto, off or a number of gigabytes, got {data.cache!r}.") from None
     _positive(timeout_minutes=run.timeout_minutes)
     if not 0 <= run.seed < 2**31:
         raise ConfigError(f"--seed must lie in [0, 2**31), got {run.seed}.")

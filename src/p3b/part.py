@@ -19,6 +19,7 @@ from p3b.errors import Stopped
 from p3b.methods.base import Decision
 from p3b.session import Session
 from p3b.train.checkpoint import restore, save_checkpoint
+from p3b.train.compiled import compiled
 from p3b.train.distributed import wait_for_all
 from p3b.train.interruption import Wish
 from p3b.train.loop import CHECK_LOSS_EVERY, EpochProgress, Learner, NoPruning, StepPruner, not_finite, train_epoch
@@ -103,6 +104,7 @@ class _Part:
             restore(self._learner, checkpoint, session.processes.rank)
             self._place = _Place(**checkpoint["progress"]["place"])
         self._begin_epoch(self._place.within_epoch)
+        self._started, self._compiles = time.monotonic(), session.config.training.compile
         total = self._until - self._first_step
         with (
             suppress(_Reached),
@@ -124,7 +126,7 @@ class _Part:
 
     def _begin_epoch(self, resumed: dict[str, Any] | None) -> None:
         self._progress = EpochProgress(self._learner.pruner.phase, self._session.device)
-        self._began, self._skipped_before = time.time(), self._learner.skipped_steps
+        self._began, self._skipped_before = time.time(), self._learner.skipped.steps
         if resumed is not None:
             self._progress.load_state_dict(resumed["progress"])
             self._began -= resumed["seconds"]
@@ -132,6 +134,9 @@ class _Part:
 
     def _after_step(self) -> None:
         learner, session = self._learner, self._session
+        if self._compiles:
+            self._compiles = False
+            session.display.say(f"compiled: the first step took {time.monotonic() - self._started:.1f} s")
         if learner.steps_done % CHECK_LOSS_EVERY == 0:
             kept = f"{learner.pruner.kept_params():,} parameters"
             text = f"{self._progress.phase}, loss {self._progress.mean_loss():.3f}, {kept}, {session.last_top1}"
@@ -208,7 +213,7 @@ class _Part:
         return self._first_step + self._learner.steps_done
 
     def _skipped(self) -> int:
-        return self._learner.skipped_steps - self._skipped_before
+        return self._learner.skipped.steps - self._skipped_before
 
 
 def _learner(
@@ -217,10 +222,10 @@ def _learner(
     training = session.config.training
     rate = scaled_lr(lr, session.global_batch)
     optimizer = build_optimizer(model, training.opt, rate, training.weight_decay)
-    wrapped: nn.Module = model
+    wrapped: nn.Module = compiled(model) if training.compile else model
     if session.processes.world_size > 1:
         on_gpu = [session.device] if session.device.type == "cuda" else None
-        wrapped = DistributedDataParallel(model, device_ids=on_gpu)
+        wrapped = DistributedDataParallel(wrapped, device_ids=on_gpu)
     scheduler = None
     if pruner is None:
         # min_lr is not scaled with the batch: where a small one starts below it, the rate must not climb to it.

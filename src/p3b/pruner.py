@@ -39,7 +39,8 @@ class Pruner:
         model = pruner.finalize()  # an ordinary module, small; it has new parameters, so give it a new optimizer
 
     Args:
-        model: dense timm VisionTransformer; may be wrapped in DistributedDataParallel before or after.
+        model: dense timm VisionTransformer; may be wrapped in DistributedDataParallel before or after,
+            and in torch.compile, as long as no forward pass has been compiled before.
         prune_ratio: share of all parameters that goes, in [0, 1).
         method: name of a method: "block_benefit" (P3B, published as "block_pr"), or one to compare it with: "uniform",
             "random", "magnitude", "taylor", "wdpruning", "savit".
@@ -86,12 +87,17 @@ class Pruner:
         """
         return self._method.loss(criterion, targets)
 
-    def step(self, scaler: torch.amp.GradScaler | None = None) -> Decision | None:
+    def step(self, scaler: torch.amp.GradScaler | None = None, gradients_finite: Tensor | None = None) -> Decision | None:
         """Collect what the finished backward passes measured, and renew the masks when due.
 
         Call it once per optimizer step: gradients complete (accumulated, averaged over ranks), weights not yet moved. With a
         GradScaler call `scaler.unscale_(optimizer)` before and pass the scaler. Where a gradient is not finite, on any rank,
         the step counts and nothing that it measured does: a loop that leaves such steps out calls this all the same.
+
+        Args:
+            scaler: of the loss.
+            gradients_finite: 0-dim bool tensor, the same on all ranks: whether all gradients of the model are finite, from a
+                loop that has looked already. By default they are looked at here.
 
         Returns:
             What was decided, at a mask update; None otherwise.
@@ -101,7 +107,8 @@ class Pruner:
         """
         step = self.steps_done
         self.steps_done += 1
-        gradients_finite = self._gradients_finite()
+        if gradients_finite is None:
+            gradients_finite = self._gradients_finite()
         if step >= self.schedule.start:
             self._method.collect(gradients_finite)
         else:

@@ -22,12 +22,12 @@ from torch import Tensor, nn
 import p3b
 from p3b import artifact
 from p3b.config import TrainConfig, check, to_plain
-from p3b.data import DataSplits, Preprocessing, TrainBatches, eval_batches, mixup, train_batches, worker_death
+from p3b.data import DataSplits, Preprocessing, TrainBatches, eval_batches, keep_decoded, mixup, train_batches, worker_death
 from p3b.errors import ConfigError, RunFolderError, TrainingError, UserError
 from p3b.inputs import OpenedModel, answer_teacher_apart, augmentation, num_workers, open_model, open_splits, training_loss
 from p3b.methods.base import Decision
-from p3b.report.figures import draw_figures
 from p3b.train.checkpoint import Checkpoint, Checkpoints, newest_for_all, seed_everything
+from p3b.train.compiled import require_compiler
 from p3b.train.display import Display
 from p3b.train.distributed import Processes, all_reduce_sum, gather, lost_process, process_group, wait_for_all
 from p3b.train.evaluate import Accuracy, evaluate
@@ -62,10 +62,13 @@ class Session:
         self.checkpoints = Checkpoints(self.folder.path / "checkpoints")
         self.interruption = Interruption(config.run.checkpoint_minutes, processes.is_main)
         self.precision = Precision.choose(config.training.precision, device)
+        if config.training.compile:
+            require_compiler(device)
         seed_everything(config.run.seed, processes.rank)
         self.splits: DataSplits = open_splits(config.data, config.run.seed, processes)
         if self.splits.val is None and self.splits.test is None:
             raise ConfigError("There is nothing to evaluate on: give --val-path, --test-path or a --val-share above 0.")
+        self._cache_line = keep_decoded(self.splits, config.data.cache, processes.local_world_size)
         self.started = time.time()
         self._resumed: Checkpoint | None = None
         self.began = False
@@ -139,6 +142,7 @@ class Session:
             f"{self.stage}: {self.config.model.model}, {count_parameters(model):,} parameters, seed {self.config.run.seed}"
         )
         self.display.say(f"data: {self.splits.description}")
+        self.display.say(self._cache_line)
         for line in [*self._weights_lines(), *self.notes]:
             self.display.say(line)
         self.display.say(
@@ -231,6 +235,8 @@ class Session:
         """Draw what blocks.jsonl holds."""
         if not self.processes.is_main or not (self.folder.path / "blocks.jsonl").exists():
             return []
+        from p3b.report.figures import draw_figures  # matplotlib would take half a second of every start
+
         return draw_figures(self.folder.path, self.config.run.figure_format)
 
     def write_summary(self, summary: dict[str, Any]) -> dict[str, Any]:
@@ -290,6 +296,7 @@ class Session:
             "overwrite",
             "device",
             "num_workers",
+            "cache",
             "figure_format",
             "layout",
             "checkpoint_minutes",

@@ -11,6 +11,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 import p3b
+from p3b.core.finite import all_finite, step_where
 from p3b.errors import Stopped, TrainingError
 from p3b.methods.base import Decision
 from p3b.train.loop import MOST_SKIPPED_IN_A_ROW, EpochProgress, Learner, NoPruning, steps_per_epoch, train_epoch
@@ -198,14 +199,14 @@ def test_mixed_precision_skips_a_step_that_is_not_finite_and_counts_it(dtype: to
     before = [parameter.detach().clone() for parameter in model.parameters()]
     loss, _, _ = train(given, [(batches[1][0] * float("nan"), batches[1][1])])
     assert all(map(torch.equal, model.parameters(), before)) and loss == 0.0
-    assert (given.steps_done, given.skipped_steps, given.skipped_in_a_row) == (2, 1, 1)
+    assert (given.steps_done, given.skipped.steps, given.skipped.in_a_row) == (2, 1, 1)
     now = pruner.state_dict()["method"]["meter"]["intervals"][-1]
     assert all(torch.equal(now[name][0], total) for name, total in sums.items())
     if scaler.is_enabled():
         assert scaler.get_scale() == 1.0, "the scale comes down"
     loss, _, _ = train(given, batches[2:])
     assert loss > 0 and not any(map(torch.equal, model.parameters(), before))
-    assert (given.steps_done, given.skipped_steps, given.skipped_in_a_row) == (3, 1, 0)
+    assert (given.steps_done, given.skipped.steps, given.skipped.in_a_row) == (3, 1, 0)
 
 
 def test_steps_that_are_skipped_again_and_again_end_the_run() -> None:
@@ -213,7 +214,7 @@ def test_steps_that_are_skipped_again_and_again_end_the_run() -> None:
     given = learner(precision=Precision(CPU, torch.bfloat16))
     with pytest.raises(TrainingError, match=f"{MOST_SKIPPED_IN_A_ROW}th time in a row.*--lr"):
         train(given, bad)
-    assert given.steps_done == given.skipped_steps == MOST_SKIPPED_IN_A_ROW
+    assert given.steps_done == given.skipped.steps == MOST_SKIPPED_IN_A_ROW
 
 
 def test_the_model_trains_in_training_mode_and_stays_so() -> None:
@@ -221,3 +222,54 @@ def test_the_model_trains_in_training_mode_and_stays_so() -> None:
     given.model.eval()
     train(given, batches_of(1, 2))
     assert given.model.training
+
+
+@pytest.mark.parametrize(("dtype", "looks"), [(None, 1), (torch.bfloat16, 1), (torch.float16, 1)])
+def test_gradients_are_looked_at_once_a_step(dtype: torch.dtype | None, looks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loop hands its answer to the pruner; in float32 the pruner looks alone."""
+    import p3b.pruner
+    import p3b.train.loop
+
+    seen: list[int] = []
+
+    def counted(tensors: list[Tensor]) -> Tensor:
+        seen.append(len(tensors))
+        return all_finite(tensors)
+
+    for module in (p3b.train.loop, p3b.pruner):
+        monkeypatch.setattr(module, "all_finite", counted)
+    model = tiny_vit(img_size=16)
+    pruner = p3b.Pruner(model, 0.5, schedule=p3b.Schedule(0, 3, 6, 3))
+    precision = Precision(CPU, dtype)
+    train(learner(model=model, precision=precision, scaler=precision.scaler(), pruner=pruner), batches_of(4, 2))
+    assert len(seen) == 4 * looks
+
+
+def test_a_fused_step_that_is_left_out_leaves_the_optimizer_as_it_was_and_asks_nobody() -> None:
+    weight = nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([weight], lr=0.1, fused=True)
+    for finite, gradient in ((True, 1.0), (False, float("nan")), (True, 2.0)):
+        weight.grad = torch.full((3,), gradient)
+        step_where(optimizer, torch.tensor(finite))
+    expected = nn.Parameter(torch.ones(3))
+    usual = torch.optim.AdamW([expected], lr=0.1)
+    for gradient in (1.0, 2.0):
+        expected.grad = torch.full((3,), gradient)
+        usual.step()
+    torch.testing.assert_close(weight, expected)
+    assert float(optimizer.state[weight]["step"]) == 2
+
+
+def test_a_fused_optimizer_asks_the_host_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What reads the answer waits for the device: others have to, fused ones decide there."""
+
+    def read(_tensor: Tensor) -> bool:
+        raise AssertionError("read by the host")
+
+    weight, finite = nn.Parameter(torch.ones(3)), torch.tensor(True)
+    weight.grad = torch.ones(3)
+    fused, other = torch.optim.AdamW([weight], lr=0.1, fused=True), torch.optim.SGD([weight], lr=0.1)
+    monkeypatch.setattr(Tensor, "__bool__", read)
+    step_where(fused, finite)
+    with pytest.raises(AssertionError, match="read by the host"):
+        step_where(other, finite)

@@ -1,8 +1,9 @@
-"""Whether numbers are all finite, at the price of one look at them."""
+"""Whether numbers are all finite, at the price of one look at them, and steps that are taken only if they are."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,3 +25,24 @@ def all_finite(tensors: Sequence[Tensor]) -> Tensor:
     # The lowest and the highest element tell it too, and on a CPU they are found about ten times as fast as a norm.
     extremes = [extreme.double() for tensor in tensors if tensor.numel() for extreme in torch.aminmax(tensor)]
     return torch.stack(extremes).isfinite().all() if extremes else torch.ones((), dtype=torch.bool)
+
+
+def step_where(optimizer: torch.optim.Optimizer, finite: Tensor) -> None:
+    """One step of an optimizer, or none: its state is then as it was, too.
+
+    A fused optimizer of torch decides on the device, as it does for `GradScaler`, and nothing waits. For any other the host has
+    to read the answer.
+
+    Args:
+        optimizer: whose gradients are complete and, under a loss scale, unscaled.
+        finite: 0-dim bool on the parameters' device; false: no step.
+    """
+    if getattr(optimizer, "_step_supports_amp_scaling", False) and all(group.get("fused") for group in optimizer.param_groups):
+        told: Any = optimizer
+        told.found_inf = (~finite).float()
+        try:
+            optimizer.step()
+        finally:
+            del told.found_inf
+    elif finite:
+        optimizer.step()

@@ -16,10 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import matplotlib
 
 from p3b.errors import RunFolderError
-from p3b.report.figures import SOFT_INK, STYLE, new_figure, save_figure
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8A6D00")
 """Okabe and Ito's, told apart by every eye; its yellow, which is lost on white, made darker."""
@@ -252,6 +250,10 @@ def draw_comparison(comparison: Comparison, out: Path) -> Path:
         comparison: with at least one row.
         out: file to write, .png or .svg.
     """
+    import matplotlib  # here, where it is needed: it would take half a second of every start
+
+    from p3b.report.figures import SOFT_INK, STYLE, new_figure, save_figure
+
     axes: list[tuple[str, Callable[[Row], float]]] = [("parameters (M)", lambda row: row.params / 1e6)]
     if all(1 in row.speeds for row in comparison.rows):
         axes.append(("latency of one image (ms)", lambda row: 1000 / row.speeds[1]))

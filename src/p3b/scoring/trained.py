@@ -9,7 +9,7 @@ import torch
 from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 
-from p3b.core.finite import all_finite
+from p3b.core.finite import all_finite, step_where
 from p3b.scoring.estimator import Criterion, compare, read_tokens
 from p3b.scoring.meter import Reduce, average, is_alone
 from p3b.vit.layout import ModelLayout
@@ -30,7 +30,7 @@ class TrainedProbes:
     def __init__(self, probes: nn.Module, reduce: Reduce, lr: float, weight_decay: float) -> None:
         self.probes, self._reduce = probes, reduce
         self._alone: bool | None = None
-        self._optimizer = torch.optim.AdamW(param_groups_weight_decay(probes, weight_decay), lr=lr)
+        self._optimizer = torch.optim.AdamW(param_groups_weight_decay(probes, weight_decay), lr=lr, fused=True)
 
     def due(self) -> bool:
         return True
@@ -40,11 +40,10 @@ class TrainedProbes:
 
     def train(self, gradients_finite: Tensor, scaler: torch.amp.GradScaler | None) -> None:
         gradients = self._average_gradients()
-        if scaler is not None and scaler.is_enabled():
-            if gradients_finite:
-                scaler.step(self._optimizer)  # looks for itself whether the probes' gradients are finite
-        elif gradients_finite & all_finite(gradients):
-            self._optimizer.step()
+        if gradients:
+            if scaler is not None:
+                scaler.unscale_(self._optimizer)
+            step_where(self._optimizer, gradients_finite & all_finite(gradients))
         self._optimizer.zero_grad()
 
     def state_dict(self) -> dict[str, Any]:

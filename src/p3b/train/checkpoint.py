@@ -141,7 +141,7 @@ def restore(learner: Learner, content: Mapping[str, Any], rank: int) -> None:
         learner.optimizer.load_state_dict(content["optimizer"])
         learner.scaler.load_state_dict(content["scaler"])
         learner.steps_done = content["steps_done"]
-        learner.skipped_steps, learner.skipped_in_a_row = content["skipped_steps"], content["skipped_in_a_row"]
+        learner.skipped.load(content["skipped_steps"], content["skipped_in_a_row"])
         if learner.scheduler is not None:
             learner.scheduler.load_state_dict(content["scheduler"])
         if learner.ema is not None:
@@ -191,8 +191,8 @@ def _learner_state(learner: Learner) -> dict[str, Any]:
         "optimizer": learner.optimizer.state_dict(),
         "scaler": learner.scaler.state_dict(),
         "steps_done": learner.steps_done,
-        "skipped_steps": learner.skipped_steps,
-        "skipped_in_a_row": learner.skipped_in_a_row,
+        "skipped_steps": learner.skipped.steps,
+        "skipped_in_a_row": learner.skipped.in_a_row,
         "scheduler": None if learner.scheduler is None else learner.scheduler.state_dict(),
         "ema": None if learner.ema is None else learner.ema.state_dict(),
         "pruner": learner.pruner.state_dict(),

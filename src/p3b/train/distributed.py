@@ -123,8 +123,10 @@ def require_agreement(what: str, digest: str) -> None:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model itself, without the distributed wrapper."""
-    return model.module if isinstance(model, DistributedDataParallel) else model
+    """The model itself, without the wrappers of many processes and of torch.compile."""
+    inner = model.module if isinstance(model, DistributedDataParallel) else model
+    compiled_from: nn.Module = getattr(inner, "_orig_mod", inner)
+    return compiled_from
 
 
 def wait_for_all() -> None:

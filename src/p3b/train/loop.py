@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sized
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -13,7 +13,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from p3b.core.finite import all_finite
+from p3b.core.finite import all_finite, step_where
 from p3b.errors import TrainingError
 from p3b.methods.base import Criterion, Decision
 from p3b.train.distributed import unwrap
@@ -21,7 +21,7 @@ from p3b.train.losses import TrainingLoss
 from p3b.train.optim import Precision
 
 CHECK_LOSS_EVERY = 10
-"""Optimizer steps between two looks at the loss: each look waits for the device."""
+"""Optimizer steps between two looks at the loss and at the steps skipped: each look waits for the device."""
 MOST_SKIPPED_IN_A_ROW = 30
 """Steps that mixed precision may skip one after the other. A loss scale that starts at 2**16 may take 16 to come down."""
 
@@ -35,7 +35,7 @@ class StepPruner(Protocol):
 
     def loss(self, criterion: Criterion, targets: Any) -> Tensor | float: ...
 
-    def step(self, scaler: torch.amp.GradScaler | None = None) -> Decision | None: ...
+    def step(self, scaler: torch.amp.GradScaler | None = None, gradients_finite: Tensor | None = None) -> Decision | None: ...
 
     def kept_params(self) -> int: ...
 
@@ -61,7 +61,7 @@ class NoPruning:
     def loss(self, criterion: Criterion, targets: Any) -> float:
         return 0.0
 
-    def step(self, scaler: torch.amp.GradScaler | None = None) -> None:
+    def step(self, scaler: torch.amp.GradScaler | None = None, gradients_finite: Tensor | None = None) -> None:
         return None
 
     def kept_params(self) -> int:
@@ -72,6 +72,32 @@ class NoPruning:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         return None
+
+
+class SkippedSteps:
+    """Counts steps at which the weights did not move; on the device, so that counting costs no waiting."""
+
+    def __init__(self) -> None:
+        self.load(0, 0)
+
+    def load(self, steps: int, in_a_row: int) -> None:
+        """Go on from these."""
+        self._steps, self._in_a_row = torch.tensor(steps), torch.tensor(in_a_row)
+
+    def add(self, skipped: Tensor) -> None:
+        """Count a step; `skipped` is a 0-dim bool tensor."""
+        self._steps = self._steps.to(skipped.device) + skipped
+        self._in_a_row = torch.where(skipped, self._in_a_row.to(skipped.device) + 1, 0)
+
+    @property
+    def steps(self) -> int:
+        """All of them. Waits for the device."""
+        return int(self._steps)
+
+    @property
+    def in_a_row(self) -> int:
+        """Those since the last step that was not skipped. Waits for the device."""
+        return int(self._in_a_row)
 
 
 @dataclass
@@ -90,9 +116,8 @@ class Learner:
     grad_accum_steps: int = 1
     clip_grad: float | None = None
     steps_done: int = 0
-    skipped_steps: int = 0
+    skipped: SkippedSteps = field(default_factory=SkippedSteps)
     """Steps, among those done, at which the weights did not move, since a gradient was not finite."""
-    skipped_in_a_row: int = 0
 
     def require_finite_weights(self) -> None:
         """Raises:
@@ -194,13 +219,17 @@ def train_epoch(
             continue
 
         scaler.unscale_(learner.optimizer)
-        skipped = learner.precision.is_mixed and not _gradients_finite(model)
+        # Looked at once a step, for everyone; in float32 a loss or weight that is not finite ends the run instead.
+        finite = _gradients_finite(model) if learner.precision.is_mixed or scaler.is_enabled() else None
         phase = pruner.phase
-        decision = pruner.step(scaler)  # gradients exist, weights have not moved yet
-        if not skipped:
-            if learner.clip_grad is not None:
-                torch.nn.utils.clip_grad_norm_(model.parameters(), learner.clip_grad)
-            scaler.step(learner.optimizer)
+        decision = pruner.step(scaler, finite)  # gradients exist, weights have not moved yet
+        if learner.clip_grad is not None:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), learner.clip_grad)
+        if finite is None:
+            learner.optimizer.step()
+        else:
+            step_where(learner.optimizer, finite)
+            learner.skipped.add(~finite)
         scaler.update()
         learner.optimizer.zero_grad()
         learner.steps_done += 1
@@ -210,9 +239,11 @@ def train_epoch(
             learner.ema.update(unwrap(model), step=learner.steps_done)
         if decision is not None:
             on_decision(decision, phase)
-        _count_skipped(learner, skipped)
-        if learner.steps_done % CHECK_LOSS_EVERY == 0 and not learner.precision.is_mixed:
-            progress.require_finite()
+        if learner.steps_done % CHECK_LOSS_EVERY == 0:
+            if finite is None:
+                progress.require_finite()
+            else:
+                _require_some_steps(learner)
         on_step()
     if not learner.precision.is_mixed:
         progress.require_finite()
@@ -232,14 +263,11 @@ def _gradients_stay_local(model: nn.Module, until: bool) -> Any:
     return model.no_sync() if isinstance(model, DistributedDataParallel) and not until else nullcontext()
 
 
-def _gradients_finite(model: nn.Module) -> bool:
-    """Whether all gradients are finite, the same on every rank once they are averaged. Waits for the device."""
-    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    return bool(all_finite(gradients))
+def _gradients_finite(model: nn.Module) -> Tensor:
+    """Whether all gradients are finite, the same on every rank once they are averaged; it stays on the device."""
+    return all_finite([parameter.grad for parameter in model.parameters() if parameter.grad is not None])
 
 
-def _count_skipped(learner: Learner, skipped: bool) -> None:
-    learner.skipped_steps += skipped
-    learner.skipped_in_a_row = learner.skipped_in_a_row + 1 if skipped else 0
-    if learner.skipped_in_a_row >= MOST_SKIPPED_IN_A_ROW:
-        raise not_finite(f"A gradient, for the {learner.skipped_in_a_row}th time in a row,", learner.steps_done - 1)
+def _require_some_steps(learner: Learner) -> None:
+    if (in_a_row := learner.skipped.in_a_row) >= MOST_SKIPPED_IN_A_ROW:
+        raise not_finite(f"A gradient, for the {in_a_row}th time in a row,", learner.steps_done - 1)
