@@ -18,9 +18,10 @@ from itertools import combinations
 
 import torch
 
+from p3b.scoring.estimators import LOW_RANK
 from p3b.scoring.ridge import SOLVE_EVERY
 
-ESTIMATED = ("linear", "ridge", "paper")
+ESTIMATED = ("linear", "ridge", "low_rank", "paper")
 """Estimators of benefit that the model knows."""
 
 FLOAT, DOUBLE = 4, 8
@@ -90,6 +91,15 @@ class Size:
     def head(self) -> int:
         """Parameters of a linear layer from features to classes."""
         return self.width * self.classes + self.classes
+
+    def rank(self, estimator: str) -> int:
+        """Channels K that the convolutions of a patch probe work with: D as published."""
+        return max(1, min(LOW_RANK, self.width // 4)) if estimator == "low_rank" else self.width
+
+    def probe_parameters(self, K: int) -> int:
+        """Parameters of the probes with convolutions of K channels, class-token probes included."""
+        narrowing = 0 if self.width == K else self.width * K
+        return self.blocks * (self.head + narrowing + 18 * K**2 + 4 * K + K * self.classes + self.classes)
 
     @property
     def elements(self) -> int:
@@ -175,12 +185,16 @@ def probes(estimator: str, size: Size, ranks: int = 1) -> Work:
     logits = 4 * B * TRAINED_LOGIT_PASSES * S * C * FLOAT
     learned = 6 * FLOAT + ADAMW  # two uses forward and backward, gradients added up and looked at, AdamW
     if estimator == "linear":
-        return reading + Work(macs=8 * B * scored, traffic=logits + heads * learned, operators=38 + 126 * B)
-    convolution = S * G * 9 * D**2
-    patches = 2 * B * (5 * convolution + 3 * scored)  # features need no gradient: the first convolution's is its weight's alone
-    convolved = 2 * B * CONVOLVED_PASSES * S * G * D * size.feature_bytes
-    weights = heads + B * (18 * D**2 + 4 * D)
-    return reading + Work(macs=4 * B * scored + patches, traffic=logits + weights * learned + convolved, operators=39 + 277 * B)
+        return reading + Work(macs=8 * B * scored, traffic=logits + heads * learned, operators=45 + 88 * B)
+    K = size.rank(estimator)
+    # Features need no gradient: that of the first convolution is its weight's alone, and with a low rank it is the narrow one.
+    convolutions = 5 * 9 * D**2 if K == D else 2 * D * K + 6 * 9 * K**2
+    patches = 2 * B * (S * G * convolutions + 3 * S * K * C)
+    convolved = 2 * B * CONVOLVED_PASSES * S * G * K * size.feature_bytes
+    operators = 46 + (183 if K == D else 192) * B
+    return reading + Work(
+        macs=4 * B * scored + patches, traffic=logits + size.probe_parameters(K) * learned + convolved, operators=operators
+    )
 
 
 def update(size: Size) -> Work:
@@ -232,8 +246,10 @@ def memory_probes(estimator: str, size: Size, ranks: int = 1) -> Memory:
     logits = 4 * B * S * C * FLOAT
     if estimator == "linear":
         return Memory(held=heads * TRAINED, passing=logits + P * S * D * size.feature_bytes)
-    each = S * G * D * 4 * size.feature_bytes + (S * D + 4 * D) * FLOAT  # in and out of both norms, their statistics, the mean
-    return Memory(held=(heads + B * (18 * D**2 + 4 * D)) * TRAINED, passing=2 * B * each + logits)
+    K = size.rank(estimator)
+    maps = 4 if K == D else 5  # in and out of both norms; with a low rank what the narrowing convolution gives
+    each = S * G * K * maps * size.feature_bytes + (S * K + 4 * K) * FLOAT  # and the norms' statistics, the mean
+    return Memory(held=size.probe_parameters(K) * TRAINED, passing=2 * B * each + logits)
 
 
 @dataclass(frozen=True)
@@ -265,7 +281,10 @@ def wire(estimator: str | None, size: Size) -> Wire:
     own = {
         None: 0,
         "linear": 2 * B * size.head * FLOAT,
-        "paper": (2 * B * size.head + B * (18 * D**2 + 4 * D)) * FLOAT + 4 * 2 * B * 2 * D * DOUBLE,
+        **{
+            name: size.probe_parameters(K) * FLOAT + 4 * 2 * B * 2 * K * DOUBLE
+            for name, K in ((name, size.rank(name)) for name in ("low_rank", "paper"))
+        },
         "ridge": (2 * P * (D**2 + D * C + D) + C + 2 * 2 * B) * DOUBLE,
     }[estimator]
     return Wire(step=asked + own + (benefits if estimator else 0), update=scores)

@@ -379,7 +379,7 @@ def _time_tables(lines: Sequence[dict[str, Any]], shapes: Mapping[str, Shape]) -
     ]
     sides = ("gated", *ESTIMATED)
     for axis, found in _by_axis(lines):
-        text += [f"| {TITLES[axis]} | plain step | {' | '.join(sides)} | a mask update |", "|---|---:" + "|---:" * 5 + "|"]
+        text += [f"| {TITLES[axis]} | plain step | {' | '.join(sides)} | a mask update |", "|---|---:" + "|---:" * (len(sides) + 1) + "|"]
         for value, line in found:
             size, told = size_of(shapes[line["shape"]], line["result"]["batch"]), line["result"]["sides"]
             base = rates.seconds(plain(size))
@@ -396,7 +396,7 @@ def _memory_tables(lines: Sequence[dict[str, Any]], shapes: Mapping[str, Shape])
     text = ["### Memory", ""]
     sides = ("gated", *ESTIMATED)
     for axis, found in _by_axis(lines):
-        text += [f"| {TITLES[axis]} | plain step | {' | '.join(sides)} |", "|---|---:" + "|---:" * 4 + "|"]
+        text += [f"| {TITLES[axis]} | plain step | {' | '.join(sides)} |", "|---|---:" + "|---:" * len(sides) + "|"]
         for value, line in found:
             size = size_of(shapes[line["shape"]], line["result"]["batch"])
             peaks = {side: told["peak_bytes"] for side, told in line["result"]["sides"].items()}

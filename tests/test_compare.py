@@ -246,8 +246,8 @@ def test_a_yaml_file_that_cannot_be_used_is_refused(
     [
         (("--methods", "unifrom"), "Unknown prune method 'unifrom'. Did you mean 'uniform'"),
         (
-            ("--methods", "block_pr", "block_benefit"),
-            "--methods is block_benefit block_benefit; expected at least one, each once",
+            ("--methods", "block_pr", "block_pr"),
+            "--methods is block_pr block_pr; expected at least one, each once",
         ),
         (("--prune-ratios", "1.5"), "--prune-ratios must lie in [0, 1), got 1.5"),
         (("--seeds", "-1"), "--seed must lie in [0, 2**31), got -1"),

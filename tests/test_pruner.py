@@ -274,6 +274,17 @@ def test_one_bad_batch_does_not_spoil_the_probes_for_good() -> None:
     run.to_the_end()
 
 
+def _moved(optimizer: dict[str, Any]) -> str:
+    """What an optimizer remembers, but for zeros: a fused one lays them out at a step that it leaves out."""
+    return str(
+        {
+            number: {name: value for name, value in state.items() if torch.as_tensor(value).any()}
+            for number, state in optimizer["state"].items()
+            if any(torch.as_tensor(value).any() for value in state.values())
+        }
+    )
+
+
 @pytest.mark.parametrize("enabled", [True, False])
 @pytest.mark.parametrize("step", [0, 4])
 def test_a_step_that_a_scaler_leaves_out_leaves_the_method_as_it_was(step: int, enabled: bool) -> None:
@@ -289,8 +300,7 @@ def test_a_step_that_a_scaler_leaves_out_leaves_the_method_as_it_was(step: int, 
     scaler.update()
     after = run.pruner.state_dict()
     assert after["steps_done"] == before["steps_done"] + 1
-    for part in ("probes", "probe_optimizer"):
-        assert str(after["method"][part]) == str(before["method"][part])
+    assert _moved(after["method"]["probe_optimizer"]) == _moved(before["method"]["probe_optimizer"])
     probes = after["method"]["probes"]
     assert all(torch.equal(probes[key], before["method"]["probes"][key]) for key in probes)
     sums, sums_before = (state["method"]["meter"]["intervals"][-1] for state in (after, before))

@@ -148,5 +148,7 @@ def test_who_shares_is_named_and_nobody_else_does() -> None:
     assert probed != own_in_warm_up("block_benefit", {}) and probed != own_in_warm_up("block_benefit", {"probe_lr": 1e-3})
     assert own_in_warm_up("a method to come", {}) is None
     config = PruneConfig()
-    assert warm_up_name(config, {}) == "block_benefit-seed0"
+    assert warm_up_name(config, {}) == "block_benefit-low_rank-seed0"
+    published = replace(config, prune=replace(config.prune, prune_method="block_pr"))
+    assert warm_up_name(published, {}) == "block_benefit-paper-seed0"
     assert warm_up_name(replace(config, prune=replace(config.prune, prune_start_epoch="0%")), {}) is None

@@ -18,7 +18,7 @@ from p3b.data import DataSplits
 from p3b.deploy import AUTO, LayoutChoice, choose_layout, with_layout
 from p3b.errors import ConfigError, DataError, RunFolderError, ScheduleError, WeightsError
 from p3b.inputs import OpenedModel, num_workers, open_model, open_splits
-from p3b.methods import METHODS, method_options
+from p3b.methods import METHODS, effective_options, method_options
 from p3b.part import train_part
 from p3b.pruner import Pruner
 from p3b.session import PRODUCTS, SPARSE_CHECKPOINT, Session, count_unreadable, evaluate_split, explained, open_session
@@ -114,6 +114,9 @@ def prune(config: PruneConfig, warm_up: Path | None = None) -> dict[str, Any]:
             f"optimizer steps: pruning starts at {schedule.start}, is sparse at {schedule.sparse}, final at {schedule.final}; "
             f"masks are renewed every {schedule.update_every}"
         )
+        measured_by = effective_options(config.prune.prune_method, options).get("estimator")
+        if measured_by is not None and not config.prune.prune_keep_ratios:
+            session.display.say(f"the benefit of blocks is measured as --prune-benefit {measured_by} does")
         if config.prune.prune_blocks_only:
             session.display.say("the prune ratio counts the blocks alone")
 
@@ -234,7 +237,8 @@ def method_options_of(config: PruneConfig) -> dict[str, Any]:
     for setting, option in METHOD_OPTIONS.items():
         value = getattr(options, setting)
         if option in taken:
-            given[option] = None if value == () else value
+            if value is not None:  # what is left open is the method's to say
+                given[option] = None if value == () else value
         elif value != getattr(defaults, setting):
             takers = [name for name in METHODS if option in method_options(name)]
             raise ConfigError(

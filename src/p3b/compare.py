@@ -10,7 +10,7 @@ from typing import Any
 from p3b.commands import METHOD_OPTIONS
 from p3b.config import CompareConfig, PhaseOptions, check
 from p3b.errors import ComparisonError, ConfigError
-from p3b.methods import METHODS, PUBLISHED_NAMES, method_options
+from p3b.methods import METHODS, method_options
 from p3b.report.comparison import read_lines, write_report
 from p3b.series import DENSE, SMALLER, Run, config_of, finished, open_inputs, open_series, shared_warm_ups, show_tables
 from p3b.train.display import Display
@@ -24,7 +24,7 @@ def plan(config: CompareConfig) -> list[Run]:
         ConfigError: an unknown method (with the nearest known ones), a ratio or a seed out of range or given twice.
     """
     asked = config.compare
-    methods = [PUBLISHED_NAMES.get(name, name) for name in asked.methods] or list(METHODS)
+    methods = list(asked.methods or METHODS)
     for name in methods:
         method_options(name)  # refuses an unknown one
     for ratio in asked.prune_ratios:

@@ -153,9 +153,10 @@ class PhaseOptions:
     """When the model is shrunk; by default after the last epoch."""
     prune_steps_update_mask: int | None = None
     """Mini-batches between two mask updates; by default a third of an epoch."""
-    prune_benefit: str = "paper"
-    """How a block's benefit is measured: paper (convolutional probes, costly), linear (linear probes on class and mean patch
-    token), ridge (the same in closed form), low_rank (narrow convolutions), subsampled (paper's, on part of the data)."""
+    prune_benefit: str | None = None
+    """How a block's benefit is measured: low_rank (narrow convolutions; the default), paper (as published, costly; the default
+    under the published name block_pr), linear (linear probes on class and mean patch token), ridge (the same in closed form),
+    subsampled (paper's, on part of the data)."""
     prune_alpha: float = 0.5
     """Weight of the class token's benefit against the patches', in [0, 1]."""
     prune_gamma: float = 0.2

@@ -16,7 +16,6 @@ from p3b.compare import plan, require_taken
 from p3b.config import CompareConfig, CompareOptions, SweepConfig, SweepOptions, check
 from p3b.data import DataSplits
 from p3b.errors import BudgetError, ComparisonError, ConfigError, RunFolderError
-from p3b.methods import PUBLISHED_NAMES
 from p3b.methods.base import overall_keep_ratio
 from p3b.report.comparison import write_report
 from p3b.series import (
@@ -238,12 +237,11 @@ def _search(series: Series, runs: Sequence[Run], asked: SweepOptions) -> list[st
 def _ours(lines: Sequence[dict[str, Any]], asked: SweepOptions) -> list[dict[str, Any]]:
     """The lines without the runs of another method, seed or dense model that were asked for in this folder before."""
     dense = _GIVEN if asked.dense_run is not None else Run(DENSE, None, asked.seed).name
-    method = PUBLISHED_NAMES.get(asked.prune_method, asked.prune_method)
 
     def is_ours(line: Mapping[str, Any]) -> bool:
         if line["kind"] != "run":
             return line["kind"] == "speed"
-        return line["name"] == dense or (line["row"], line["seed"]) == (method, asked.seed)
+        return line["name"] == dense or (line["row"], line["seed"]) == (asked.prune_method, asked.seed)
 
     return [line for line in lines if is_ours(line)]
 

@@ -56,7 +56,7 @@ def warm_up_name(config: PruneConfig, options: Mapping[str, Any]) -> str | None:
     own = own_in_warm_up(config.prune.prune_method, options)
     if own is None or parse_duration(config.prune.prune_start_epoch, 1, 1) == 0:
         return None
-    return f"{own.get('method', 'plain')}-seed{config.run.seed}"
+    return "-".join([own["method"], own["estimator"]] if own else ["plain"]) + f"-seed{config.run.seed}"
 
 
 def depends_on(session: Session, model: nn.Module, options: Mapping[str, Any], schedule: Schedule) -> dict[str, Any]:

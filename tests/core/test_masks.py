@@ -158,7 +158,7 @@ def test_blocks_together_get_bit_for_bit_the_masks_of_the_plain_definition(
 
 
 def test_output_channels_go_later_and_hidden_ones_earlier() -> None:
-    assert GATE_FACTORS == {"in": 1.0, "head": 1.0, "hidden": 0.75, "out": 1.5}
+    assert GATE_FACTORS == {"in": 1.0, "heads": 1.0, "head": 1.0, "hidden": 0.75, "out": 1.5}
     same = torch.arange(100.0)
     kept = order_elements([same, same, same], [GATE_FACTORS[dim] for dim in ("in", "hidden", "out")]).kept[150]
     assert kept[1] < kept[0] < kept[2]

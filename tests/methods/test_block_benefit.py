@@ -11,7 +11,7 @@ from torch import Tensor
 from p3b.core.allocation import keep_ratios, mix_importance, update_importance
 from p3b.core.masks import GATE_FACTORS, block_masks, order_elements
 from p3b.errors import BudgetError, ConfigError, TrainingError
-from p3b.methods import METHODS, PUBLISHED_NAMES, create_method
+from p3b.methods import METHODS, PUBLISHED_NAMES, create_method, effective_options
 from p3b.methods.block_benefit import BlockBenefit
 from p3b.vit.cost import dense_params, kept_params, prefix_cost
 from p3b.vit.layout import read_layout
@@ -27,6 +27,16 @@ def test_the_published_name_builds_the_same_method() -> None:
     assert isinstance(_method("block_pr"), BlockBenefit)
     assert isinstance(_method("block_benefit"), BlockBenefit)
     assert set(PUBLISHED_NAMES.values()) <= set(METHODS)
+
+
+def test_the_published_name_means_the_published_probes_where_nothing_else_is_said() -> None:
+    def probe_params(name: str, **options: Any) -> int:
+        state = _method(name, **options).state_dict()["probes"]
+        return sum(value.numel() for key, value in state.items() if key.startswith("patch_probes"))
+
+    assert probe_params("block_pr") == probe_params("block_benefit", estimator="paper")
+    assert probe_params("block_benefit") == probe_params("block_pr", estimator="low_rank") < probe_params("block_pr")
+    assert effective_options("block_pr", {"alpha": 0.1})["estimator"] == "paper"
 
 
 def test_unknown_names_and_options_are_refused_with_their_neighbours() -> None:

@@ -571,7 +571,9 @@ def test_every_method_takes_what_all_take_and_nothing_that_it_does_not_know() ->
         create_method("uniform", model, read_layout(model), 0.5, _same, {"block_only": True})
     with pytest.raises(ConfigError, match=r"option of taylor 'alpha'. Known: blocks_only"):
         create_method("taylor", model, read_layout(model), 0.5, _same, {"alpha": 0.5})
-    with pytest.raises(ConfigError, match=r"'zzz'. Known: block_benefit, block_pr, magnitude, random, taylor, uniform"):
+    with pytest.raises(
+        ConfigError, match=r"'zzz'. Known: block_benefit, block_pr, magnitude, random, savit, taylor, uniform, wdpruning"
+    ):
         create_method("zzz", model, read_layout(model), 0.5, _same, {})
 
 

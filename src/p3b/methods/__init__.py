@@ -30,6 +30,8 @@ METHODS: Mapping[str, Callable[..., Method]] = {
 METHOD_DIMS: Mapping[str, tuple[str, ...]] = {"wdpruning": ("heads", "hidden", "out"), "savit": KINDS}
 """Dimensions that a method prunes, of `p3b.vit.layout.DIMS`, where they are others than `DEFAULT_DIMS`."""
 PUBLISHED_NAMES = {"block_pr": "block_benefit"}
+PUBLISHED_OPTIONS: Mapping[str, Mapping[str, Any]] = {"block_pr": {"estimator": "paper"}}
+"""Who asks for a method by its published name gets it as it was published, where nothing else is said."""
 
 _STATELESS_IN_WARM_UP = ("uniform", "random", "magnitude", "taylor", "savit")
 _OF_BLOCK_BENEFIT_LATER = ("alpha", "gamma", "benefit_scale", "blocks_only", "align", "keep_ratios")
@@ -46,11 +48,25 @@ def create_method(
         BudgetError: the prune ratio cannot be met.
     """
     known = method_options(name)
-    name = PUBLISHED_NAMES.get(name, name)
     for option in options:
         if option not in known:
             raise ConfigError(unknown_name(f"option of {name}", option, known))
-    return METHODS[name](model, layout, prune_ratio, reduce, **options)
+    build = METHODS[PUBLISHED_NAMES.get(name, name)]
+    return build(model, layout, prune_ratio, reduce, **effective_options(name, options))
+
+
+def effective_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """All options of a method as it is built: those given, then those it was published with, then its own defaults.
+
+    Args:
+        name: of the method, or its published name.
+        options: that are given.
+
+    Raises:
+        ConfigError: the name is unknown.
+    """
+    defaults = inspect.signature(METHODS[PUBLISHED_NAMES.get(name, name)]).parameters if method_options(name) else {}
+    return {**{key: defaults[key].default for key in method_options(name)}, **PUBLISHED_OPTIONS.get(name, {}), **options}
 
 
 def method_dims(name: str) -> tuple[str, ...]:
@@ -83,12 +99,12 @@ def own_in_warm_up(name: str, options: Mapping[str, Any]) -> dict[str, Any] | No
     Returns:
         Settings by name; empty where it has no state of its own by then; None where it does not share.
     """
+    if PUBLISHED_NAMES.get(name, name) not in METHODS:
+        return None
+    options = effective_options(name, options)
     name = PUBLISHED_NAMES.get(name, name)
-    if name in _STATELESS_IN_WARM_UP or (name == "block_benefit" and options.get("keep_ratios") is not None):
+    if name in _STATELESS_IN_WARM_UP or (name == "block_benefit" and options["keep_ratios"] is not None):
         return {}
     if name == "block_benefit":  # its probes learn from the first step on
-        defaults = inspect.signature(BlockBenefit).parameters
-        return {"method": name} | {
-            key: options.get(key, defaults[key].default) for key in method_options(name) if key not in _OF_BLOCK_BENEFIT_LATER
-        }
+        return {"method": name} | {key: value for key, value in options.items() if key not in _OF_BLOCK_BENEFIT_LATER}
     return None
