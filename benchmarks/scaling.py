@@ -379,11 +379,15 @@ def _time_tables(lines: Sequence[dict[str, Any]], shapes: Mapping[str, Shape]) -
     ]
     sides = ("gated", *ESTIMATED)
     for axis, found in _by_axis(lines):
-        text += [f"| {TITLES[axis]} | plain step | {' | '.join(sides)} | a mask update |", "|---|---:" + "|---:" * (len(sides) + 1) + "|"]
+        text += [
+            f"| {TITLES[axis]} | plain step | {' | '.join(sides)} | a mask update |",
+            "|---|---:" + "|---:" * (len(sides) + 1) + "|",
+        ]
         for value, line in found:
             size, told = size_of(shapes[line["shape"]], line["result"]["batch"]), line["result"]["sides"]
             base = rates.seconds(plain(size))
-            cells = [f"{told[side]['ratio']:.2f} / {rates.seconds(predicted(side, size)) / base:.2f}" for side in sides]
+            expected = {side: rates.seconds(predicted(side, size)) / base for side in sides}
+            cells = [f"{told[side]['ratio']:.2f} / {expected[side]:.2f}" if side in told else "" for side in sides]
             cells += [f"{1000 * told['update']['seconds']:.1f} ms"]
             text.append(f"| {value:,} | {1000 * told['plain']['seconds']:,.0f} ms | {' | '.join(cells)} |")
         text.append("")
@@ -403,7 +407,8 @@ def _memory_tables(lines: Sequence[dict[str, Any]], shapes: Mapping[str, Shape])
             cells = [f"{_mib(peaks['plain'])} / {_mib(predicted_bytes('plain', size))} MiB"]
             for side in sides:
                 paper = predicted_bytes(side, size) - predicted_bytes("plain", size)
-                cells.append(f"{_mib(peaks[side] - peaks['plain'], sign='+')} / {_mib(paper, sign='+')}")
+                more = None if side not in peaks else peaks[side] - peaks["plain"]
+                cells.append("" if more is None else f"{_mib(more, sign='+')} / {_mib(paper, sign='+')}")
             text.append(f"| {value:,} | {' | '.join(cells)} |")
         text.append("")
     return text

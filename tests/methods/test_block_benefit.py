@@ -89,7 +89,7 @@ def test_building_draws_nothing_from_the_global_generator_and_probes_are_the_sam
 
 
 def test_probes_decay_in_their_weights_alone() -> None:
-    groups = _method(probe_lr=1e-3, probe_weight_decay=0.1).state_dict()["probe_optimizer"]["param_groups"]
+    groups = _method(estimator="paper", probe_lr=1e-3, probe_weight_decay=0.1).state_dict()["probe_optimizer"]["param_groups"]
     assert {group["weight_decay"]: len(group["params"]) for group in groups} == {
         0.1: 4 + 4 * 3,  # class-token probes; two convolutions and a linear layer in each patch probe
         0.0: 4 + 4 * (2 * 2 + 1),  # biases, and batch norm's weight and bias

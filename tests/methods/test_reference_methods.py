@@ -583,7 +583,7 @@ def _options(**changed: Any) -> dict[str, Any]:
 
 def test_the_command_hands_a_method_what_it_takes_and_refuses_what_it_would_ignore() -> None:
     assert _options() == {
-        "blocks_only": False, "keep_ratios": None, "estimator": "paper", "alpha": 0.5, "gamma": 0.2, "benefit_scale": 10.0,
+        "blocks_only": False, "keep_ratios": None, "alpha": 0.5, "gamma": 0.2, "benefit_scale": 10.0,
         "align": 1, "probe_lr": 5e-4,
     }  # fmt: skip
     assert _options(prune_keep_ratios=(0.5, 1.0), prune_alpha=0.1)["keep_ratios"] == (0.5, 1.0)
