@@ -191,7 +191,7 @@ def probes(estimator: str, size: Size, ranks: int = 1) -> Work:
     convolutions = 5 * 9 * D**2 if K == D else 2 * D * K + 6 * 9 * K**2
     patches = 2 * B * (S * G * convolutions + 3 * S * K * C)
     convolved = 2 * B * CONVOLVED_PASSES * S * G * K * size.feature_bytes
-    operators = 46 + (183 if K == D else 192) * B
+    operators = 46 + (175 if K == D else 184) * B
     return reading + Work(
         macs=4 * B * scored + patches, traffic=logits + size.probe_parameters(K) * learned + convolved, operators=operators
     )

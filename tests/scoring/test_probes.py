@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from p3b.scoring.meter import Reduce
-from p3b.scoring.probes import BlockProbes
+from p3b.scoring.probes import BlockProbes, MeanOverPlaces
 from p3b.vit.layout import ModelLayout, read_layout
 from p3b.vit.taps import Taps
 from tiny import CLASSES, VARIANTS, images, in_ranks, labels, tiny_vit
@@ -65,11 +65,17 @@ def test_the_patch_probe_is_two_convolutions_a_pool_and_a_linear_layer() -> None
     probes = BlockProbes(read_layout(tiny_vit()), _alone)
     kinds = [type(module) for module in probes.patch_probes[0]]
     convolution = [nn.Conv2d, nn.BatchNorm2d, nn.ReLU]
-    assert kinds == [*convolution, *convolution, nn.AdaptiveAvgPool2d, nn.Flatten, nn.Linear]
+    assert kinds == [*convolution, *convolution, MeanOverPlaces, nn.Linear]
     conv = probes.patch_probes[0][0]
     assert (conv.kernel_size, conv.padding, conv.bias, conv.in_channels, conv.out_channels) == ((3, 3), (1, 1), None, 24, 24)
     assert probes.cls_probes[0].out_features == probes.patch_probes[0][-1].out_features == CLASSES
     assert len(probes.cls_probes) == len(probes.patch_probes) == 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_the_pool_is_a_mean_over_places(dtype: torch.dtype) -> None:
+    maps = torch.randn(3, 5, 4, 7, dtype=dtype).to(memory_format=torch.channels_last)
+    torch.testing.assert_close(MeanOverPlaces()(maps), nn.functional.adaptive_avg_pool2d(maps, 1).flatten(1))
 
 
 def test_soft_targets_are_taken_like_the_task_loss_takes_them() -> None:
@@ -137,8 +143,7 @@ class _PlainProbes(nn.Module):
                 nn.Conv2d(width, width, 3, padding=1, bias=False),
                 nn.BatchNorm2d(width),
                 nn.ReLU(),
-                nn.AdaptiveAvgPool2d(1),
-                nn.Flatten(),
+                MeanOverPlaces(),
                 nn.Linear(width, layout.num_classes),
             ).to(memory_format=torch.channels_last)
             for _ in layout.blocks

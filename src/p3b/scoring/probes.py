@@ -106,7 +106,14 @@ def _patch_probe(width: int, rank: int | None, num_classes: int) -> nn.Sequentia
             convolution = nn.Sequential(nn.Conv2d(width, rank, 1, bias=False), convolution)
         # Running statistics are for evaluation, which a probe never meets.
         convolutions += [convolution, nn.BatchNorm2d(channels, track_running_stats=False), nn.ReLU()]
-    return nn.Sequential(*convolutions, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, num_classes))
+    return nn.Sequential(*convolutions, MeanOverPlaces(), nn.Linear(channels, num_classes))
+
+
+class MeanOverPlaces(nn.Module):
+    """(S, K, H, W) -> (S, K). torch's pooling gives a gradient in an order that the layer before is slow to read."""
+
+    def forward(self, x_SKHW: Tensor) -> Tensor:
+        return x_SKHW.permute(0, 2, 3, 1).flatten(1, 2).mean(1)
 
 
 def _before_and_after(probes: nn.ModuleList, features: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
