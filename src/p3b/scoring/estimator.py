@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from p3b.vit.layout import ModelLayout
 
@@ -69,14 +69,58 @@ def read_tokens(x_SND: Tensor, layout: ModelLayout) -> tuple[Tensor, Tensor]:
     return (x_SND[:, 0] if layout.has_class_token else mean_SD), mean_SD
 
 
-def compare(logits: Iterable[tuple[Tensor, Tensor]], criterion: Criterion, targets: Tensor) -> tuple[Tensor, Tensor]:
+def compare(
+    logits: Iterable[tuple[Tensor, Tensor]], criterion: Criterion, targets: Tensor, probes: Sequence[nn.Module] | None = None
+) -> tuple[Tensor, Tensor]:
     """Benefits from the logits of the same probe before and after each block, the class token's for all blocks first.
+
+    Args:
+        logits: 2B pairs, each (S, C) twice; taken one after the other.
+        criterion, targets: as in `BenefitEstimator.observe`.
+        probes: 2B modules that the pairs come from, where each pair depends on the parameters of its own probe alone. Their
+            gradients are then taken pair by pair, so that no more than one probe's graph is held at a time; under float16 they
+            are not, since the loss is not scaled yet.
 
     Returns:
         (2, B) benefits without a graph, and the sum of all 4B losses.
     """
-    losses = torch.stack([criterion(_at_least_float32(each), targets) for pair in logits for each in pair]).view(2, -1, 2)
-    return (losses[..., 0] - losses[..., 1]).detach(), losses.sum()
+    at_once = probes is not None and torch.is_grad_enabled() and not _computes_in_half(targets.device.type)
+    losses: list[Tensor] = []
+    parameters: list[Tensor] = []
+    gradients: list[Tensor] = []
+    for number, pair in enumerate(logits):
+        both = [criterion(_at_least_float32(each), targets) for each in pair]
+        if at_once:
+            assert probes is not None
+            own = list(probes[number].parameters())
+            parameters += own
+            gradients += torch.autograd.grad(both[0] + both[1], own)
+            both = [each.detach() for each in both]
+        losses += both
+        del pair, both  # or the graph would live until the next one is there
+    together = torch.stack(losses).view(2, -1, 2)
+    total = _WithGradients.apply(together.sum(), gradients, *parameters) if at_once else together.sum()
+    return (together[..., 0] - together[..., 1]).detach(), total
+
+
+class _WithGradients(torch.autograd.Function):
+    """A scalar whose gradients by some parameters are known already."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, gradients: list[Tensor], *_parameters: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *by_value: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.gradients is None:
+            raise RuntimeError("The probes' loss is gone through backward a second time; its gradients are let go of by then.")
+        gradients, ctx.gradients = ctx.gradients, None
+        return None, None, *(gradient * by_value[0] for gradient in gradients)
+
+
+def _computes_in_half(kind: str) -> bool:
+    return torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) is torch.float16
 
 
 def _at_least_float32(tensor: Tensor) -> Tensor:

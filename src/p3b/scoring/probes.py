@@ -60,8 +60,10 @@ class BlockProbes(nn.Module):
         """
         tokens_SD, maps_SDHW = zip(*(self._read(x_SND) for x_SND in stream_SND), strict=True)
         cls_logits = _before_and_after(self.cls_probes, tokens_SD)
-        patch_logits = _before_and_after(self.patch_probes, maps_SDHW) if self.alone else self._in_lockstep(maps_SDHW)
-        return compare(chain(cls_logits, patch_logits), criterion, targets)
+        if self.alone:
+            patch_logits, probes = _before_and_after(self.patch_probes, maps_SDHW), [*self.cls_probes, *self.patch_probes]
+            return compare(chain(cls_logits, patch_logits), criterion, targets, probes)
+        return compare(chain(cls_logits, self._in_lockstep(maps_SDHW)), criterion, targets)
 
     @property
     def alone(self) -> bool:

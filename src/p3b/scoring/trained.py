@@ -87,9 +87,9 @@ class LinearProbes(nn.Module):
     def forward(self, stream_SND: Sequence[Tensor], criterion: Criterion, targets: Tensor) -> tuple[Tensor, Tensor]:
         """As `BenefitEstimator.observe`."""
         read = [read_tokens(x_SND, self._layout) for x_SND in stream_SND]
-        logits = [
+        logits = (
             (probe(read[b][kind]), probe(read[b + 1][kind]))
             for kind, probes in enumerate((self.cls_probes, self.patch_probes))
             for b, probe in enumerate(probes)
-        ]
-        return compare(logits, criterion, targets)
+        )
+        return compare(logits, criterion, targets, [*self.cls_probes, *self.patch_probes])
