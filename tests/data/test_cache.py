@@ -180,6 +180,14 @@ def test_what_is_asked_for_is_the_most_that_is_taken(folder: Path) -> None:
     assert sum(3 * image.width * image.height for n in range(36) if (image := store.kept.get(n)) is not None) <= 10_000
 
 
+def test_a_system_without_memory_that_workers_share_keeps_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "memfd_create")
+    for budget in ("auto", "1"):
+        splits = open_data("FOLDER", folder)
+        assert "this system has no memory that all workers could share" in keep_decoded(splits, budget)
+        assert isinstance(splits.train.store, FileStore)
+
+
 def test_pixels_that_lie_in_memory_are_not_kept_twice() -> None:
     splits = open_data("DIGITS", None)
     store = splits.train.store
