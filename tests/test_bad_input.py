@@ -75,6 +75,7 @@ SETTINGS = {
     "--mixup": [("-1", "--mixup must be 0 or more")],
     "--crop-pct": [("1.5", "--crop-pct must lie in (0, 1], got 1.5"), ("0", "--crop-pct must lie in (0, 1]")],
     "--model-ema-decay": [("1", "--model-ema-decay must lie in (0, 1), got 1")],
+    "--cache": [(wrong, f"--cache must be auto, off or a number of gigabytes, got '{wrong}'") for wrong in ("0", "inf", "all")],
     "--num-workers": [("-1", "--num-workers must be 0 or more")],
     "--seed": [("-1", "--seed must lie in [0, 2**31), got -1")],
     "--opt": [("adamv", "Unknown optimizer 'adamv'. Did you mean"), ("adahessian", "second derivatives")],

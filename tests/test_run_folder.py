@@ -15,6 +15,7 @@ import p3b
 import p3b.part
 from p3b.artifact import read_config
 from p3b.cli import INTERRUPTED
+from p3b.train.checkpoint import Checkpoints
 from p3b.train.run_folder import StageFolder
 from runs import (
     BLOCKS,
@@ -341,6 +342,31 @@ def test_resume_is_told_the_same_settings(
     more = colour_folders(tmp_path / "more", {"train": 9, "val": 3})  # where data lie may change, what they are may not
     assert run("train", *flags(more, tmp_path, "--epochs", "2", "--resume")) == 2
     assert "steps_per_epoch was 3, now 6" in capsys.readouterr().err, "other data or another number of processes"
+
+
+def test_a_run_of_an_earlier_version_goes_on_with_its_optimizer(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Settings that came later are in their default; AdamW was not fused, and stays as it was."""
+    with monkeypatch.context() as patch:
+        kill_at(patch, "saved", 1)
+        assert run("train", *flags(data, tmp_path, "--epochs", "2")) == INTERRUPTED
+    file = tmp_path / "train" / "config.json"
+    config = read(file)
+    del config["training"]["compile"], config["data"]["cache"]
+    file.write_text(json.dumps(config))
+    checkpoints = Checkpoints(tmp_path / "train" / "checkpoints")
+    newest = checkpoints.newest()
+    assert newest is not None
+    for group in newest.content["optimizer"]["param_groups"]:
+        group["fused"] = None
+    checkpoints.write(newest.content)
+    capsys.readouterr()
+    assert run("train", *flags(data, tmp_path, "--epochs", "2", "--compile", "--resume")) == 2
+    assert "--compile was False, now True" in capsys.readouterr().err
+    assert run("train", *flags(data, tmp_path, "--epochs", "2", "--resume")) == 0
+    last = checkpoints.newest()
+    assert last is not None and all(group["fused"] is None for group in last.content["optimizer"]["param_groups"])
 
 
 def test_resuming_a_finished_run_does_nothing(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -424,7 +424,8 @@ def _check_inputs(data: DataOptions, model: ModelOptions, run: RunOptions) -> No
     if data.cache not in ("auto", "off"):
         try:
             _positive(cache=float(data.cache))
-        except ValueError:
+            int(1e9 * float(data.cache))
+        except (ValueError, OverflowError):
             raise ConfigError(f"--cache must be auto, off or a number of gigabytes, got {data.cache!r}.") from None
     _positive(timeout_minutes=run.timeout_minutes)
     if not 0 <= run.seed < 2**31:

@@ -289,7 +289,7 @@ class Session:
 
     def _require_same_settings(self, plain: dict[str, Any], resolved: dict[str, Any]) -> None:
         """A resumed run is told what the first was told and finds as much data in as many processes: else it is neither."""
-        before = self.folder.read_json("config.json")
+        before, defaults = self.folder.read_json("config.json"), to_plain(type(self.config)())
         places = {"output_dir", "data_path", "val_path", "test_path", "model_path", "teacher_path", "dense_run"}
         free = places | {
             "resume",
@@ -303,10 +303,11 @@ class Session:
             "timeout_minutes",
         }
         changed = [
-            f"--{key.replace('_', '-')} was {before.get(group, {}).get(key)!r}, now {value!r}"
+            f"--{key.replace('_', '-')} was {was!r}, now {value!r}"
             for group, values in plain.items()
             for key, value in values.items()
-            if key not in free and before.get(group, {}).get(key) != value
+            # A setting that an earlier version did not know does by default what was done without it.
+            if key not in free and (was := before.get(group, {}).get(key, defaults[group][key])) != value
         ]
         lengths = before.get("resolved", {})
         changed += [

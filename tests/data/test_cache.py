@@ -161,9 +161,31 @@ def test_a_data_set_that_does_not_fit_is_left_alone_and_the_log_says_why(folder:
         assert isinstance(splits.train.store, CachedStore) == fits
         assert ("decoded once" in said) == fits and ("36 images would take" in said) != fits
     assert "as many of 36 images as fit" in keep_decoded(open_data("FOLDER", folder), "0.00001")
-    with pytest.raises(ConfigError, match=r"--cache 7 asks for 7.0 GB, but 0.0 GB are free"):
+    with pytest.raises(ConfigError, match=r"--cache 7 asks for 7.0 GB, but 1.0 MB are free"):
         keep_decoded(open_data("FOLDER", folder), "7")
     assert "--cache off" in keep_decoded(open_data("FOLDER", folder), "off")
+
+
+def test_what_is_asked_for_is_the_most_that_is_taken(folder: Path) -> None:
+    """36 images of about 2 kB, and 10 kB that they may take."""
+    splits = open_data("FOLDER", folder)
+    keep_decoded(splits, "0.00001")
+    store = splits.train.store
+    assert isinstance(store, CachedStore)
+    for part in (splits.train, splits.val, splits.test):
+        assert part is not None
+        pixels = [part[position][0].tobytes() for position in range(len(part))]
+        assert pixels == [part[position][0].tobytes() for position in range(len(part))]
+    assert 0 < len(store.kept) < 10
+    assert sum(3 * image.width * image.height for n in range(36) if (image := store.kept.get(n)) is not None) <= 10_000
+
+
+def test_a_system_without_memory_that_workers_share_keeps_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "memfd_create")
+    for budget in ("auto", "1"):
+        splits = open_data("FOLDER", folder)
+        assert "this system has no memory that all workers could share" in keep_decoded(splits, budget)
+        assert isinstance(splits.train.store, FileStore)
 
 
 def test_pixels_that_lie_in_memory_are_not_kept_twice() -> None:
@@ -184,3 +206,26 @@ def test_free_memory_is_the_least_of_machine_and_container(tmp_path: Path) -> No
     assert available_memory(proc, cgroup) == 3000 * 1024
     (cgroup / "memory.max").write_text("9000\n")
     assert available_memory(proc, cgroup) == 4000
+    (cgroup / "memory.stat").write_text("anon 100\ninactive_file 1500\nactive_file 300\n")
+    assert available_memory(proc, cgroup) == 5500, "pages of files that were read are given back"
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_limits_of_a_job_around_the_process_count(tmp_path: Path, version: int) -> None:
+    """Outside a container the own control group lies below the mounted root; the limit may lie between."""
+    proc, cgroup = tmp_path / "proc", tmp_path / "cgroup"
+    (proc / "self").mkdir(parents=True)
+    (proc / "meminfo").write_text("MemAvailable:   3000 kB\n")
+    (proc / "self" / "cgroup").write_text({1: "9:cpu:/\n4:memory:/job_7/step_0\n0::/\n", 2: "0::/job_7/step_0\n"}[version])
+    root = cgroup / "memory" if version == 1 else cgroup
+    limit, used = {1: ("memory.limit_in_bytes", "memory.usage_in_bytes"), 2: ("memory.max", "memory.current")}[version]
+    none = {1: "9223372036854771712", 2: "max"}[version]
+    step = root / "job_7" / "step_0"
+    step.mkdir(parents=True)
+    for place, most in ((step, none), (step.parent, "7000"), (root, none)):
+        (place / limit).write_text(most)
+        (place / used).write_text("6000")
+    assert available_memory(proc, cgroup) == 1000
+    (proc / "self" / "cgroup").write_text("4:memory:/docker/abc\n0::/docker/abc\n")  # as the machine sees it, from within
+    (root / limit).write_text("6500")
+    assert available_memory(proc, cgroup) == 500

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import mmap
 import os
+from collections.abc import Iterator
 from multiprocessing import reduction
 from pathlib import Path
 from typing import Any, final
@@ -28,7 +29,11 @@ MEMORY_SHARE = 0.25
 SAMPLED = 32
 """Images that are decoded to tell how much room all of them need."""
 _WORD = 8
-_CGROUPS = (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"))
+_CGROUPS = (
+    ("", "", "memory.max", "memory.current", "inactive_file"),
+    ("memory", "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
+"""Versions 2 and 1 of control groups: controller, folder, files of limit and use, and what memory.stat calls pages of files."""
 
 
 def keep_decoded(splits: DataSplits, budget: str, local_world_size: int = 1) -> str:
@@ -70,7 +75,7 @@ def keep_decoded(splits: DataSplits, budget: str, local_world_size: int = 1) -> 
         )
     tables = sum(len(store) for store in stores.values())
     try:
-        kept = DecodedImages(tables, max(room, needed))
+        kept = DecodedImages(tables, room)
     except OSError as error:
         return f"{again}: no memory to keep them in could be had ({error})"
     cached: dict[int, ImageStore] = {}
@@ -193,20 +198,45 @@ def mean_bytes(store: ImageStore, images: int) -> float:
 
 
 def available_memory(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """Bytes that may still be taken: what the machine has free, or what is left of a container's limit; 0 if unknown."""
+    """Bytes that may still be taken: what the machine has free, or what a container or job has left; 0 if unknown."""
     try:
         lines = (proc / "meminfo").read_text().splitlines()
     except OSError:
         return 0
     free = next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), 0)
-    for limit, used in _CGROUPS:
-        try:
-            left = int((cgroup / limit).read_text()) - int((cgroup / used).read_text())
-        except (OSError, ValueError):  # no such file, or "max": no limit
-            continue
-        free = min(free, max(0, left))
-    return free
+    return min([free, *_left_of_limits(proc, cgroup)])
+
+
+def _left_of_limits(proc: Path, cgroup: Path) -> Iterator[int]:
+    """What is left of each memory limit that this process lies under: of its own control group and of all around it.
+
+    In a container the own group is the root of what is mounted; in a job of Slurm or systemd it lies below. Pages of files that
+    were read and are not in use count as used, and are given back as soon as somebody wants memory.
+    """
+    try:
+        groups = [line.split(":", 2) for line in (proc / "self" / "cgroup").read_text().splitlines()]
+    except OSError:
+        groups = []
+    for controller, folder, limit, used, given_back in _CGROUPS:
+        root = cgroup / folder
+        own = next((path for _, names, path in groups if controller in names.split(",")), "/")
+        below = root / own.strip("/")
+        for place in (below, *(parent for parent in below.parents if parent.is_relative_to(root))):
+            try:
+                left = int((place / limit).read_text()) - int((place / used).read_text())
+            except (OSError, ValueError):  # no such file, or "max": no limit
+                continue
+            yield max(0, left + _memory_stat(place, given_back))
+
+
+def _memory_stat(place: Path, name: str) -> int:
+    """A figure of a control group's memory.stat; 0 where it is not told."""
+    try:
+        figures = dict(line.split() for line in (place / "memory.stat").read_text().splitlines())
+        return int(figures.get(name, 0))
+    except (OSError, ValueError):
+        return 0
 
 
 def _gigabytes(size: int) -> str:
-    return f"{size / 1e9:.1f} GB"
+    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:,.1f} MB"

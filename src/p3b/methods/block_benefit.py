@@ -60,8 +60,8 @@ class BlockBenefit:
         blocks_only: count the budget over the blocks alone (P_rest = 0).
         align: counts of kept channels are multiples of this in the last masks; 1 is off.
         keep_ratios: given by hand, one per block; then nothing is probed and prune_ratio plays no part.
-        estimator: how benefits are measured, by name (`p3b.scoring.estimators`); "paper" is the published way, "low_rank" the
-            cheapest that was found to lose nothing.
+        estimator: how benefits are measured, by name (`p3b.scoring.estimators`); "paper" is the published way, "low_rank" that
+            with narrow convolutions.
         probe_lr: learning rate of the probes, not scaled with the batch size.
         probe_weight_decay: of the probes' weights; none on biases and norms.
         probe_seed: seed of the probes' first weights, the same on all ranks.

@@ -17,8 +17,9 @@ from p3b.scoring.trained import LinearProbes, TrainedProbes
 from p3b.vit.layout import ModelLayout
 
 LOW_RANK = 32
-"""Channels between the low-rank probe's convolutions, at most; at most a quarter of the width. At DeiT-Tiny a quarter takes 1.4
-times a plain step; both transfers that estimators are judged on lie below this bound."""
+"""Channels between the low-rank probe's convolutions, at most; at most a quarter of the width. At DeiT-Tiny a quarter, 48, took
+more than the 1.25 of a plain step that pruning may (docs/performance.md); both transfers that estimators are judged on lie
+below this bound."""
 
 
 @dataclass(frozen=True)
