@@ -233,8 +233,8 @@ def memory_probes(estimator: str, size: Size, ranks: int = 1) -> Memory:
 
     Args:
         estimator: of `ESTIMATED`. Of the trained ones `held` are their parameters with gradients and moments, `passing` is what
-            autograd keeps; of ridge `held` are moments and probes, `passing` tokens and targets of one
-            step, and its moments where there are several processes.
+            autograd keeps, of one probe at a time where there is one process; of ridge `held` are moments and probes,
+            `passing` tokens and targets of one step, and its moments where there are several processes.
         ranks: processes.
     """
     S, G, D, C, B, P = size.batch, size.patches, size.width, size.classes, size.blocks, size.places
@@ -242,14 +242,15 @@ def memory_probes(estimator: str, size: Size, ranks: int = 1) -> Memory:
         moments = (2 * P * (D**2 + D * C + D) + C) * DOUBLE
         held = moments + 2 * B * (D * C + C) * FLOAT + C * FLOAT + (1 + 2 * B) * DOUBLE
         return Memory(held=held, passing=(2 * P * S * D + S * C) * FLOAT + (moments if ranks > 1 else 0))
-    heads = 2 * B * size.head
-    logits = 4 * B * S * C * FLOAT
-    if estimator == "linear":
-        return Memory(held=heads * TRAINED, passing=logits + P * S * D * size.feature_bytes)
     K = size.rank(estimator)
+    logits = 2 * S * C * FLOAT  # of one probe, on its block's input and output
+    if estimator == "linear":
+        return Memory(held=2 * B * size.head * TRAINED, passing=logits + P * S * D * size.feature_bytes)
     maps = 4 if K == D else 5  # in and out of both norms; with a low rank what the narrowing convolution gives
     each = S * G * K * maps * size.feature_bytes + (S * K + 4 * K) * FLOAT  # and the norms' statistics, the mean
-    return Memory(held=size.probe_parameters(K) * TRAINED, passing=2 * B * each + logits)
+    together = 1 if ranks == 1 else B  # norms over several ranks go through all probes side by side
+    classes = logits if ranks == 1 else B * logits + logits
+    return Memory(held=size.probe_parameters(K) * TRAINED, passing=together * 2 * each + classes)
 
 
 @dataclass(frozen=True)

@@ -71,22 +71,44 @@ class _Operators(TorchDispatchMode):
         return operator(*args, **(kwargs or {}))
 
 
+class _Kept:
+    """Storages that autograd keeps: bytes now, and at most so far, but for those of some tensors."""
+
+    def __init__(self, without: list[Tensor]) -> None:
+        self._known = {tensor.untyped_storage().data_ptr() for tensor in without}
+        self._users: dict[int, int] = {}
+        self.bytes = self.most = 0
+
+    def take(self, storage: torch.UntypedStorage) -> None:
+        place = storage.data_ptr()
+        self._users[place] = self._users.get(place, 0) + 1
+        if self._users[place] == 1 and place not in self._known:
+            self.bytes += storage.nbytes()
+            self.most = max(self.most, self.bytes)
+
+    def let_go(self, storage: torch.UntypedStorage) -> None:
+        place = storage.data_ptr()
+        self._users[place] -= 1
+        if self._users[place] == 0 and place not in self._known:
+            self.bytes -= storage.nbytes()
+
+
+class _Saved:
+    """Stands in autograd's graph for a tensor, and lives as long as the graph does."""
+
+    def __init__(self, tensor: Tensor, kept: _Kept) -> None:
+        self.tensor, self._storage, self._kept = tensor, tensor.untyped_storage(), kept
+        kept.take(self._storage)
+
+    def __del__(self) -> None:
+        self._kept.let_go(self._storage)
+
+
 @contextmanager
-def _kept_for_backward(without: list[Tensor]) -> Iterator[dict[int, int]]:
-    """Bytes of every storage that autograd keeps, by its address, but for those of some tensors; all stay alive meanwhile."""
-    known = {tensor.untyped_storage().data_ptr() for tensor in without}
-    found: dict[int, int] = {}
-    alive = []
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            found[storage.data_ptr()] = storage.nbytes()
-            alive.append(tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        yield found
+def _kept_for_backward(without: list[Tensor]) -> Iterator[_Kept]:
+    kept = _Kept(without)
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: _Saved(tensor, kept), lambda saved: saved.tensor):
+        yield kept
 
 
 def _estimator(trained: Training) -> Any:
@@ -131,8 +153,10 @@ def test_what_autograd_keeps_is_what_the_model_says(side: str) -> None:
         trained.step()
     expected = scaling.predicted_bytes(side, size) - size.parameters * TRAINED
     expected -= memory_probes(side, size).held if side in ESTIMATED else 0
+    if side == "linear":  # its tokens are held by name, and by autograd those of one probe alone
+        expected -= (size.places - 2) * size.batch * size.width * size.feature_bytes
     assert sum(p.numel() for p in trained._model.parameters()) == size.parameters
-    assert sum(kept.values()) == pytest.approx(expected, rel=2e-3)  # targets and drop path are left out
+    assert kept.most == pytest.approx(expected, rel=2e-3)  # targets and drop path are left out
     assert memory_gates(size) > 0 and memory_plain(size) > size.parameters * TRAINED
 
 
