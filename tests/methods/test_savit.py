@@ -259,6 +259,14 @@ def test_a_copy_of_the_model_carries_no_copy_of_the_method_along() -> None:
     assert all(hook in model._forward_pre_hooks.values() for hook in copy.deepcopy(model)._forward_pre_hooks.values())
 
 
+def test_a_small_network_still_looks_at_its_images() -> None:
+    pruner, model = _pruned(tiny_vit(class_token=False, global_pool="avg", seed=1), 0.95)
+    pruner.finalize()
+    answers = model.eval()(images())
+    assert model.embed_dim == 3
+    assert not torch.allclose(answers[0], answers[1], atol=1e-6)
+
+
 @pytest.mark.parametrize("options", [{"every": 0}, {"images": 0}])
 def test_options_outside_their_range_are_refused(options: dict[str, int]) -> None:
     with pytest.raises(ConfigError, match="at least 1"):

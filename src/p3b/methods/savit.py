@@ -36,6 +36,9 @@ from p3b.vit.cost import block_params, dense_params, kept_params, other_params
 from p3b.vit.gates import Gates
 from p3b.vit.layout import STREAM, ModelLayout, dims_of
 
+LEAST_STREAM = 3
+"""Channels of the stream that stay at least: a layer norm over one gives zero and over two a sign, whatever it is given."""
+
 
 class Savit:
     """The method `savit`.
@@ -76,8 +79,8 @@ class Savit:
         if not 0 <= prune_ratio < 1:
             raise BudgetError(f"The prune ratio must lie in [0, 1), got {prune_ratio}.")
         self._budget = (1 - prune_ratio) * dense
-        # A channel of the stream has to stay; whether the budget can be met is asked before training.
-        self._most = (1.0, 1.0, 1 - 1 / layout.width)
+        # Whether the budget can be met is asked before training.
+        self._most = (1.0, 1.0, max(0.0, 1 - LEAST_STREAM / layout.width))
         cheapest_shares(np.eye(3), self._surface, self._budget, self._most)
 
         self._meter = IntervalMeter()
@@ -126,8 +129,8 @@ class Savit:
         if scores_N is None or interactions is None:
             raise TrainingError(
                 "Nothing has been measured that masks could be decided from. Call pruner.loss(criterion, targets) after each "
-                "forward pass, with targets as a tensor, and pruner.step() after each backward pass until the schedule ends. If "
-                "that was done, no gradient was finite in the last two intervals: lower the learning rate, or train in "
+                "forward pass, with targets as a tensor, and pruner.step() after each backward pass until the schedule ends. "
+                "If that was done, no gradient was finite in the last two intervals: lower the learning rate, or train in "
                 "--precision fp32 or bf16."
             )
         gates = self._layout.gates
@@ -184,7 +187,7 @@ class Savit:
             self._listen()
         self._looks += 1
         found = self._reduce(found)
-        if (finite := found.isfinite().all()):
+        if finite := found.isfinite().all():
             self._meter.add("interactions", found, finite)
             self._next_look = self._steps + self._every
 
@@ -200,7 +203,7 @@ class Savit:
         for away in range(layout.width):
             # The nearest counts come first, further ones only where hidden channels alone cannot make up for what they miss.
             for pruned_heads, pruned_stream in itertools.product(_near(heads, 0), _near(stream, away)):
-                if not (0 <= pruned_heads <= orders["heads"].size and 0 <= pruned_stream < layout.width):
+                if not (0 <= pruned_heads <= orders["heads"].size and 0 <= pruned_stream <= layout.width - LEAST_STREAM):
                     continue
                 masks = orders["heads"].masks(pruned_heads) | orders[STREAM].masks(pruned_stream)
                 left = self._params_left(masks, hidden)
