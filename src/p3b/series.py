@@ -412,7 +412,7 @@ def _product(row: str) -> str:
 def comparable(config: CompareConfig, processes: int) -> dict[str, Any]:
     """What must stay as it is from one call to the next, or the rows would not compare. More rows may always come in."""
     plain = to_plain(config)
-    free = {"output_dir", "device", "figure_format", "checkpoint_minutes", "timeout_minutes", "num_workers"}
+    free = {"output_dir", "device", "figure_format", "checkpoint_minutes", "timeout_minutes", "num_workers", "cache"}
     places = {"data_path", "val_path", "test_path", "model_path", "teacher_path"}
     settings = {
         key: value
