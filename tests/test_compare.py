@@ -275,6 +275,10 @@ def test_other_settings_in_the_same_folder_are_refused(data: Path, compared: Pat
     assert everything_in(compared) == before
 
 
+def test_a_series_goes_on_with_images_kept_in_memory_or_not(compared: Path) -> None:
+    assert read(compared / "compare.json").keys().isdisjoint({"cache", "num_workers"})
+
+
 def test_all_methods_by_default_and_a_setting_only_for_those_that_take_it() -> None:
     config = CompareConfig(compare=CompareOptions(seeds=(3, 4)))
     runs = plan(config)

@@ -216,6 +216,14 @@ def test_the_largest_budget_that_loses_little(
         (("--max-loss", "1", "--lowest", "0.9", "--highest", "0.1"), "--lowest 0.9 and --highest 0.1 are no range"),
         (("--max-loss", "1", "--ratio-step", "0"), "--ratio-step 0.0 does not fit"),
         (("--max-loss", "1"), "--highest: A prune ratio of 0.9 cannot be met"),
+        (
+            ("--prune-method", "wdpruning", "--prune-ratios", "0.2", "0.746"),
+            "--prune-ratios: A prune ratio of 0.746 cannot be met: wdpruning keeps one element of every gate",
+        ),
+        (
+            ("--prune-method", "wdpruning", "--wd-classifiers", "1", "--wd-classifier-choose", "1", "--max-loss", "1"),
+            "--lowest: A prune ratio of 0.1 cannot be met: cutting the network after block 1",
+        ),
         (("--prune-ratios", "0.5", "--dense-run", "nowhere"), "nowhere holds no finished `p3b train`"),
         (("--prune-ratios", "0.5", "--prune-alpha", "0.7"), "--prune-alpha 0.7 means nothing"),
         (("--prune-ratios", "0.5", "--prune-method", "unifrom"), "Did you mean 'uniform'"),
@@ -229,6 +237,14 @@ def test_what_cannot_be_swept_is_refused_before_anything_is_written(
     assert run("sweep", *flags(data, out, *QUICK, *asked)) == USER_ERROR
     assert message in " ".join(capsys.readouterr().err.split())
     assert not out.exists()
+
+
+def test_a_method_that_reaches_further_may_search_further(data: Path, tmp_path: Path) -> None:
+    """SAViT takes channels of the stream, and so parameters outside the blocks, which others leave."""
+    asked = flags(data, tmp_path, *QUICK, "--prune-method", "savit", "--prune-ratios", "0.9", "--savit-every", "1")
+    assert run("sweep", *asked) == 0
+    (line,) = (line for line in of_kind(tmp_path, "run") if line["row"] == "savit")
+    assert line["status"] == "done" and line["params"] < 0.105 * 19347
 
 
 def test_a_search_without_validation_images_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -250,6 +266,13 @@ def test_torchrun_sweeps_on_all_ranks_from_one_warm_up(data: Path, tmp_path: Pat
     for name in NAMES[1:]:
         log = (tmp_path / "runs" / name / "prune" / "log.txt").read_text()
         assert log.count("the warm-up of 4 steps is taken from") == 1
+
+
+def test_a_dense_run_of_other_epochs_is_told_beside_the_table(data: Path, swept: Path, tmp_path: Path) -> None:
+    dense = ("--dense-run", str(swept / "runs" / NAMES[0]))
+    asked = flags(data, tmp_path, *QUICK, "--prune-ratios", "0.3", *dense, "--finetune-epochs", "2")
+    assert run("sweep", *asked) == 0
+    assert "was trained for 3 epochs, the pruned ones for 4" in (tmp_path / "sweep.md").read_text()
 
 
 def test_a_dense_run_on_other_images_is_refused(

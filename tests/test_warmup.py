@@ -124,6 +124,13 @@ def test_a_warm_up_of_other_images_or_weights_is_refused(data: Path, plain_warm_
         prune(replace(config, model=replace(config.model, model_path=tmp_path / "weights.pth")), plain_warm_up)
 
 
+def test_a_warm_up_that_kept_its_images_elsewhere_is_the_same(data: Path, plain_warm_up: Path, tmp_path: Path) -> None:
+    given = ("--prune-method", "uniform", "--prune-start-epoch", WITHIN_AN_EPOCH, "--cache", "off")
+    with brief():
+        prune(config_of(data, tmp_path, *given), plain_warm_up)
+    assert "is taken from" in (tmp_path / "prune" / "log.txt").read_text()
+
+
 def test_a_warm_up_that_is_not_there_is_refused(data: Path, tmp_path: Path) -> None:
     with pytest.raises(RunFolderError, match="holds no finished warm-up"):
         prune(config_of(data, tmp_path / "out", *SHORT), tmp_path / "nowhere")

@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from timm.models.vision_transformer import VisionTransformer
 
 import p3b
 from p3b import artifact
@@ -47,7 +48,7 @@ from p3b.train.distributed import Processes, gather, in_group, process_group, wa
 from p3b.train.interruption import SIGNALS
 from p3b.train.run_folder import StageFolder
 from p3b.vit.architecture import describe_dense
-from p3b.vit.layout import ModelLayout, read_layout
+from p3b.vit.layout import read_layout
 from p3b.vit.smaller import cut_evenly, smaller_architecture
 from p3b.warmup import WARM_UP, warm_up_name
 
@@ -337,14 +338,14 @@ def finished(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {line["name"]: line for line in lines if line["kind"] == "run" and line["status"] == "done"}
 
 
-def open_inputs(config: CompareConfig, processes: Processes) -> tuple[DataSplits, ModelLayout]:
+def open_inputs(config: CompareConfig, processes: Processes) -> tuple[DataSplits, VisionTransformer]:
     """Open data and model once, so that a mistake in what all rows share is refused and not met with by each of them."""
     seed = config.compare.seeds[0]
     splits = open_splits(config.data, seed, processes)
     model = open_model(config.model, len(splits.class_names), seed).model
-    layout = read_layout(model)
+    read_layout(model)
     artifact.model_config(model)
-    return splits, layout
+    return splits, model
 
 
 def results(summary: Mapping[str, Any], stage: Path) -> dict[str, Any]:
@@ -411,7 +412,7 @@ def _product(row: str) -> str:
 def comparable(config: CompareConfig, processes: int) -> dict[str, Any]:
     """What must stay as it is from one call to the next, or the rows would not compare. More rows may always come in."""
     plain = to_plain(config)
-    free = {"output_dir", "device", "figure_format", "checkpoint_minutes", "timeout_minutes", "num_workers"}
+    free = {"output_dir", "device", "figure_format", "checkpoint_minutes", "timeout_minutes", "num_workers", "cache"}
     places = {"data_path", "val_path", "test_path", "model_path", "teacher_path"}
     settings = {
         key: value

@@ -12,11 +12,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from timm.models.vision_transformer import VisionTransformer
+
+from p3b.commands import method_options_of
 from p3b.compare import plan, require_taken
-from p3b.config import CompareConfig, CompareOptions, SweepConfig, SweepOptions, check
+from p3b.config import CompareConfig, CompareOptions, PruneConfig, SweepConfig, SweepOptions, check
 from p3b.data import DataSplits
 from p3b.errors import BudgetError, ComparisonError, ConfigError, RunFolderError
-from p3b.methods.base import overall_keep_ratio
+from p3b.methods import create_method, method_dims
 from p3b.report.comparison import write_report
 from p3b.series import (
     DENSE,
@@ -33,6 +36,7 @@ from p3b.series import (
 from p3b.session import PRODUCTS
 from p3b.train.distributed import Processes
 from p3b.train.run_folder import StageFolder
+from p3b.vit.layout import read_layout
 
 _GIVEN = f"{DENSE}-given"
 MOST_RATIOS = 10_000
@@ -150,16 +154,18 @@ def sweep(config: SweepConfig) -> list[Path]:
     given = None if asked.dense_run is None else _line_of(asked.dense_run, asked)
 
     def require(processes: Processes, lines: list[dict[str, Any]]) -> None:
-        splits, layout = open_inputs(series_config, processes)
+        splits, model = open_inputs(series_config, processes)
         if searched and splits.val is None:
             raise ConfigError(
                 "--max-loss is judged on validation images, and there are none: give --val-path or a --val-share above 0. (The "
                 "test images must not choose the budget.)"
             )
-        try:
-            overall_keep_ratio(layout, max(run.ratio or 0.0 for run in runs), config.prune.prune_blocks_only)
-        except BudgetError as error:
-            raise BudgetError(f"{'--highest' if searched else '--prune-ratios'}: {error}") from error
+        budgets = sorted((run for run in runs if run.ratio is not None), key=lambda run: run.ratio or 0.0)
+        for run, flag in ((budgets[0], "--lowest"), (budgets[-1], "--highest")):
+            try:
+                _require_budget(series_config, run, model)
+            except BudgetError as error:
+                raise BudgetError(f"{flag if searched else '--prune-ratios'}: {error}") from error
         if given is not None and asked.dense_run is not None:
             _require_comparable(given, splits, asked.dense_run)
 
@@ -196,6 +202,18 @@ def _check(config: SweepConfig) -> None:
     if not 0 <= asked.max_loss < 100:
         raise ConfigError(f"--max-loss is in points of top-1 and must lie in [0, 100), got {asked.max_loss}.")
     grid(asked.lowest, asked.highest, asked.ratio_step)
+
+
+def _require_budget(config: CompareConfig, run: Run, model: VisionTransformer) -> None:
+    """Refuse a budget as the method itself will, which may reach further than others or less far.
+
+    Raises:
+        ConfigError, ModelError: the method cannot be used with its options, or on this model. BudgetError: nor to this ratio.
+    """
+    pruning = config_of(config, run)
+    assert isinstance(pruning, PruneConfig) and run.ratio is not None
+    layout, options = read_layout(model, method_dims(run.row)), method_options_of(pruning)
+    create_method(run.row, model, layout, run.ratio, lambda tensor: tensor, options).detach()
 
 
 def _as_series(config: SweepConfig) -> CompareConfig:
@@ -282,6 +300,7 @@ def _report(series: Series, config: SweepConfig) -> list[Path]:
             told = ["The search has not come to its end; the same command goes on."]
         # The search looks at validation images alone, and so does its table.
         lines = [_on_validation(line) for line in lines]
+    told = [*told, *_unequal_epochs(lines)]
     written = write_report(out, config.run.figure_format, "sweep", lines, told)
     show_tables(lines, written, "sweep", series.display)
     for sentence in told:
@@ -348,6 +367,19 @@ def _sentences(answer: Mapping[str, Any]) -> list[str]:
 
 def _loss(points: float) -> str:
     return f"{abs(points):.2f} points {'under' if points >= 0 else 'above'} the dense model"
+
+
+def _unequal_epochs(lines: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A sentence where a given dense model was not trained for as many epochs as the pruned ones."""
+    done = finished(lines)
+    pruned = {line["epochs"] for line in done.values() if line["row"] != DENSE}
+    if _GIVEN not in done or not pruned - {done[_GIVEN]["epochs"]}:
+        return []
+    return [
+        f"The dense model of --dense-run was trained for {done[_GIVEN]['epochs']} epochs, the pruned ones for "
+        f"{' or '.join(map(str, sorted(pruned)))}: what they lose or gain against it is not of pruning alone. Leave "
+        "--dense-run out to have one trained for as many."
+    ]
 
 
 def _on_validation(line: dict[str, Any]) -> dict[str, Any]:

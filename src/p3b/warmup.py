@@ -36,7 +36,7 @@ DEPENDS_ON = "depends_on"
 
 _LATER = {"epochs", "min_lr", "warmup_epochs"}
 """Settings of training that come into play after the warm-up: how long it is is told in steps, and its rate is constant."""
-_PLACES = {"data_path", "val_path", "test_path", "model_path", "download", "num_workers"}
+_PLACES = {"data_path", "val_path", "test_path", "model_path", "teacher_path", "download", "num_workers", "cache"}
 """Settings that say where things lie, and how quickly they come: what lies there is compared instead."""
 
 

@@ -220,6 +220,53 @@ def test_without_a_measurement_there_is_no_decision() -> None:
         method.last({})
 
 
+@pytest.mark.parametrize("final", range(2, 14))
+def test_however_the_last_interval_is_cut_short_interactions_are_measured_in_the_last_two(final: int) -> None:
+    model = tiny_vit().train()
+    pruner = p3b.Pruner(model, 0.5, "savit", p3b.Schedule(start=1, sparse=2, final=final, update_every=3), every=10, images=1)
+    while not pruner.done:
+        model.zero_grad()
+        (CE(model(images()), labels()) + pruner.loss(CE, labels())).backward()
+        pruner.step()
+    assert abs(count_parameters(pruner.finalize()) / count_parameters(tiny_vit()) - 0.5) < 1e-3
+
+
+def test_where_a_step_is_not_finite_the_next_one_measures_the_interactions() -> None:
+    model = tiny_vit().train()
+    plan = p3b.Schedule(start=0, sparse=3, final=6, update_every=3)
+    pruner = p3b.Pruner(model, 0.5, "savit", plan, every=10, images=2)
+    for step in range(plan.final):
+        model.zero_grad()
+        (CE(model(images()), labels()) + pruner.loss(CE, labels())).backward()
+        pruner.step(gradients_finite=torch.tensor(step > 1))
+    note = pruner.decide_last().note
+    assert note is not None and "interactions 0, 0, 0" not in note
+
+
+def test_a_run_without_a_finite_step_says_so() -> None:
+    model = tiny_vit().train()
+    pruner = p3b.Pruner(model, 0.5, "savit", PLAN, every=1, images=2)
+    for _ in range(PLAN.final):
+        (CE(model(images()), labels()) + pruner.loss(CE, labels())).backward()
+        pruner.step(gradients_finite=torch.tensor(False))
+    with pytest.raises(TrainingError, match="finite"):
+        pruner.decide_last()
+
+
+def test_a_copy_of_the_model_carries_no_copy_of_the_method_along() -> None:
+    model = tiny_vit()
+    p3b.Pruner(model, 0.5, "savit", PLAN)
+    assert all(hook in model._forward_pre_hooks.values() for hook in copy.deepcopy(model)._forward_pre_hooks.values())
+
+
+def test_a_small_network_still_looks_at_its_images() -> None:
+    pruner, model = _pruned(tiny_vit(class_token=False, global_pool="avg", seed=1), 0.95)
+    pruner.finalize()
+    answers = model.eval()(images())
+    assert model.embed_dim == 3
+    assert not torch.allclose(answers[0], answers[1], atol=1e-6)
+
+
 @pytest.mark.parametrize("options", [{"every": 0}, {"images": 0}])
 def test_options_outside_their_range_are_refused(options: dict[str, int]) -> None:
     with pytest.raises(ConfigError, match="at least 1"):

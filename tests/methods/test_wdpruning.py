@@ -19,7 +19,7 @@ from p3b.methods import METHOD_DIMS, create_method
 from p3b.methods.base import Decision
 from p3b.methods.wdpruning import WDPruning, default_lr, width_cost
 from p3b.vit.compact import branch_shapes
-from p3b.vit.cost import dense_params, kept_params
+from p3b.vit.cost import count_parameters, dense_params, kept_params
 from p3b.vit.gates import Gates
 from p3b.vit.layout import ModelLayout, read_layout
 from runs import CALM, flags, lines, read, run
@@ -220,6 +220,15 @@ def test_a_step_that_is_not_finite_teaches_nothing() -> None:
     run.optimizer.zero_grad()
     run.step()
     assert not torch.equal(run.learned()["saliency"], before["saliency"])
+
+
+def test_masks_may_be_due_before_a_gradient_was_finite() -> None:
+    run = Run(tiny_vit(), plan=p3b.Schedule(start=0, sparse=3, final=6, update_every=1))
+    run.backward(scale=float("inf"))
+    decision = run.pruner.step()
+    assert decision is not None and all(mask.all() for mask in decision.masks.values())
+    run.optimizer.zero_grad()
+    assert abs(count_parameters(run.to_the_end()) / count_parameters(tiny_vit()) - 0.5) < 1e-3
 
 
 # --- the budget, and the small model

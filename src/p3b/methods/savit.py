@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,9 @@ from p3b.scoring.scores import of_all
 from p3b.vit.cost import block_params, dense_params, kept_params, other_params
 from p3b.vit.gates import Gates
 from p3b.vit.layout import STREAM, ModelLayout, dims_of
+
+LEAST_STREAM = 3
+"""Channels of the stream that stay at least: a layer norm over one gives zero and over two a sign, whatever it is given."""
 
 
 class Savit:
@@ -75,21 +79,22 @@ class Savit:
         if not 0 <= prune_ratio < 1:
             raise BudgetError(f"The prune ratio must lie in [0, 1), got {prune_ratio}.")
         self._budget = (1 - prune_ratio) * dense
-        # A channel of the stream has to stay; whether the budget can be met is asked before training.
-        self._most = (1.0, 1.0, 1 - 1 / layout.width)
+        # Whether the budget can be met is asked before training.
+        self._most = (1.0, 1.0, max(0.0, 1 - LEAST_STREAM / layout.width))
         cheapest_shares(np.eye(3), self._surface, self._budget, self._most)
 
         self._meter = IntervalMeter()
         self._first_step = 0
-        self._steps, self._looks = 0, 0
+        self._steps, self._looks, self._next_look = 0, 0, 0
         self._batch: tuple[Criterion, Tensor, Any] | None = None
         self._seen: Tensor | None = None
-        self._handle = model.register_forward_pre_hook(self._see)
+        self._listen()
 
     def attach(self, gates: Gates, schedule: Schedule) -> None:
-        # Only the last two intervals count: what is measured before them would be thrown away. Steps are counted from the end
-        # of the warm-up, which leaves no trace here, so that runs may share one.
-        self._first_step = max(0, schedule.final - schedule.start - 2 * schedule.update_every)
+        # Only the last two intervals count, the last of which may be cut short: what is measured before them is thrown away.
+        # Steps are counted from the end of the warm-up, which leaves no trace here, so that runs may share one.
+        updates = (schedule.final - schedule.start - 1) // schedule.update_every
+        self._first_step = self._next_look = max(0, updates - 1) * schedule.update_every
 
     def loss(self, criterion: Criterion, targets: Any) -> Tensor:
         if self._seen is not None and isinstance(targets, Tensor):
@@ -124,7 +129,9 @@ class Savit:
         if scores_N is None or interactions is None:
             raise TrainingError(
                 "Nothing has been measured that masks could be decided from. Call pruner.loss(criterion, targets) after each "
-                "forward pass, with targets as a tensor, and pruner.step() after each backward pass until the schedule ends."
+                "forward pass, with targets as a tensor, and pruner.step() after each backward pass until the schedule ends. "
+                "If that was done, no gradient was finite in the last two intervals: lower the learning rate, or train in "
+                "--precision fp32 or bf16."
             )
         gates = self._layout.gates
         scores = dict(zip(gates, self._reduce(scores_N).double().cpu().split(list(gates.values())), strict=True))
@@ -136,13 +143,14 @@ class Savit:
             f"{share:.1%} of {kind}" for kind, share in zip(("heads", "hidden channels", "the stream"), shares, strict=True)
         )
         rows = "; ".join(", ".join(f"{value:.3g}" for value in row) for row in form)
-        return Decision(decision.masks, decision.blocks, 1.0, 0.0, f"SAViT prunes {told}; interactions {rows}")
+        return replace(decision, note=f"SAViT prunes {told}; interactions {rows}")
 
     def detach(self) -> None:
         self._handle.remove()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"name": "savit", "meter": self._meter.state_dict(), "steps": self._steps, "looks": self._looks}
+        counts = {"steps": self._steps, "looks": self._looks, "next_look": self._next_look}
+        return {"name": "savit", "meter": self._meter.state_dict(), **counts}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict`.
@@ -153,26 +161,35 @@ class Savit:
         if state["name"] != "savit":
             raise ValueError(f"it is a state of {state['name']}, this is savit")
         self._meter.load_state_dict(state["meter"], next(iter(self._weights.values())).device)
-        self._steps, self._looks = int(state["steps"]), int(state["looks"])
+        self._steps, self._looks, self._next_look = (int(state[key]) for key in ("steps", "looks", "next_look"))
 
-    def _see(self, _model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        if torch.is_grad_enabled() and self._measures() and (self._steps - self._first_step) % self._every == 0:
-            self._seen = inputs[0].detach()
+    def _listen(self) -> None:
+        """Take note of the images of steps at which H is measured."""
+
+        def see(_model: nn.Module, inputs: tuple[Tensor, ...]) -> None:  # a function: a copy of the model shares it
+            if torch.is_grad_enabled() and self._steps >= self._next_look:
+                self._seen = inputs[0].detach()
+
+        self._handle = self._model.register_forward_pre_hook(see)
 
     def _measures(self) -> bool:
         return self._steps >= self._first_step
 
     def _look(self, criterion: Criterion, images: Tensor, targets: Tensor, gradients_finite: Tensor) -> None:
-        """Measure H once; all ranks look at the same steps and draw the same layers."""
+        """Measure H once; all ranks look at the same steps and draw the same layers. Where that fails, the next step looks."""
+        if not gradients_finite:
+            return
         layers = draw_layers(self._layout, torch.Generator().manual_seed(self._seed * 1_000_003 + self._looks))
         self._handle.remove()
         try:
             found = interaction_matrix(self._model, self._layout, images, lambda outputs: criterion(outputs, targets), layers)
         finally:
-            self._handle = self._model.register_forward_pre_hook(self._see)
-        found = self._reduce(found)
-        self._meter.add("interactions", found, gradients_finite & found.isfinite().all())
+            self._listen()
         self._looks += 1
+        found = self._reduce(found)
+        if finite := found.isfinite().all():
+            self._meter.add("interactions", found, finite)
+            self._next_look = self._steps + self._every
 
     def _cut(self, scores: Mapping[str, Tensor], shares: np.ndarray) -> dict[str, Tensor]:
         """Hard masks: heads and stream by the nearest counts, hidden channels by what is left of the budget."""
@@ -186,7 +203,7 @@ class Savit:
         for away in range(layout.width):
             # The nearest counts come first, further ones only where hidden channels alone cannot make up for what they miss.
             for pruned_heads, pruned_stream in itertools.product(_near(heads, 0), _near(stream, away)):
-                if not (0 <= pruned_heads <= orders["heads"].size and 0 <= pruned_stream < layout.width):
+                if not (0 <= pruned_heads <= orders["heads"].size and 0 <= pruned_stream <= layout.width - LEAST_STREAM):
                     continue
                 masks = orders["heads"].masks(pruned_heads) | orders[STREAM].masks(pruned_stream)
                 left = self._params_left(masks, hidden)

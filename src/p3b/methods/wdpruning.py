@@ -182,11 +182,15 @@ class WDPruning:
         self._follow()
 
     def renew(self, kept_params: Mapping[str, int], progress: float, tau: float) -> Decision:
-        self._require_learned()
         return self._decision(self._shares_counts(), progress, tau)
 
     def last(self, kept_params: Mapping[str, int]) -> Decision:
-        self._require_learned()
+        if self._learned_steps == 0:
+            raise TrainingError(
+                "Nothing has been measured that masks could be decided from. Call pruner.loss(criterion, targets) after each "
+                "forward pass and pruner.step() after each backward pass, and let pruning start before it is due to end. If "
+                "that was done, no gradient was finite: lower the learning rate, or train in --precision fp32 or bf16."
+            )
         notes = []
         if self._chosen is not None:
             notes.append(
@@ -334,13 +338,6 @@ class WDPruning:
     def _full_lr(self) -> float:
         assert self._schedule is not None
         return default_lr(self._schedule.final - self._schedule.start) if self._lr is None else self._lr
-
-    def _require_learned(self) -> None:
-        if self._learned_steps == 0:
-            raise TrainingError(
-                "Nothing has been measured that masks could be decided from. Call pruner.loss(criterion, targets) after each "
-                "forward pass and pruner.step() after each backward pass, and let pruning start before it is due to end."
-            )
 
     def _require_possible(self, prune_ratio: float) -> None:
         """BudgetError where not even all or one of every gate's elements would meet the budget."""
