@@ -207,6 +207,18 @@ def test_a_run_that_is_resumed_comes_to_the_same_masks() -> None:
     assert all(torch.equal(found.masks[gate], mask) for gate, mask in expected.masks.items())
 
 
+def test_a_class_token_keeps_a_head_that_tells_it_of_the_image() -> None:
+    model = tiny_vit(depth=3)
+    with torch.no_grad():
+        for block in model.blocks:
+            block.attn.proj.weight.mul_(1e-4)  # heads hardly count, so they would all go
+    pruner, model = _pruned(model, 0.9)
+    decision = pruner.decide_last()
+    assert sum(float(decision.masks[f"blocks.{depth}.attn.heads"].sum()) for depth in range(3)) >= 1
+    small = pruner.finalize().eval()
+    assert not torch.equal(small(images(1, seed=1)), small(images(1, seed=2)))
+
+
 def test_what_was_found_is_said() -> None:
     pruner, _ = _pruned(tiny_vit(), 0.5)
     note = pruner.decide_last().note

@@ -80,7 +80,9 @@ class Savit:
             raise BudgetError(f"The prune ratio must lie in [0, 1), got {prune_ratio}.")
         self._budget = (1 - prune_ratio) * dense
         # Whether the budget can be met is asked before training.
-        self._most = (1.0, 1.0, max(0.0, 1 - LEAST_STREAM / layout.width))
+        heads = sum(block.sizes["heads"] for block in layout.blocks if block.kind == "attn")
+        self._least_heads = int(layout.has_class_token)  # without any head a class token hears nothing of the image
+        self._most = (1 - self._least_heads / heads, 1.0, max(0.0, 1 - LEAST_STREAM / layout.width))
         cheapest_shares(np.eye(3), self._surface, self._budget, self._most)
 
         self._meter = IntervalMeter()
@@ -203,7 +205,8 @@ class Savit:
         for away in range(layout.width):
             # The nearest counts come first, further ones only where hidden channels alone cannot make up for what they miss.
             for pruned_heads, pruned_stream in itertools.product(_near(heads, 0), _near(stream, away)):
-                if not (0 <= pruned_heads <= orders["heads"].size and 0 <= pruned_stream <= layout.width - LEAST_STREAM):
+                most_heads = orders["heads"].size - self._least_heads
+                if not (0 <= pruned_heads <= most_heads and 0 <= pruned_stream <= layout.width - LEAST_STREAM):
                     continue
                 masks = orders["heads"].masks(pruned_heads) | orders[STREAM].masks(pruned_stream)
                 left = self._params_left(masks, hidden)
