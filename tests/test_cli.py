@@ -236,6 +236,17 @@ def test_durations_in_percent_steps_and_epochs(
     assert schedule in (tmp_path / "prune" / "log.txt").read_text()
 
 
+def test_masks_that_are_hard_from_the_first_update_on(data: Path, tmp_path: Path) -> None:
+    for masks in ("soft", "hard"):
+        assert run("prune", *flags(data, tmp_path / masks, *PHASES, "--prune-masks", masks)) == 0
+    softness = {
+        masks: [line["tau"] for line in lines(tmp_path / masks / "prune" / "blocks.jsonl")] for masks in ("soft", "hard")
+    }
+    assert softness["soft"][0] == 0.1 and softness["soft"][-1] == 0
+    assert softness["hard"] == [0] * len(softness["soft"])
+    assert read(tmp_path / "hard" / "prune" / "summary.json")["returned"]["updates"] == len(softness["hard"])
+
+
 def test_mask_updates_are_counted_in_mini_batches(data: Path, tmp_path: Path) -> None:
     given = ("--epochs", "4", "--prune-start-epoch", "0", "--batch-size", "2", "--grad-accum-steps", "2")
     assert run("prune", *flags(data, tmp_path, *given, "--prune-steps-update-mask", "6")) == 0

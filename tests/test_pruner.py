@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from copy import deepcopy
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
@@ -63,6 +63,56 @@ def _same_bits(a: nn.Module, b: nn.Module) -> None:
     assert list(a.state_dict()) == list(b.state_dict())
     for key, value in a.state_dict().items():
         assert torch.equal(value, b.state_dict()[key]), key
+
+
+# --- elements that come back
+
+OFTEN = p3b.Schedule(start=1, sparse=6, final=16, update_every=1)
+
+
+def _counted(run: Run) -> list[list[tuple[int, int]]]:
+    """(pruned, returned) of every block at every update and at the last decision, counted from the masks; the decisions must
+    say the same.
+    """
+    found: list[list[tuple[int, int]]] = []
+    before = {gate: torch.zeros(size, dtype=torch.bool) for gate, size in run.pruner.layout.gates.items()}
+    for _ in range(run.pruner.schedule.final + 1):
+        decision = run.pruner.decide_last() if run.pruner.done else run.step()
+        if decision is not None:
+            now = {gate: mask < 0.5 for gate, mask in run.pruner.gates.masks.items()}
+            gates = [[block.gate(dim) for dim in block.dims] for block in run.pruner.layout.blocks]
+            found.append([(_sum(now[g] for g in own), _sum(before[g] & ~now[g] for g in own)) for own in gates])
+            assert [(block.pruned, block.returned) for block in decision.blocks] == found[-1]
+            before = now
+    return found
+
+
+def _sum(chosen: Iterable[Tensor]) -> int:
+    return sum(int(each.sum()) for each in chosen)
+
+
+def test_elements_that_come_back_are_counted() -> None:
+    found = _counted(Run(tiny_vit(), schedule=OFTEN, method="uniform", prune_ratio=0.6))
+    assert sum(returned for blocks in found for _, returned in blocks) > 0
+    assert len(found) == 15 and all(pruned > 0 for pruned, _ in found[-1])
+
+
+def test_in_an_order_that_is_drawn_once_nothing_comes_back() -> None:
+    found = _counted(Run(tiny_vit(), schedule=OFTEN, method="random", prune_ratio=0.6))
+    assert all(returned == 0 for blocks in found for _, returned in blocks)
+    assert [pruned for pruned, _ in found[0]] < [pruned for pruned, _ in found[-1]]
+
+
+def test_with_hard_masks_a_pruned_element_gets_no_score_and_masks_are_0_or_1() -> None:
+    hard = Run(tiny_vit(), schedule=replace(OFTEN, tau_max=0.0), method="uniform", prune_ratio=0.6)
+    soft = Run(tiny_vit(), schedule=OFTEN, method="uniform", prune_ratio=0.6)
+    for run in (hard, soft):
+        run.steps(8)
+    values = {run: torch.cat(list(run.pruner.gates.masks.values())) for run in (hard, soft)}
+    assert set(values[hard].tolist()) == {0.0, 1.0}
+    assert ((values[soft] > 0) & (values[soft] < 1)).any()
+    returned = [sum(block.returned for decision in run.decisions for block in decision.blocks) for run in (hard, soft)]
+    assert returned[0] == 0 < returned[1]
 
 
 # --- a whole run

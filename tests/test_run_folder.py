@@ -115,11 +115,19 @@ def test_blocks_have_one_line_a_mask_update_and_the_last(pruned_run: Path) -> No
         for block in line["blocks"]:
             assert set(block) == {
                 "name", "kind", "benefit_cls", "benefit_patch", "importance", "keep_ratio_goal", "keep_ratio", "kept_params",
-                "params",
+                "params", "pruned", "returned",
             }  # fmt: skip
             assert block["keep_ratio_goal"] <= block["keep_ratio"] + 1e-9
             assert abs(block["kept_params"] - block["keep_ratio"] * block["params"]) <= LARGEST_ELEMENT
         assert line["kept_params"] - sum(block["kept_params"] for block in line["blocks"]) == others
+    blocks = [block for line in updates for block in line["blocks"]]
+    assert read(pruned_run / "prune" / "summary.json")["returned"] == {
+        "elements": sum(block["returned"] for block in blocks),
+        "updates": len(updates),
+        "chances": sum(block["pruned"] for block in blocks[:-BLOCKS]),
+    }
+    assert sum(block["pruned"] for block in blocks[:-BLOCKS]) > 0
+    assert f"in {len(updates)} mask updates" in (pruned_run / "prune" / "log.txt").read_text()
     progress = [line["progress"] for line in updates]
     assert progress == sorted(progress) and progress[-1] == 1 and updates[-1]["tau"] == 0
 

@@ -547,7 +547,7 @@ def _plans(draw: st.DrawFn) -> Plan:
 def _phases_are_exact(given: Plan) -> None:
     valid = 0 <= given.start < given.sparse <= given.final and given.update_every >= 1
     try:
-        plan = Schedule(given.start, given.sparse, given.final, given.update_every)
+        plan = Schedule(given.start, given.sparse, given.final, given.update_every, given.tau_max)
     except ScheduleError:
         demand(not valid, "refused")
         return
@@ -564,12 +564,12 @@ def _phases_are_exact(given: Plan) -> None:
         demand(plan.update_due(step) == (step in renewals), f"step {step}: an update is due: {plan.update_due(step)}")
         demand(step >= start or plan.progress(step) == 0, f"step {step}: progress {plan.progress(step)} in the warm-up")
         demand(step < sparse - 1 or plan.progress(step) == 1, f"step {step}: progress {plan.progress(step)} once it is sparse")
-        demand(step > sparse or plan.tau(step, given.tau_max) == given.tau_max, f"step {step}: tau falls before it is sparse")
-        demand(step <= sparse or step < final or plan.tau(step, given.tau_max) == 0, f"step {step}: a tau after the end")
+        demand(step > sparse or plan.tau(step) == given.tau_max, f"step {step}: tau falls before it is sparse")
+        demand(step <= sparse or step < final or plan.tau(step) == 0, f"step {step}: a tau after the end")
     demand(not plan.update_due(final - 1), "an update in the last step")
     for values, rises in (
         ([plan.progress(step) for step in steps], 1),
-        ([plan.tau(step, given.tau_max) / max(given.tau_max, 5e-324) for step in steps], -1),
+        ([plan.tau(step) / max(given.tau_max, 5e-324) for step in steps], -1),
     ):
         demand(all(0 <= value <= 1 for value in values), f"outside the range: {values}")
         walks = [rises * (after - before) for before, after in pairwise(values)]

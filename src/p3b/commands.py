@@ -13,7 +13,7 @@ from timm.models.vision_transformer import VisionTransformer
 from p3b import artifact
 from p3b.bench import images_per_second
 from p3b.config import EvaluateConfig, PruneConfig, PruneOptions, TrainConfig, check_evaluation, to_plain
-from p3b.core.schedule import Schedule, parse_duration
+from p3b.core.schedule import TAU_MAX, Schedule, parse_duration
 from p3b.data import DataSplits
 from p3b.deploy import AUTO, LayoutChoice, choose_layout, with_layout
 from p3b.errors import ConfigError, DataError, RunFolderError, ScheduleError, WeightsError
@@ -123,6 +123,7 @@ def prune(config: PruneConfig, warm_up: Path | None = None) -> dict[str, Any]:
         if checkpoint is None or checkpoint["progress"]["place"]["part"] == "prune":
             train_part(session, model, "prune", prune_epochs, config.training.lr, pruner=pruner, checkpoint=checkpoint)
             session.log_decision(pruner.decide_last(), "finalize", schedule.final, pruner.kept_params())
+            session.say_what_returned()
             pruner.shrink()
             name, accuracy = session.evaluate(model)
             kept = f"{count_parameters(model):,} of {dense_params:,} parameters"
@@ -200,7 +201,8 @@ def prune_schedule(config: PruneConfig, steps_per_epoch: int) -> tuple[Schedule,
         # interval there would be none at all.
         asked = max(1, round(options.prune_steps_update_mask / config.training.grad_accum_steps))
         update_every = asked if asked <= steps_per_epoch else None
-    schedule = Schedule.from_epochs(start, sparse, final, steps_per_epoch, update_every)
+    tau_max = TAU_MAX if options.prune_masks == "soft" else 0.0
+    schedule = Schedule.from_epochs(start, sparse, final, steps_per_epoch, update_every, tau_max)
     return schedule, int(final)
 
 
@@ -368,6 +370,7 @@ def _finish_pruning(
             "accuracy": _plain(accuracies),
             "layouts": [asdict(choice) for choice in choices],
             "reached_prune_ratio": 1 - figures[1].params / figures[0].params,
+            "returned": session.returned(),
             "figures": [str(figure) for figure in drawn],
         }
     )

@@ -153,6 +153,9 @@ class PhaseOptions:
     """When the model is shrunk; by default after the last epoch."""
     prune_steps_update_mask: int | None = None
     """Mini-batches between two mask updates; by default a third of an epoch."""
+    prune_masks: Literal["soft", "hard"] = "soft"
+    """soft: masks sharpen towards the end, what is pruned still gets a gradient and may return; hard: 0 or 1 from the first
+    update on, for comparison. Those of wdpruning and savit are hard anyway."""
     prune_benefit: str | None = None
     """How a block's benefit is measured: low_rank (narrow convolutions; the default), paper (as published, costly; the default
     under the published name block_pr), linear (linear probes on class and mean patch token), ridge (the same in closed form),

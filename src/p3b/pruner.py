@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -78,6 +79,10 @@ class Pruner:
         self._method.attach(self.gates, schedule)
         self._kept_params = {block.name: dense_params(block) for block in self.layout.blocks}
         self._kept_other_params = self.layout.other_params
+        sizes = torch.tensor([size for block in self.layout.blocks for size in block.dims.values()])
+        blocks = torch.tensor([b for b, block in enumerate(self.layout.blocks) for _ in block.dims])
+        self._block_of_element_N = torch.repeat_interleave(blocks, sizes)
+        self._pruned_N = torch.zeros(int(sizes.sum()), dtype=torch.bool)
         self.steps_done = 0
 
     def loss(self, criterion: Criterion, targets: Any) -> Tensor:
@@ -141,8 +146,7 @@ class Pruner:
             TrainingError: nothing has been measured, or the processes have come to different masks.
         """
         decision = self._method.last(self._kept_params)
-        self._adopt(hard_masks(decision.masks))
-        return decision
+        return self._adopt(decision, hard_masks(decision.masks))
 
     def finalize(self) -> nn.Module:
         """Decide for the last time and shrink.
@@ -182,19 +186,31 @@ class Pruner:
     def _renew(self, step: int) -> Decision:
         """A mask update, as it is due at the end of a step."""
         decision = self._method.renew(self._kept_params, self.schedule.progress(step), self.schedule.tau(step))
-        self._adopt(decision.masks)
-        return decision
+        return self._adopt(decision, decision.masks)
 
-    def _adopt(self, masks: Mapping[str, Tensor]) -> None:
-        """Set masks that have just been decided, if all ranks have decided the same."""
+    def _adopt(self, decision: Decision, masks: Mapping[str, Tensor]) -> Decision:
+        """Set masks that have just been decided, if all ranks have decided the same; the decision with what they change."""
         if self._reduce is all_reduce_mean:  # a reduction of the caller's own may span other processes than the group
             require_agreement("the masks", _digest(masks))
+        before_N = self._pruned_N
         self._set_masks(masks)
+        pruned, returned = self._by_block(self._pruned_N), self._by_block(before_N & ~self._pruned_N)
+        counted = [
+            replace(block, pruned=gone, returned=back)
+            for block, gone, back in zip(decision.blocks, pruned, returned, strict=True)
+        ]
+        return replace(decision, blocks=tuple(counted))
+
+    def _by_block(self, chosen_N: Tensor) -> list[int]:
+        """How many of the chosen elements each block has."""
+        found: list[int] = self._block_of_element_N[chosen_N].bincount(minlength=len(self.layout.blocks)).tolist()
+        return found
 
     def _set_masks(self, masks: Mapping[str, Tensor]) -> None:
         self.gates.set(masks)
         self._kept_params = kept_params(self.layout, masks)  # of those just decided, which are on the CPU
         self._kept_other_params = kept_other_params(self.layout, masks)
+        self._pruned_N = (torch.cat([masks[block.gate(dim)] for block in self.layout.blocks for dim in block.dims]) < 0.5).cpu()
 
     def _gradients_finite(self) -> Tensor:
         """Whether all gradients are finite, one answer for all ranks; it stays on the device."""

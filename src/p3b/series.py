@@ -55,6 +55,8 @@ from p3b.warmup import WARM_UP, warm_up_name
 DENSE, SMALLER = "dense", "smaller"
 """The rows that are no method."""
 SPEED_BATCHES = (1, 32)
+OF_WARM_UP = ("prune_start_epoch", "probe_lr")
+"""Settings of pruning that a warm-up depends on and its name does not tell: a run that changes one trains its own."""
 SECONDS_OF_SPEED = 3.0
 """That each model is measured for, about, at each batch size."""
 
@@ -66,11 +68,14 @@ class Run:
     row: str
     ratio: float | None
     seed: int
+    changed: tuple[tuple[str, Any], ...] = ()
+    """Settings of pruning in which it differs from the rest of its series, by name: (("prune_alpha", 1.0),)."""
 
     @property
     def name(self) -> str:
         """Of its folder and its lines."""
-        return "-".join([self.row, *([] if self.ratio is None else [str(self.ratio)]), f"seed{self.seed}"])
+        changes = [f"{key.removeprefix('prune_')}_{value}" for key, value in self.changed]
+        return "-".join([self.row, *changes, *([] if self.ratio is None else [str(self.ratio)]), f"seed{self.seed}"])
 
     @property
     def stage(self) -> str:
@@ -79,7 +84,8 @@ class Run:
 
     def __str__(self) -> str:
         goes = "" if self.ratio is None else f", {100 * self.ratio:g} % of the parameters go"
-        return f"{self.row}{goes}, seed {self.seed}"
+        changes = "".join(f", --{key.replace('_', '-')} {value}" for key, value in self.changed)
+        return f"{self.row}{changes}{goes}, seed {self.seed}"
 
 
 def config_of(config: CompareConfig, run: Run) -> TrainConfig | PruneConfig:
@@ -101,7 +107,7 @@ def config_of(config: CompareConfig, run: Run) -> TrainConfig | PruneConfig:
     defaults, taken = _fields(PhaseOptions()), method_options(run.row)
     unused = {setting for setting, option in METHOD_OPTIONS.items() if option not in taken}
     shared = {key: defaults[key] if key in unused else value for key, value in _fields(config.prune).items()}
-    pruning = PruneOptions(**shared, prune_method=run.row, prune_ratio=run.ratio)
+    pruning = PruneOptions(**{**shared, **dict(run.changed)}, prune_method=run.row, prune_ratio=run.ratio)
     return PruneConfig(config.data, config.model, config.training, config.augment, options, pruning)
 
 
@@ -117,6 +123,7 @@ class Series:
     Attributes:
         lines: what has come to an end so far, the same on every rank.
         is_main: whether this is the rank that writes.
+        device: as given.
     """
 
     def __init__(
@@ -130,7 +137,7 @@ class Series:
     ) -> None:
         assert config.run.output_dir is not None
         self._config, self._name, self._shared, self._out = config, name, shared, config.run.output_dir
-        self._processes, self._device, self.display, self.is_main = processes, device, display, processes.is_main
+        self._processes, self.device, self.display, self.is_main = processes, device, display, processes.is_main
         # Of its own, so that a rank that has failed alone does not answer what the others ask of one another in training.
         timeout = timedelta(minutes=config.run.timeout_minutes)
         self._group: Any = dist.new_group(backend="gloo", timeout=timeout) if in_group() else None
@@ -164,6 +171,7 @@ class Series:
             "row": run.row,
             "ratio": run.ratio,
             "seed": run.seed,
+            **({"changed": dict(run.changed)} if run.changed else {}),
             "command": command_line(run.stage, config, leave_out=("resume",)),
         }
         summary: dict[str, Any] = {}
@@ -172,7 +180,7 @@ class Series:
             if run.row == SMALLER:
                 self._make_start(run, config)
             if isinstance(config, PruneConfig):
-                summary = prune(config, self._warm_up_of(config))
+                summary = prune(config, self._warm_up_of(config, run))
             else:
                 summary = train(config)
         except UserError as error:
@@ -186,10 +194,10 @@ class Series:
         told: dict[str, Any] = gather({**line, **circumstances()} if self._processes.is_main else None)[0]
         return told
 
-    def _warm_up_of(self, config: PruneConfig) -> Path | None:
+    def _warm_up_of(self, config: PruneConfig, run: Run) -> Path | None:
         """Folder of the warm-up that a run goes on from, trained where it is not there; None where it trains its own."""
         name = warm_up_name(config, method_options_of(config))
-        if name is None or name not in self._shared:
+        if name is None or name not in self._shared or any(key in OF_WARM_UP for key, _ in run.changed):
             return None
         folder = self._out / "warm-ups" / name
         if not gather(StageFolder(folder, WARM_UP).finished)[0]:
@@ -260,17 +268,17 @@ class Series:
             folders = [
                 Path(run.get("model") or self._out / "runs" / run["name"] / _product(run["row"])) for run in comparison.runs
             ]
-            models = [artifact.load(folder, self._device) for folder in folders]
+            models = [artifact.load(folder, self.device) for folder in folders]
             shape = models[0].patch_embed.proj.in_channels, *models[0].patch_embed.img_size  # type: ignore[union-attr, misc]
             # The other ranks wait for the end of it, and do not wait for ever.
             seconds = min(SECONDS_OF_SPEED * len(models), 60 * self._config.run.timeout_minutes / 4)
             for size in due:
-                speeds = images_per_second(models, shape, batch_size=size, device=self._device, seconds=seconds)
+                speeds = images_per_second(models, shape, batch_size=size, device=self.device, seconds=seconds)
                 line = {
                     "kind": "speed",
                     "batch_size": size,
                     "images_per_second": dict(zip(names, speeds, strict=True)),
-                    "device": _device_name(self._device),
+                    "device": _device_name(self.device),
                     "precision": "float32",
                     "threads": torch.get_num_threads(),
                     "versions": _versions(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import platform
 import re
@@ -216,6 +217,32 @@ class Session:
             line["note"] = decision.note
             self.display.say(decision.note)
         self.on_main(lambda: self.folder.append_line("blocks.jsonl", line))
+
+    def returned(self) -> dict[str, int]:
+        """How often pruned elements came back, over all mask updates of the stage, from blocks.jsonl.
+
+        Returns:
+            "elements": that came back, each as often as it did; "updates": mask updates, the last decision with them;
+            "chances": elements that were pruned before an update, summed over the updates: as many could have come back. All 0
+            on a rank that writes nothing.
+        """
+        file = self.folder.path / "blocks.jsonl"
+        if not self.processes.is_main or not file.exists():
+            return {"elements": 0, "updates": 0, "chances": 0}
+        updates = [json.loads(line)["blocks"] for line in file.read_text(encoding="utf-8").splitlines()]
+        return {
+            "elements": sum(block["returned"] for blocks in updates for block in blocks),
+            "updates": len(updates),
+            "chances": sum(block["pruned"] for blocks in updates[:-1] for block in blocks),
+        }
+
+    def say_what_returned(self) -> None:
+        """Say in the log how often pruned elements came back."""
+        found = self.returned()
+        self.display.say(
+            f"{found['elements']:,} times a pruned element came back in {found['updates']} mask updates, of "
+            f"{found['chances']:,} that could have"
+        )
 
     def save_model(self, model: VisionTransformer) -> Path:
         """Write the stage's model folder."""

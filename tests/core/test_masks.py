@@ -36,8 +36,8 @@ def test_worked_numbers_are_reproduced(shared: Path) -> None:
     assert cases
     for case in cases:
         assert case["tau_min"] == 0
-        plan = Schedule(0, case["step_sparse"], case["step_final"], update_every=1)
-        mask = soft_mask(torch.tensor(case["importance"]), case["num_pruned"], plan.tau(case["step"], case["tau_max"]))
+        plan = Schedule(0, case["step_sparse"], case["step_final"], 1, case["tau_max"])
+        mask = soft_mask(torch.tensor(case["importance"]), case["num_pruned"], plan.tau(case["step"]))
         torch.testing.assert_close(mask, torch.tensor(case["mask"]), rtol=0, atol=1e-5)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from p3b.core.schedule import TAU_MAX, Schedule, applied_keep_ratio, parse_duration
@@ -34,7 +36,19 @@ def test_tau_falls_linearly_over_the_sharpen_phase() -> None:
     assert [PLAN.tau(step) for step in (0, 10, 30)] == [TAU_MAX] * 3
     assert [PLAN.tau(step) for step in (31, 40, 49)] == pytest.approx([TAU_MAX * 19 / 20, TAU_MAX / 2, TAU_MAX / 20])
     assert [PLAN.tau(step) for step in (50, 51, 1000)] == [0.0] * 3
-    assert PLAN.tau(40, tau_max=0.5) == 0.25
+    assert replace(PLAN, tau_max=0.5).tau(40) == 0.25
+
+
+def test_a_schedule_of_hard_masks_is_never_soft() -> None:
+    hard = Schedule.from_epochs(1, 3, 5, steps_per_epoch=10, update_every=4, tau_max=0.0)
+    assert hard == Schedule(10, 30, 50, 4, tau_max=0.0)
+    assert [hard.tau(step) for step in (0, 13, 30, 40, 50)] == [0.0] * 5
+
+
+@pytest.mark.parametrize("tau_max", [-0.1, float("nan"), float("inf")])
+def test_a_softness_that_is_none_is_refused(tau_max: float) -> None:
+    with pytest.raises(ScheduleError, match="softness"):
+        Schedule(0, 1, 2, 1, tau_max)
 
 
 def test_without_a_sharpen_phase_masks_are_hard_once_it_is_over() -> None:

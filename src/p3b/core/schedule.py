@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from p3b.errors import ScheduleError
 
 TAU_MAX = 0.1
+"""Softness of soft masks until the keep ratios have reached their goals."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Schedule:
     """Phase edges and mask updates, all in optimizer steps counted from 0.
 
     Raises:
-        ScheduleError: unless 0 <= start < sparse <= final and update_every >= 1.
+        ScheduleError: unless 0 <= start < sparse <= final, update_every >= 1 and tau_max is finite and >= 0.
     """
 
     start: int
@@ -36,6 +37,8 @@ class Schedule:
     """Number of steps after which the model is finalized."""
     update_every: int
     """Steps between two renewals of the masks."""
+    tau_max: float = TAU_MAX
+    """Softness of the masks until `sparse`; 0: they are hard from the first update on, what is pruned gets no score."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.start < self.sparse <= self.final:
@@ -45,10 +48,18 @@ class Schedule:
             )
         if self.update_every < 1:
             raise ScheduleError(f"Masks must be renewed every 1 or more steps, got {self.update_every}.")
+        if not 0 <= self.tau_max < math.inf:
+            raise ScheduleError(f"The softness of masks must be finite and 0 or more, got {self.tau_max}.")
 
     @classmethod
     def from_epochs(
-        cls, start: float, sparse: float, final: float, steps_per_epoch: int, update_every: int | None = None
+        cls,
+        start: float,
+        sparse: float,
+        final: float,
+        steps_per_epoch: int,
+        update_every: int | None = None,
+        tau_max: float = TAU_MAX,
     ) -> Schedule:
         """Convert epochs to steps. `update_every` is in steps; None means three times an epoch.
 
@@ -60,7 +71,7 @@ class Schedule:
         start_step, sparse_step, final_step = (round(epochs * steps_per_epoch) for epochs in (start, sparse, final))
         if update_every is None:
             update_every = max(1, round(steps_per_epoch / 3))
-        return cls(start_step, sparse_step, final_step, update_every)
+        return cls(start_step, sparse_step, final_step, update_every, tau_max)
 
     def phase(self, step: int) -> str:
         """Name of the phase that a step lies in: warm-up, sparsify, sharpen or done."""
@@ -74,11 +85,11 @@ class Schedule:
         """p in [0, 1]: how far the applied keep ratios have walked, k_b(t) = 1 - (1 - k_b) p."""
         return min(1.0, max(0.0, (step + 1 - self.start) / (self.sparse - self.start)))
 
-    def tau(self, step: int, tau_max: float = TAU_MAX) -> float:
+    def tau(self, step: int) -> float:
         """Softness of the masks: `tau_max` until `sparse`, then linearly to 0 at `final`."""
         if step <= self.sparse:
-            return tau_max
-        return tau_max * (self.final - step) / (self.final - self.sparse) if step < self.final else 0.0
+            return self.tau_max
+        return self.tau_max * (self.final - step) / (self.final - self.sparse) if step < self.final else 0.0
 
     def update_due(self, step: int) -> bool:
         """Whether the masks are renewed at the end of this step. The last step leaves them to finalizing."""

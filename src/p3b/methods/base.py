@@ -42,6 +42,10 @@ class BlockDecision:
     keep_ratio: float
     kept_params: int
     params: int
+    pruned: int = 0
+    """Elements (channels, heads) whose mask is now below 0.5, over all gates of the block; the pruner counts them."""
+    returned: int = 0
+    """Those whose mask was below 0.5 until now and is not any more."""
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,10 @@ import jinja2
 
 from p3b.errors import RunFolderError
 
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8A6D00")
-"""Okabe and Ito's, told apart by every eye; its yellow, which is lost on white, made darker."""
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8A6D00", "#8C8C8C")
+"""Okabe and Ito's, told apart by every eye; its yellow, which is lost on white, made darker; and grey."""
 _TITLES = {"compare": "Comparison", "sweep": "Sweep over budgets"}
-_MARKERS = ("o", "s", "^", "v", "D", "P", "X")
+_MARKERS = ("o", "s", "^", "v", "D", "P", "X", "<")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,381 @@
+"""What the measured table and the ablations share: one recipe, runs that are recorded once, and pages made of the record.
+
+A study is a list of runs of `p3b train` and `p3b prune` on real transfer: `source_vit`, trained on CIFAR-10's vehicles, moves
+to its six animals. They are carried out by the machinery of `p3b compare` (`p3b.series`) in one folder for all studies, so that
+a warm-up is trained once, a run that is done is not run again, and one that was interrupted goes on. Each adds one JSON line to
+the record of its study; a page is made of these lines alone. One process at a time works in the folder.
+
+The choice of images and epochs: all 28,500 training images that are not kept back for validation, 3 epochs of pruning and 2 of
+fine-tuning (5 of training for the dense and the smaller model). A step costs about 10 ms an image on one core (bf16), so
+142,500 images are about 24 minutes of one core, twelve of two; P3B's probes add about a quarter to its pruning epochs, and its
+small model saves more than that while it is fine-tuned. With 3,000 and 6,000 of the images and more epochs, 75 % of the
+parameters could go at no visible loss. Capacity has to matter for methods to be told apart: so many images come before many
+epochs, and 90 % before 75 %.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shlex
+import statistics
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+from timm.models.vision_transformer import VisionTransformer
+
+from animals import MODEL, NORMALIZATION, RECIPE
+from p3b import artifact
+from p3b.bench import images_per_second
+from p3b.cli import STOPPED, USER_ERROR
+from p3b.config import CompareConfig
+from p3b.deploy import with_layout
+from p3b.errors import BudgetError, ConfigError, Stopped, UserError
+from p3b.files import write_atomically
+from p3b.inputs import open_model, open_splits
+from p3b.series import SMALLER, SPEED_BATCHES, Run, config_of, open_series, shared_warm_ups
+from p3b.session import PRODUCTS
+from p3b.settings import command_line
+from p3b.train.distributed import Processes
+from p3b.vit.cost import count_macs, count_parameters
+from records import RESULTS, add_line, read_lines
+
+P3B = "block_benefit"
+SEEDS = (0, 1)
+PRUNE_EPOCHS, FINETUNE_EPOCHS = 3, 2
+TARS = "--data-path SHARED/cifar10-animals-train.tar --test-path SHARED/cifar10-animals-test.tar"
+DATA = f"--data-set FOLDER {TARS} --val-share 0.05"
+PHASES = f"--epochs {PRUNE_EPOCHS} --finetune-epochs {FINETUNE_EPOCHS} --prune-start-epoch 0.5 --prune-steps-update-mask 100"
+SETTINGS = f"{DATA} {MODEL} {NORMALIZATION} {RECIPE} {PHASES}"
+"""Flags of `p3b compare`; SHARED is the folder with the images and the weights."""
+SERIES = "measured"
+TOLERANCE = 0.001
+"""By which the share of parameters that a method leaves may miss the budget: 0.1 percentage points."""
+TOLERANCE_OF_SMALLER = 0.02
+"""By which a smaller model may miss its number of parameters: its widths are whole heads (`p3b.vit.smaller`)."""
+
+Line = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Study:
+    """A list of runs with its record and its page.
+
+    Attributes:
+        name: of the tool, `benchmarks/<name>.py`, and of its files.
+        about: what the tool says of itself.
+        runs: from the settings that all runs share to the runs in their order.
+        page: the page from the lines and, where there is one, the name of the figure.
+        draw: draws the figure of the page from the lines, where it has one.
+        borrows: record of another study whose lines are taken over where a run is the same.
+    """
+
+    name: str
+    about: str
+    runs: Callable[[CompareConfig], list[Run]]
+    page: Callable[[Sequence[Line], str | None], str]
+    draw: Callable[[Sequence[Line], Path], object] | None = None
+    borrows: Path | None = None
+
+    @property
+    def record(self) -> Path:
+        return RESULTS / f"{self.name}.jsonl"
+
+
+def main(study: Study, arguments: Sequence[str] | None = None, *, flags: str = SETTINGS) -> int:
+    """The command line of a study; returns the exit status: 0 done, 2 a run failed or was refused, 75 stopped."""
+    parser = argparse.ArgumentParser(description=study.about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("action", choices=("run", "table"))
+    parser.add_argument("--only", default="", metavar="NAME", help="runs whose name begins so, e.g. block_benefit-0.9")
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), help="seeds of the runs, one after the other")
+    parser.add_argument("--shared", type=Path, default=Path("../shared"), help="folder that holds data/ with the images")
+    parser.add_argument("--work", type=Path, default=Path("runs/measured"), help="folder for the run folders, of all studies")
+    parser.add_argument(
+        "--record", type=Path, default=study.record, help="file of the JSON lines; the page is written beside it"
+    )
+    given = parser.parse_args(arguments)
+    status = 0
+    try:
+        if given.action == "run":
+            config = settings(given.shared / "data", given.work, given.seeds, flags)
+            wrong = carry_out(study, config, given.only, given.record, lambda run: plain_command(run, flags))
+            print(
+                "".join(f"{study.name}: {name} is not in the record; the same command tries it again\n" for name in wrong),
+                end="",
+            )
+            status = USER_ERROR if wrong else 0
+    except UserError as error:
+        print(f"{study.name}: {error}", file=sys.stderr)
+        status = USER_ERROR
+    except Stopped as stop:
+        print(f"{study.name}: {stop}; the same command goes on.", file=sys.stderr)
+        status = STOPPED
+    if status == 0 or read_lines(given.record):
+        write_page(study, given.record)
+    return status
+
+
+def settings(data: Path, work: Path, seeds: Sequence[int] = SEEDS, flags: str = SETTINGS) -> CompareConfig:
+    """What all runs of all studies share.
+
+    Args:
+        data: folder with the images and the weights.
+        work: folder for the runs.
+        seeds: that are asked for.
+        flags: of `p3b compare`, with SHARED for the folder.
+    """
+    words = [word.replace("SHARED", str(data)) for word in shlex.split(flags)]
+    words += ["--seeds", *map(str, seeds), "--output-dir", str(work)]
+    return tyro.cli(CompareConfig, args=words, config=(tyro.conf.OmitArgPrefixes,))
+
+
+def carry_out(study: Study, config: CompareConfig, only: str, record: Path, command: Callable[[Run], str]) -> list[str]:
+    """Make the runs that are not in the record yet, and add their lines.
+
+    Args:
+        study, config: what to run.
+        only: how the names begin of the runs that are asked for.
+        record: file of the lines.
+        command: the `p3b` command of a run, as it is recorded.
+
+    Returns:
+        Names of the runs that failed or were refused.
+
+    Raises:
+        ConfigError: no run has a name that begins as asked.
+    """
+    planned = study.runs(config)
+    asked = [run for run in planned if run.name.startswith(only)]
+    if not asked:
+        raise ConfigError(
+            f"No run has a name that begins with {only!r}; the first are {', '.join(r.name for r in planned[:4])}."
+        )
+    recorded = {line["name"] for line in read_lines(record)}
+    due = [run for run in asked if run.name not in recorded]
+    if study.borrows is not None and record == study.record:
+        elsewhere = {line["name"]: line for line in read_lines(study.borrows)}
+        for run in [run for run in due if run.name in elsewhere]:
+            add_line(record, {**elsewhere[run.name], "command": again(study, run)})
+            due.remove(run)
+    if not due:
+        return []
+    references: list[VisionTransformer] = []
+
+    def require(processes: Processes, _lines: list[dict[str, Any]]) -> None:
+        seed = config.compare.seeds[0]
+        classes = len(open_splits(config.data, seed, processes).class_names)
+        references.append(open_model(config.model, classes, seed).model)
+
+    wrong = []
+    with open_series(config, SERIES, shared_warm_ups(config, planned), require) as series:
+        for number, run in enumerate(due, start=1):
+            found = series.carry_out(run, f"run {number} of {len(due)}: {run}")
+            try:
+                if found["status"] == "done":
+                    line = line_of(run, found, config, references[0].to(series.device))
+                    add_line(record, {**line, "command": again(study, run), "p3b": command(run)})
+                    write_page(study, record)
+                else:
+                    wrong.append(run.name)
+            except BudgetError as error:
+                wrong.append(run.name)
+                print(f"{study.name}: {error}", file=sys.stderr)
+    return wrong
+
+
+def line_of(run: Run, found: Line, config: CompareConfig, dense: VisionTransformer) -> dict[str, Any]:
+    """The line of a run that is done: what the series says of it, and what it left in its folder.
+
+    Args:
+        run, config: which run.
+        found: its line in the series.
+        dense: the model that it started from, on the device where speed is measured; its weights play no part.
+
+    Raises:
+        BudgetError: the model is not of the size that was asked for.
+    """
+    assert config.run.output_dir is not None and config.data.data_path is not None
+    folder = config.run.output_dir / "runs" / run.name
+    stage = folder / run.stage
+    last = next(reversed(read_lines(stage / "blocks.jsonl")), {"blocks": []})
+    summary = json.loads((stage / "summary.json").read_text())
+    line = {
+        **found,
+        "data": found["data"].replace(str(config.data.data_path.parent), "SHARED"),  # where the images lie is nobody's business
+        "seconds": round(sum(epoch["seconds"] for epoch in read_lines(stage / "metrics.jsonl")), 1),
+        "dense_params": count_parameters(dense),
+        "dense_macs": count_macs(dense, tuple(dense.patch_embed.img_size)),
+        "keep_ratios": {block["name"]: block["kept_params"] / block["params"] for block in last["blocks"]},
+        "returned": summary.get("returned"),
+    }
+    require_budget(line)
+    layouts = {choice["batch_size"]: choice["layout"] for choice in summary.get("layouts", [])}
+    saved = artifact.load(folder / PRODUCTS[run.stage], next(dense.parameters()).device)
+    return {**line, "speed": {str(size): _speed(saved, dense, size, layouts.get(size, "index")) for size in SPEED_BATCHES}}
+
+
+def require_budget(line: Line) -> None:
+    """Refuse a line whose model is not of the size that was asked for.
+
+    Raises:
+        BudgetError: says by how much.
+    """
+    if line["ratio"] is None:
+        return
+    share, asked = line["params"] / line["dense_params"], 1 - line["ratio"]
+    allowed = TOLERANCE_OF_SMALLER * asked if line["row"] == SMALLER else TOLERANCE
+    if abs(share - asked) > allowed:
+        raise BudgetError(
+            f"{line['name']} keeps {share:.3%} of the parameters; expected {asked:.1%} within {100 * allowed:.2g} points. The "
+            "run is not recorded: see in its folder why the method missed its budget."
+        )
+
+
+def again(study: Study, run: Run) -> str:
+    """The command that makes a run again and records it elsewhere, from nothing."""
+    elsewhere = f"--work again --record again/{study.name}.jsonl"
+    return f"python benchmarks/{study.name}.py run --only {run.name} --seeds {run.seed} {elsewhere}"
+
+
+def plain_command(run: Run, flags: str = SETTINGS) -> str:
+    """The `p3b train` or `p3b prune` that a run is, with SHARED for the folder of the images and WORK for that of the runs."""
+    config = settings(Path("SHARED"), Path("WORK"), flags=flags)
+    return command_line(run.stage, config_of(config, run), leave_out=("resume",))
+
+
+def _speed(model: VisionTransformer, dense: VisionTransformer, batch_size: int, layout: str) -> dict[str, Any]:
+    """Images per second of a model and of the dense one, taking turns; a small model in the layout that was the quickest when
+    it was pruned.
+    """
+    shape = (dense.patch_embed.proj.in_channels, *dense.patch_embed.img_size)
+    sides = [with_layout(model, layout), dense]
+    mine, reference = images_per_second(sides, shape, batch_size=batch_size, device=next(dense.parameters()).device)
+    return {"images_per_second": mine, "dense": reference, "layout": layout}
+
+
+# --- what the lines say
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Top-1 of one row less that of another, in points, over the seeds that both have.
+
+    Attributes:
+        mean: over these seeds.
+        of_test: standard error from the test images. Both rows see the same images in every seed, so more seeds do not make it
+            smaller; and since both tend to fail on the same images it is rather too large.
+        of_seeds: standard error of the mean over the seeds, from their spread; None with one seed.
+        seeds: how many.
+    """
+
+    mean: float
+    of_test: float
+    of_seeds: float | None
+    seeds: int
+
+    @property
+    def error(self) -> float:
+        """Both together."""
+        return math.hypot(self.of_test, self.of_seeds or 0.0)
+
+
+def difference(ours: Iterable[Line], theirs: Iterable[Line]) -> Difference | None:
+    """How much better the first row is than the second; None without a common seed."""
+    first, second = ({line["seed"]: line for line in lines} for lines in (ours, theirs))
+    seeds = sorted(first.keys() & second.keys())
+    if not seeds:
+        return None
+    by_seed = [first[seed]["top1"] - second[seed]["top1"] for seed in seeds]
+    shares = [statistics.fmean(row[seed]["top1"] for seed in seeds) / 100 for row in (first, second)]
+    of_test = 100 * math.sqrt(sum(share * (1 - share) for share in shares) / first[seeds[0]]["images"])
+    of_seeds = statistics.stdev(by_seed) / math.sqrt(len(seeds)) if len(seeds) > 1 else None
+    return Difference(statistics.fmean(by_seed), of_test, of_seeds, len(seeds))
+
+
+def difference_cell(found: Difference | None) -> str:
+    """In a table: the difference, its standard error, and whether it is more than twice that."""
+    if found is None:
+        return ""
+    mark = " *" if abs(found.mean) > 2 * found.error else ""
+    return f"{found.mean:+.2f} ± {found.error:.2f}{mark}"
+
+
+def spread_cell(lines: Sequence[Line]) -> str:
+    """Mean top-1 of a row over its seeds and their standard deviation; without one where there is one seed."""
+    values = [line["top1"] for line in lines]
+    return f"{statistics.fmean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
+
+
+DIFFERENCES = (
+    "The difference is that of top-1 to P3B over the seeds that both have, with its standard error: the binomial one of two "
+    "rows on so many test images, which no seed makes smaller, and that of the mean over the seeds, taken together. `*`: more "
+    "than two standard errors; without it the two are not told apart. ± at top-1 is the standard deviation over the seeds; one "
+    "seed has none."
+)
+NOTHING_YET = "No run is recorded yet: `python benchmarks/{}.py run` makes them, one after the other."
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """A table whose first column is text and whose others are numbers, and an empty line."""
+    return [f"| {' | '.join(head)} |", "|---|" + "---:|" * (len(head) - 1), *(f"| {' | '.join(row)} |" for row in rows), ""]
+
+
+def how_it_was_made(lines: Sequence[Line]) -> list[str]:
+    """The end of every page: recipe, command and circumstances of each run."""
+    text = ["## How the runs were made", ""]
+    text += [
+        f"Data: {lines[0]['data']}. {PRUNE_EPOCHS} epochs of pruning and {FINETUNE_EPOCHS} of fine-tuning for each pruned row, "
+        f"{PRUNE_EPOCHS + FINETUNE_EPOCHS} of training for dense and smaller; the best epoch is chosen on the validation "
+        "images. Settings: `SETTINGS` in `benchmarks/measured.py`.",
+        "",
+        "Any run is made again, from nothing and beside this record, by its one command:",
+        "",
+        *(f"    {line['command']}" for line in lines),
+        "",
+        "Underneath these are (SHARED is the folder with the images, WORK that of `--work`; what a smaller model starts "
+        "from is cut by the tool):",
+        "",
+        *(f"    {line['p3b']}" for line in lines),
+        "",
+    ]
+    for line in lines:
+        hardware, packages = line["hardware"], line["versions"]
+        text.append(
+            f"- {line['name']}: {line['date']}, commit {_commit(line)}, {line['seconds'] / 60:.0f} minutes with evaluation, "
+            f"{line['epochs']} epochs, on {line['processes']} process, {hardware['cores']} cores {hardware['machine']}, "
+            f"{hardware['accelerator'] or 'no accelerator'}, {line['precision']}; "
+            + ", ".join(f"{package} {version}" for package, version in packages.items())
+        )
+    return text
+
+
+def in_order(runs: Sequence[Run], lines: Sequence[Line]) -> list[Line]:
+    """Lines in the order of the runs; those of other seeds come last, and of a run that stands twice the last one counts."""
+    by_name = {line["name"]: line for line in lines}
+    place = {run.name: number for number, run in enumerate(runs)}
+    return sorted(by_name.values(), key=lambda line: place.get(line["name"], len(place)))
+
+
+def write_page(study: Study, record: Path) -> Path:
+    """Write the page of a record beside it, and its figure."""
+    lines, figure = read_lines(record), None
+    if lines and study.draw is not None:
+        figure = record.with_suffix(".png")
+        study.draw(lines, figure)
+    page = record.with_suffix(".md")
+    page.parent.mkdir(parents=True, exist_ok=True)
+    text = study.page(lines, None if figure is None else figure.name)
+    write_atomically(page, lambda file: file.write_text(text))
+    return page
+
+
+def _commit(line: Line) -> str:
+    commit = line["commit"]
+    return (
+        "unknown" if commit is None else commit[:12] + (" with changes that were not committed" if commit.endswith("+") else "")
+    )
