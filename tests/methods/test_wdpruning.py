@@ -440,8 +440,7 @@ def test_a_cut_that_takes_more_than_the_ratio_is_refused() -> None:
 
 def test_the_command_knows_the_options_by_both_names(data: Path, tmp_path: Path) -> None:
     assert method_options_of(PruneConfig(prune=PruneOptions(prune_method="wdpruning", wd_classifiers=(8, 10)))) == {
-        "blocks_only": False, "round_to": 1, "classifiers": (8, 10), "classifier_choose": None, "classifier_lr": None,
-        "lr": None, "lambda_lr": 10.0,
+        "blocks_only": False, "round_to": 1, "classifiers": (8, 10), "lambda_lr": 10.0,
     }  # fmt: skip
     short = ("--epochs", "2", "--prune-start-epoch", "0", "--finetune-epochs", "1", *CALM, "--prune-method", "wdpruning")
     published = ("--classifiers", "1", "--classifier_choose", "1", "--wd-round-to", "16", "--prune-ratio", "0.55")
