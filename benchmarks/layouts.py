@@ -197,7 +197,8 @@ class OnnxModel(nn.Module):
 
 
 def _compiled(model: nn.Module) -> nn.Module:
-    torch._dynamo.reset()
+    # All models share timm's code, which is what compiled forms are kept with: past the limit the rest would run eagerly.
+    torch._dynamo.config.recompile_limit = 64
     compiled: nn.Module = torch.compile(model, dynamic=False)
     return compiled
 
