@@ -22,7 +22,7 @@ from p3b.core.masks import (
 from p3b.core.schedule import Schedule, applied_keep_ratio
 from p3b.errors import TrainingError
 from p3b.scoring.scores import ElementScores
-from p3b.vit.cost import dense_params, prefix_cost
+from p3b.vit.cost import dense_params, kept_params, prefix_cost
 from p3b.vit.gates import Gates
 from p3b.vit.layout import BlockLayout, ModelLayout, alike
 
@@ -253,6 +253,34 @@ class BlockShares:
         for block, order, gate_counts in zip(self._blocks, orders, kept, strict=True):
             masks |= zip((block.gate(dim) for dim in block.dims), gate_masks(order, gate_counts), strict=True)
         return masks, [int(cost(torch.tensor(each))) for cost, each in zip(costs, kept, strict=True)]
+
+
+def decisions_by_kept(
+    layout: ModelLayout, masks: Mapping[str, Tensor], goal: Mapping[str, Tensor] | None = None
+) -> tuple[BlockDecision, ...]:
+    """What masks come to, block by block, for methods that measure no benefit.
+
+    Args:
+        layout: of the model.
+        masks: that were decided, by gate name.
+        goal: masks at the end of the schedule as they are foreseen now; those decided where nothing else is foreseen.
+    """
+    kept = kept_params(layout, masks)
+    kept_at_goal = kept if goal is None else kept_params(layout, goal)
+    return tuple(
+        BlockDecision(
+            name=block.name,
+            kind=block.kind,
+            benefit_cls=None,
+            benefit_patch=None,
+            importance=None,
+            keep_ratio_goal=kept_at_goal[block.name] / dense_params(block),
+            keep_ratio=kept[block.name] / dense_params(block),
+            kept_params=kept[block.name],
+            params=dense_params(block),
+        )
+        for block in layout.blocks
+    )
 
 
 def overall_keep_ratio(layout: ModelLayout, prune_ratio: float, blocks_only: bool) -> float:

@@ -34,11 +34,11 @@ from torch import Tensor
 
 from p3b.core.masks import count_to_prune, soft_mask
 from p3b.core.schedule import applied_keep_ratio
-from p3b.methods.base import BlockDecision, Decision, ScoreMethod, overall_keep_ratio
+from p3b.methods.base import Decision, ScoreMethod, decisions_by_kept, overall_keep_ratio
 from p3b.scoring.criteria import by_gate
 from p3b.scoring.meter import Reduce
 from p3b.scoring.scores import MagnitudeScores, TaylorScores
-from p3b.vit.cost import dense_params, kept_params, prefix_cost
+from p3b.vit.cost import dense_params, prefix_cost
 from p3b.vit.layout import BlockLayout, ModelLayout, alike
 
 
@@ -94,27 +94,11 @@ class GlobalRanking:
         were cut at the whole budget; its keep ratio is what it keeps.
         """
         layout = self._layout
-        dense = {block.name: dense_params(block) for block in layout.blocks}
-        in_blocks = sum(dense.values())
+        in_blocks = sum(dense_params(block) for block in layout.blocks)
         goal = find_cut(layout.blocks, scores_N, self._goal * in_blocks)
         now = find_cut(layout.blocks, scores_N, applied_keep_ratio(self._goal, progress) * in_blocks)
-        masks = by_gate(layout.blocks, now.masks(tau))
-        kept, kept_at_goal = kept_params(layout, masks), kept_params(layout, by_gate(layout.blocks, goal.masks(tau=0.0)))
-        decisions = [
-            BlockDecision(
-                name=block.name,
-                kind=block.kind,
-                benefit_cls=None,
-                benefit_patch=None,
-                importance=None,
-                keep_ratio_goal=kept_at_goal[block.name] / dense[block.name],
-                keep_ratio=kept[block.name] / dense[block.name],
-                kept_params=kept[block.name],
-                params=dense[block.name],
-            )
-            for block in layout.blocks
-        ]
-        return Decision(masks, tuple(decisions), progress, tau)
+        masks, masks_at_goal = by_gate(layout.blocks, now.masks(tau)), by_gate(layout.blocks, goal.masks(tau=0.0))
+        return Decision(masks, decisions_by_kept(layout, masks, masks_at_goal), progress, tau)
 
 
 @dataclass(frozen=True)

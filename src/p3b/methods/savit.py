@@ -27,12 +27,12 @@ from torch import Tensor, nn
 from p3b.core.collaboration import CostSurface, cheapest_shares
 from p3b.core.schedule import Schedule
 from p3b.errors import BudgetError, ConfigError, TrainingError
-from p3b.methods.base import BlockDecision, Criterion, Decision
+from p3b.methods.base import Criterion, Decision, decisions_by_kept
 from p3b.scoring.criteria import taylor, taylor_of_stream
 from p3b.scoring.interactions import KINDS, draw_layers, interaction_matrix
 from p3b.scoring.meter import IntervalMeter, Reduce
 from p3b.scoring.scores import of_all
-from p3b.vit.cost import block_params, dense_params, kept_params, other_params
+from p3b.vit.cost import block_params, other_params
 from p3b.vit.gates import Gates
 from p3b.vit.layout import STREAM, ModelLayout, dims_of
 
@@ -201,11 +201,11 @@ class Savit:
         }
         heads, stream = (shares[KINDS.index(kind)] * orders[kind].size for kind in ("heads", STREAM))
         hidden = orders["hidden"].kept_of_each()  # (T + 1, gates) still there when t have gone
+        most_heads = orders["heads"].size - self._least_heads
         best: tuple[float, dict[str, Tensor]] | None = None
         for away in range(layout.width):
             # The nearest counts come first, further ones only where hidden channels alone cannot make up for what they miss.
             for pruned_heads, pruned_stream in itertools.product(_near(heads, 0), _near(stream, away)):
-                most_heads = orders["heads"].size - self._least_heads
                 if not (0 <= pruned_heads <= most_heads and 0 <= pruned_stream <= layout.width - LEAST_STREAM):
                     continue
                 masks = orders["heads"].masks(pruned_heads) | orders[STREAM].masks(pruned_stream)
@@ -237,22 +237,7 @@ class Savit:
         return total
 
     def _decision(self, masks: Mapping[str, Tensor], progress: float, tau: float) -> Decision:
-        kept = kept_params(self._layout, masks)
-        blocks = [
-            BlockDecision(
-                name=block.name,
-                kind=block.kind,
-                benefit_cls=None,
-                benefit_patch=None,
-                importance=None,
-                keep_ratio_goal=kept[block.name] / dense_params(block),
-                keep_ratio=kept[block.name] / dense_params(block),
-                kept_params=kept[block.name],
-                params=dense_params(block),
-            )
-            for block in self._layout.blocks
-        ]
-        return Decision(masks, tuple(blocks), progress, tau)
+        return Decision(masks, decisions_by_kept(self._layout, masks), progress, tau)
 
 
 def cost_surface(layout: ModelLayout, blocks_only: bool) -> CostSurface:

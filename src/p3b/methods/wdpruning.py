@@ -47,13 +47,13 @@ from timm.models.vision_transformer import VisionTransformer
 from timm.optim import param_groups_weight_decay
 from torch import Tensor
 
-from p3b.core.finite import all_finite
+from p3b.core.finite import all_finite, step_where
 from p3b.core.learned_width import WidthCost, counts_at_budget, kept_counts, lagrangian, top_mask, top_share_masks
 from p3b.core.schedule import Schedule
 from p3b.errors import BudgetError, ConfigError, TrainingError
-from p3b.methods.base import BlockDecision, Criterion, Decision, overall_keep_ratio
+from p3b.methods.base import Criterion, Decision, decisions_by_kept, overall_keep_ratio
 from p3b.scoring.meter import Reduce, average
-from p3b.vit.cost import dense_params, kept_params
+from p3b.vit.cost import dense_params
 from p3b.vit.gates import Gates
 from p3b.vit.layout import BlockLayout, ModelLayout, dims_of
 from p3b.vit.tails import MiddleClassifiers
@@ -162,12 +162,9 @@ class WDPruning:
             # Classifiers are outside the distributed wrapper, since they run after its forward pass.
             gradients = [each.grad for each in self._classifiers.tails.parameters() if each.grad is not None]
             average(self._reduce, gradients)
-            if scaled:
-                assert scaler is not None
-                if gradients_finite:
-                    scaler.step(self._classifier_optimizer)  # looks for itself whether its gradients are finite
-            elif gradients_finite & all_finite(gradients):
-                self._classifier_optimizer.step()
+            if scaler is not None and gradients:
+                scaler.unscale_(self._classifier_optimizer)
+            step_where(self._classifier_optimizer, gradients_finite & all_finite(gradients))
             self._classifier_optimizer.zero_grad()
         if self._is_learning():
             assert self._gates is not None
@@ -293,24 +290,7 @@ class WDPruning:
     ) -> Decision:
         masks = {gate: mask.cpu() for gate, mask in self._masks(counts_G, 0.0 if is_last else 1.0).items()}
         goal = {gate: mask.cpu() for gate, mask in self._masks(self._counts_at_budget()[0], 0.0).items()}
-        kept, kept_at_goal = kept_params(self._layout, masks), kept_params(self._layout, goal)
-        decisions = []
-        for block in self._layout.blocks:
-            dense = dense_params(block)
-            decisions.append(
-                BlockDecision(
-                    name=block.name,
-                    kind=block.kind,
-                    benefit_cls=None,
-                    benefit_patch=None,
-                    importance=None,
-                    keep_ratio_goal=kept_at_goal[block.name] / dense,
-                    keep_ratio=kept[block.name] / dense,
-                    kept_params=kept[block.name],
-                    params=dense,
-                )
-            )
-        return Decision(masks, tuple(decisions), progress, tau, note)
+        return Decision(masks, decisions_by_kept(self._layout, masks, goal), progress, tau, note)
 
     def _by_gate(self, values_N: Tensor) -> tuple[Tensor, ...]:
         return values_N.split(list(self._sizes.values()))
