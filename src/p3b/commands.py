@@ -22,6 +22,7 @@ from p3b.methods import METHODS, effective_options, method_options
 from p3b.part import train_part
 from p3b.pruner import Pruner
 from p3b.session import PRODUCTS, SPARSE_CHECKPOINT, Session, count_unreadable, evaluate_split, explained, open_session
+from p3b.train.attention import choose_attention
 from p3b.train.display import Display
 from p3b.train.distributed import Processes, process_group
 from p3b.train.evaluate import Accuracy
@@ -63,7 +64,7 @@ def train(config: TrainConfig, stage: str = "train") -> dict[str, Any]:
         train_part(session, model, stage, config.training.epochs, config.training.lr, checkpoint=checkpoint)
         folder = session.save_model(model)
         accuracies = _final_accuracies(session, model)
-        figures = _figures(session, [model], [accuracies])
+        figures = _figures(session, [_as_deployed(session, model)], [accuracies])
         _show(session, f"{stage} on {session.splits.description}", {"model": figures[0]})
         session.display.say(f"model: {folder}")
         session.display.say(f"run:   {session.folder.path}")
@@ -279,7 +280,9 @@ def evaluate_saved(config: EvaluateConfig) -> dict[str, Any]:
                 folder.begin(to_plain(config), config.run.overwrite)
                 display.log_to(folder.path / "log.txt")
         with precision.autocast():
-            laid_out = with_layout(opened.model.to(device).eval(), config.layout, batch_size=config.batch_size)
+            laid_out = with_layout(
+                choose_attention(opened.model, precision).to(device).eval(), config.layout, batch_size=config.batch_size
+            )
         opened = replace(opened, model=laid_out)
         with explained(processes, config.run.output_dir, lambda: True):
             accuracies = _accuracies(config, splits, opened, processes, precision)
@@ -346,8 +349,7 @@ def _finish_pruning(
 ) -> dict[str, Any]:
     accuracies = _final_accuracies(session, model)
     dense = build_dense(artifact.model_config(model)["architecture"]).to(session.device)
-    model.eval()
-    choices = _layout_choices(session, model)
+    choices = _layout_choices(session, _as_deployed(session, model))
     timed = model if not choices else with_layout(model, choices[-1].layout)
     figures = _figures(session, [dense, model], [{}, accuracies], [dense, timed])
     note = "dense accuracy: not measured; give --dense-run to compare"
@@ -374,6 +376,11 @@ def _finish_pruning(
             "figures": [str(figure) for figure in drawn],
         }
     )
+
+
+def _as_deployed(session: Session, model: VisionTransformer) -> VisionTransformer:
+    """The model as it is timed: in float32 and evaluation mode."""
+    return choose_attention(model.eval(), Precision(session.device, None))
 
 
 def _layout_choices(session: Session, model: VisionTransformer) -> list[LayoutChoice]:
