@@ -28,12 +28,15 @@ from typing import Any
 
 import timm
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 import p3b
 from p3b.files import write_atomically
 from p3b.scoring.estimators import ESTIMATORS
 from p3b.scoring.ridge import SOLVE_EVERY
+from p3b.train.attention import choose_attention
+from p3b.train.optim import Precision
 from records import RESULTS, ROOT, circumstances, machine_of, packages_of, read_lines, replace_part, revision_of, versions
 
 LINES = RESULTS / "performance.jsonl"
@@ -59,7 +62,7 @@ class Shape:
     arguments: Mapping[str, int]
     classes: int = CLASSES
 
-    def build(self) -> nn.Module:
+    def build(self) -> VisionTransformer:
         torch.manual_seed(0)
         return timm.create_model(self.model, num_classes=self.classes, drop_path_rate=0.1, **self.arguments).train()
 
@@ -108,7 +111,7 @@ class Training:
         self, shape: Shape, machine: Machine, precision: str, prune: Mapping[str, Any] | None = None, masked: bool = False
     ) -> None:
         self._machine, self._precision, batch = machine, precision, machine.batch_of(shape)
-        self._model = shape.build().to(machine.device)
+        self._model = choose_attention(shape.build(), Precision.choose(precision, machine.device)).to(machine.device)
         self._optimizer = torch.optim.AdamW(self._model.parameters(), lr=1e-4)
         size = self._model.patch_embed.img_size
         self._images = torch.randn(batch, 3, *size, device=machine.device)

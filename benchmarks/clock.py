@@ -12,6 +12,7 @@ so that other work on the machine counts little. Photos are made by the tool its
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import resource
@@ -146,6 +147,9 @@ def measure_step(shape: Mapping[str, Any], precision: str, prune: bool, data: st
     model = timm.create_model(
         shape["model"], num_classes=len(splits.class_names), drop_path_rate=0.1, **_arguments(shape)
     ).train()
+    chosen = Precision.choose(precision, cpu)
+    if importlib.util.find_spec("p3b.train.attention"):  # a revision before it trains the fused form
+        importlib.import_module("p3b.train.attention").choose_attention(model, chosen)
     optimizer, ema = build_optimizer(model, "adamw", 1e-4, 0.05), ModelEmaV3(model, decay=0.99)
     pruner: Any = p3b.train.loop.NoPruning("train", 0)
     if prune:
@@ -157,7 +161,6 @@ def measure_step(shape: Mapping[str, Any], precision: str, prune: bool, data: st
     for module in (p3b.train.loop, p3b.pruner, p3b.scoring.trained):
         module.all_finite = clock.around("finite?", module.all_finite)  # type: ignore[attr-defined]
     torch.Tensor.backward = clock.around("backward", torch.Tensor.backward)  # type: ignore[method-assign]
-    chosen = Precision.choose(precision, cpu)
     loss = TrainingLoss(torch.nn.functional.cross_entropy)
     learner = p3b.train.loop.Learner(model, optimizer, loss, chosen, chosen.scaler(), pruner, ema=ema)
     forward, model.forward = model.forward, clock.around("forward", model.forward)
