@@ -65,8 +65,8 @@ QUESTIONS: Mapping[str, Sequence[Variant]] = {
         Variant("hard from the first update on", changed=(("prune_masks", "hard"),)),
     ),
     "Is it better to start early or late?": (
-        Variant("after 0.5 of 3 pruning epochs (P3B)"),
-        Variant("after 0.1", changed=(("prune_start_epoch", "0.1"),)),
+        Variant("after 1 of 2 pruning epochs (P3B)"),
+        Variant("after 0.25", changed=(("prune_start_epoch", "0.25"),)),
         Variant("after 1.5", changed=(("prune_start_epoch", "1.5"),)),
     ),
 }

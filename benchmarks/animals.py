@@ -34,7 +34,8 @@ DATA = (
     "--data-set FOLDER --data-path SHARED/cifar10-animals-train.tar --test-path SHARED/cifar10-animals-test.tar "
     f"--val-share 0.05 --max-train-images {IMAGES}"
 )
-RECIPE = "--batch-size 64 --lr 4e-3 --mixup 0 --cutmix 0 --aa None --reprob 0 --no-repeated-aug --crop-scale 0.6 1.0"
+AUGMENTATION = "--mixup 0 --cutmix 0 --aa None --reprob 0 --no-repeated-aug --crop-scale 0.6 1.0"
+RECIPE = f"--batch-size 64 --lr 4e-3 {AUGMENTATION}"
 COMMON = f"{DATA} {MODEL} {NORMALIZATION} {RECIPE} --seed {SEED}"
 PRUNE = f"--epochs {PRUNE_EPOCHS} --prune-start-epoch 1 --prune-sparse-epoch 3 --finetune-epochs {FINETUNE_EPOCHS}"
 RUNS = {

@@ -5,12 +5,14 @@ to its six animals. They are carried out by the machinery of `p3b compare` (`p3b
 a warm-up is trained once, a run that is done is not run again, and one that was interrupted goes on. Each adds one JSON line to
 the record of its study; a page is made of these lines alone. One process at a time works in the folder.
 
-The choice of images and epochs: all 28,500 training images that are not kept back for validation, 3 epochs of pruning and 2 of
-fine-tuning (5 of training for the dense and the smaller model). A step costs about 10 ms an image on one core (bf16), so
-142,500 images are about 24 minutes of one core, twelve of two; P3B's probes add about a quarter to its pruning epochs, and its
-small model saves more than that while it is fine-tuned. With 3,000 and 6,000 of the images and more epochs, 75 % of the
-parameters could go at no visible loss. Capacity has to matter for methods to be told apart: so many images come before many
-epochs, and 90 % before 75 %.
+The choice of images and epochs: 10,000 of the training images, one epoch of dense training (shared by all runs that can
+share it), one in which the parameters go and one of fine-tuning, in batches of 32 so that an epoch has 312 steps. With 3,000
+and 6,000 images and 14 or 20 epochs, 75 % of the parameters could go at no visible loss, whoever chose them: what is cut away
+wrongly is learnt anew. A short recovery and a budget of 90 % tell methods apart. An image costs about 9 ms of one core in dense
+training (bf16), so a run takes 3 to 5 minutes of one core, and two series with other seeds and folders go side by side on two:
+
+    OMP_NUM_THREADS=1 python benchmarks/table.py run --seeds 0 --work runs/measured-0
+    OMP_NUM_THREADS=1 python benchmarks/table.py run --seeds 1 --work runs/measured-1
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from typing import Any
 import tyro
 from timm.models.vision_transformer import VisionTransformer
 
-from animals import MODEL, NORMALIZATION, RECIPE
+from animals import AUGMENTATION, MODEL, NORMALIZATION
 from p3b import artifact
 from p3b.bench import images_per_second
 from p3b.cli import STOPPED, USER_ERROR
@@ -47,10 +49,11 @@ from records import RESULTS, add_line, read_lines
 
 P3B = "block_benefit"
 SEEDS = (0, 1)
-PRUNE_EPOCHS, FINETUNE_EPOCHS = 3, 2
+IMAGES, PRUNE_EPOCHS, FINETUNE_EPOCHS = 10_000, 2, 1
 TARS = "--data-path SHARED/cifar10-animals-train.tar --test-path SHARED/cifar10-animals-test.tar"
-DATA = f"--data-set FOLDER {TARS} --val-share 0.05"
-PHASES = f"--epochs {PRUNE_EPOCHS} --finetune-epochs {FINETUNE_EPOCHS} --prune-start-epoch 0.5 --prune-steps-update-mask 100"
+DATA = f"--data-set FOLDER {TARS} --val-share 0.05 --max-train-images {IMAGES} --num-workers 0"
+RECIPE = f"--batch-size 32 --lr 8e-3 {AUGMENTATION}"
+PHASES = f"--epochs {PRUNE_EPOCHS} --finetune-epochs {FINETUNE_EPOCHS} --prune-start-epoch 1 --prune-steps-update-mask 30"
 SETTINGS = f"{DATA} {MODEL} {NORMALIZATION} {RECIPE} {PHASES}"
 """Flags of `p3b compare`; SHARED is the folder with the images and the weights."""
 SERIES = "measured"
@@ -329,9 +332,10 @@ def how_it_was_made(lines: Sequence[Line]) -> list[str]:
     """The end of every page: recipe, command and circumstances of each run."""
     text = ["## How the runs were made", ""]
     text += [
-        f"Data: {lines[0]['data']}. {PRUNE_EPOCHS} epochs of pruning and {FINETUNE_EPOCHS} of fine-tuning for each pruned row, "
-        f"{PRUNE_EPOCHS + FINETUNE_EPOCHS} of training for dense and smaller; the best epoch is chosen on the validation "
-        "images. Settings: `SETTINGS` in `benchmarks/measured.py`.",
+        f"Data: {lines[0]['data']}. {PRUNE_EPOCHS + FINETUNE_EPOCHS} epochs for every row: a pruned one "
+        "trains the first as a dense model, loses its parameters in the second and is fine-tuned in the third. SAViT prunes "
+        "once, at the end of the first, and is fine-tuned in the other two. The best epoch is chosen on the validation images. "
+        "Settings: `SETTINGS` in `benchmarks/measured.py`.",
         "",
         "Any run is made again, from nothing and beside this record, by its one command:",
         "",
@@ -347,7 +351,7 @@ def how_it_was_made(lines: Sequence[Line]) -> list[str]:
         hardware, packages = line["hardware"], line["versions"]
         text.append(
             f"- {line['name']}: {line['date']}, commit {_commit(line)}, {line['seconds'] / 60:.0f} minutes with evaluation, "
-            f"{line['epochs']} epochs, on {line['processes']} process, {hardware['cores']} cores {hardware['machine']}, "
+            f"{line['epochs']} epochs, on {hardware['threads']} of {hardware['cores']} cores {hardware['machine']}, "
             f"{hardware['accelerator'] or 'no accelerator'}, {line['precision']}; "
             + ", ".join(f"{package} {version}" for package, version in packages.items())
         )

@@ -32,7 +32,11 @@ FLAGS = shlex.join(
 def line(name: str = P3B, ratio: float | None = 0.9, seed: int = 0, top1: float = 60.0, **changed: Any) -> dict[str, Any]:
     """What a run might have left."""
     params = 1_000_000 if ratio is None else round((1 - ratio) * 1_000_000)
-    made_by = {"commit": "0" * 40, "date": "2026-01-01", "hardware": {"machine": "x", "cores": 2, "accelerator": None}}
+    made_by = {
+        "commit": "0" * 40,
+        "date": "2026-01-01",
+        "hardware": {"machine": "x", "cores": 2, "threads": 1, "accelerator": None},
+    }
     run = Run(name, ratio, seed, tuple(changed.get("changed", {}).items()))
     return {
         "kind": "run", "status": "done", "name": run.name, "row": name, "ratio": ratio, "seed": seed, "command": "again",
@@ -77,7 +81,7 @@ def test_what_is_recorded_is_known_once_on_budget_and_by_the_recipe_of_now(study
 
 def test_the_table_runs_seed_by_seed_and_the_smallest_budget_first() -> None:
     names = [run.name for run in table.runs(settings(Path("SHARED"), Path("WORK")))]
-    rows = (SMALLER, P3B, "random", "uniform", "magnitude", "taylor", "wdpruning", "savit")
+    rows = (SMALLER, P3B, "random", "uniform", "magnitude", "taylor", "wdpruning", "savit-start_epoch_0.8-finalize_epoch_1")
     expected = [
         name
         for seed in (0, 1)

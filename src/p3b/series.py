@@ -385,6 +385,7 @@ def circumstances() -> dict[str, Any]:
     hardware = {
         "machine": platform.machine(),
         "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
         "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
     return {"commit": _commit(), "hardware": hardware, "date": time.strftime("%Y-%m-%d", time.gmtime())}
