@@ -546,3 +546,24 @@ def test_a_stop_while_a_model_of_the_first_schema_is_replaced(tmp_path: Path) ->
     _as_schema_1(tmp_path)
     _assert_same(p3b.load(tmp_path), tiny_vit(seed=1), images())
     assert read_config(tmp_path)["class_names"] == list("vwxyz")
+
+
+def _with_a_narrower_second_mlp() -> nn.Module:
+    model = tiny_vit()
+    model.blocks[1].mlp.fc1 = nn.Linear(24, 7)
+    model.blocks[1].mlp.fc2 = nn.Linear(7, 24)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("build", "told"),
+    [
+        (lambda: tiny_vit(**VARIANTS["norm without affine"]), r"blocks\.0\.norm1\.weight"),
+        (_with_a_narrower_second_mlp, r"blocks\.1\.mlp\.fc1\.weight"),
+    ],
+)
+def test_a_model_that_would_not_load_is_not_saved(build: Callable[[], nn.Module], told: str, tmp_path: Path) -> None:
+    """It was written, by a config that describes one with other tensors."""
+    with pytest.raises(ModelError, match=told + r" cannot be described in config\.json"):
+        p3b.save(build(), tmp_path / "model")
+    assert not (tmp_path / "model").exists()

@@ -185,7 +185,8 @@ def model_config(
     """What config.json holds, as plain values, without the digests.
 
     Raises:
-        ModelError: the architecture cannot be described, or the class names are not as many as the head's outputs.
+        ModelError: the architecture cannot be described, so that `load` would not give the model back, or the class names are
+            not as many as the head's outputs.
     """
     vit = compact_of(require_vision_transformer(model))
     if class_names is not None and len(class_names) != vit.num_classes:
@@ -198,7 +199,7 @@ def model_config(
     if not narrower:
         for block in blocks:
             del block["heads"]
-    return {
+    config = {
         "format": FORMAT,
         "schema": 3 if narrower else 2,
         "p3b_version": __version__,
@@ -210,6 +211,22 @@ def model_config(
         "preprocessing": None if preprocessing is None else dict(preprocessing),
         "provenance": None if provenance is None else dict(provenance),
     }
+    _require_described(vit, config)
+    return config
+
+
+def _require_described(model: VisionTransformer, config: Mapping[str, Any]) -> None:
+    """ModelError where what the config describes has other tensors than the model."""
+    described = build_skeleton(config["architecture"])
+    reshape_branches(described, *_shapes_of(config))
+    found, expected = ({key: tuple(t.shape) for key, t in each.state_dict().items()} for each in (model, described))
+    if odd := [key for key in {**found, **expected} if found.get(key) != expected.get(key)]:
+        key = odd[0]
+        raise ModelError(
+            f"{key} cannot be described in config.json: the model has {found.get(key, 'no such tensor')}, one built from its "
+            f"description {expected.get(key, 'none')}. Blocks that differ in more than what was pruned, and norms without "
+            "affine part, cannot be saved."
+        )
 
 
 # ----------------------------------------------------------------------------------------------------------- writing
