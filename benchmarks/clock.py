@@ -47,6 +47,9 @@ SHAPES: dict[str, dict[str, Any]] = {
         "model": "deit_tiny_patch16_224",
         "img_size": 224,
     },
+    "attention": {
+        "sizes": [(16, 4, 17, 16), (64, 4, 65, 32), (16, 3, 197, 64), (8, 6, 197, 64), (4, 6, 577, 64), (2, 6, 1370, 64)]
+    },
 }
 STEPS = 3
 """Steps that are timed, after one that is not."""
@@ -60,6 +63,7 @@ ENTRIES: dict[str, dict[str, Any]] = {
     "animals-train-fp32": {"kind": "step", "shape": "animals", "precision": "fp32", "prune": False},
     "animals-prune-bf16": {"kind": "step", "shape": "animals", "precision": "bf16", "prune": True},
     "photos-train-fp32": {"kind": "step", "shape": "photos", "precision": "fp32", "prune": False},
+    "attention": {"kind": "attention", "shape": "attention"},
     "start-up": {"kind": "start"},
     "compile": {"kind": "compile", "shape": "shallow"},
     "channels-last": {"kind": "layout", "shape": "photos"},
@@ -269,6 +273,32 @@ def measure_layout(shape: Mapping[str, Any]) -> dict[str, Any]:
     return {"ms": {name: 1000 * statistics.median(values) for name, values in taken.items()}}
 
 
+def measure_attention(shape: Mapping[str, Any]) -> dict[str, Any]:
+    """Attention of several sizes (images, heads, tokens, channels of a head), forward and backward: milliseconds, in turns."""
+    import torch
+
+    def fused(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v)
+
+    def plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)).softmax(-1) @ v
+
+    found = {}
+    for size in shape["sizes"]:
+        for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+            inputs = [torch.randn(size, dtype=dtype, requires_grad=True) for _ in range(3)]
+            taken: dict[str, list[float]] = {"fused": [], "plain": []}
+            for _ in range(8):
+                for form, attend in (("fused", fused), ("plain", plain)):
+                    with torch.autocast("cpu", torch.bfloat16, enabled=name == "bf16"):
+                        taken[form].append(_processor(lambda: attend(*inputs).sum().backward()))  # noqa: B023
+            images, heads, tokens, width = size
+            for form, values in taken.items():
+                title = f"{images} images, {heads} heads of {width}, {tokens} tokens"
+                found[f"{title} | {name} | {form}"] = 1000 * statistics.median(values[1:])
+    return {"ms": found}
+
+
 def measure_start(source: Path, photos: Path) -> dict[str, Any]:
     """Processor and wall seconds of each start-up, each a process of its own."""
     with tempfile.TemporaryDirectory() as work:
@@ -326,7 +356,13 @@ def main(
 
         torch.set_num_threads(1)
         asked = json.loads(given.asked)
-        measure = {"step": measure_step, "compile": measure_compile, "layout": measure_layout}[asked.pop("kind")]
+        measures = {
+            "step": measure_step,
+            "compile": measure_compile,
+            "layout": measure_layout,
+            "attention": measure_attention,
+        }
+        measure = measures[asked.pop("kind")]
         print(json.dumps(measure(**asked)))
         return 0
     if given.action == "run":
@@ -371,7 +407,9 @@ def record(
         "seconds": round(time.monotonic() - began, 1),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
-    text = "".join(json.dumps(each) + "\n" for each in [*(old for old in read_lines(lines) if old["name"] != name), line])
+    others = [old for old in read_lines(lines) if old["name"] != name]
+    in_order = sorted([*others, line], key=lambda each: [*ENTRIES, each["name"]].index(each["name"]))
+    text = "".join(json.dumps(each) + "\n" for each in in_order)
     lines.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(lines, lambda file: file.write_text(text))
 
@@ -417,6 +455,13 @@ def tables(lines: Sequence[Mapping[str, Any]], shapes: Mapping[str, Mapping[str,
                 eager, quick = now["ms"][f"{kind}, eager"], now["ms"][f"{kind}, compiled"]
                 first = now["first_step_seconds"][f"{kind}, compiled"]
                 text.append(f"| {kind} | {eager:.1f} | {quick:.1f} | {eager / quick:.2f} | {first:.0f} |")
+            text.append("")
+        elif line["kind"] == "attention":
+            text += ["### Attention", "", "| forward and backward | | fused (ms) | plain (ms) | fused / plain |"]
+            text.append("|---|---|---:|---:|---:|")
+            for case in dict.fromkeys(name.rpartition(" | ")[0] for name in now["ms"]):
+                fused, plain = (now["ms"][f"{case} | {form}"] for form in ("fused", "plain"))
+                text.append(f"| {case} | {fused:.2f} | {plain:.2f} | {fused / plain:.2f} |")
             text.append("")
         else:
             text += ["### Patch embedding, channels last", "", "| forward and backward | ms |", "|---|---:|"]

@@ -1,8 +1,8 @@
 """Which form of attention training computes: the fused one, but on a CPU under bf16.
 
-There the backward pass of torch's fused attention takes two to seven times as long as the plain form, the products and the
-softmax that it stands for (heads of 16 to 64 channels, 17 to 577 tokens; docs/clock.md), and the forward pass longer as well.
-The plain form holds the matrix of attention weights of every layer until its backward pass, so it is left to short sequences.
+There the backward pass of torch's fused attention takes several times as long as that of the plain form, the products and the
+softmax that it stands for; docs/clock.md has figures by number of tokens. The plain form holds the attention weights of every
+layer until its backward pass, so it is left to short sequences.
 """
 
 from __future__ import annotations
