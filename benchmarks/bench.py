@@ -35,8 +35,7 @@ import p3b
 from p3b.files import write_atomically
 from p3b.scoring.estimators import ESTIMATORS
 from p3b.scoring.ridge import SOLVE_EVERY
-from p3b.train.attention import choose_attention
-from p3b.train.optim import Precision
+from p3b.vit.attention import choose_attention
 from records import RESULTS, ROOT, circumstances, machine_of, packages_of, read_lines, replace_part, revision_of, versions
 
 LINES = RESULTS / "performance.jsonl"
@@ -45,6 +44,7 @@ BEGIN = "<!-- made from docs/results/performance.jsonl by `python benchmarks/ben
 END = "<!-- end of what is made from the lines -->"
 
 CLASSES = 100
+AUTOCAST = {"fp32": None, "bf16": torch.bfloat16}
 CYCLES = {"ridge": SOLVE_EVERY, "subsampled": 4}
 """Steps after which the work of an estimator repeats, where they differ."""
 EPOCH_STEPS = 100
@@ -111,7 +111,7 @@ class Training:
         self, shape: Shape, machine: Machine, precision: str, prune: Mapping[str, Any] | None = None, masked: bool = False
     ) -> None:
         self._machine, self._precision, batch = machine, precision, machine.batch_of(shape)
-        self._model = choose_attention(shape.build(), Precision.choose(precision, machine.device)).to(machine.device)
+        self._model = choose_attention(shape.build(), machine.device, AUTOCAST[precision]).to(machine.device)
         self._optimizer = torch.optim.AdamW(self._model.parameters(), lr=1e-4)
         size = self._model.patch_embed.img_size
         self._images = torch.randn(batch, 3, *size, device=machine.device)

@@ -152,8 +152,8 @@ def measure_step(shape: Mapping[str, Any], precision: str, prune: bool, data: st
         shape["model"], num_classes=len(splits.class_names), drop_path_rate=0.1, **_arguments(shape)
     ).train()
     chosen = Precision.choose(precision, cpu)
-    if importlib.util.find_spec("p3b.train.attention"):  # a revision before it trains the fused form
-        importlib.import_module("p3b.train.attention").choose_attention(model, chosen)
+    if importlib.util.find_spec("p3b.vit.attention"):  # a revision before it trains the fused form
+        importlib.import_module("p3b.vit.attention").choose_attention(model, cpu, chosen.dtype)
     optimizer, ema = build_optimizer(model, "adamw", 1e-4, 0.05), ModelEmaV3(model, decay=0.99)
     pruner: Any = p3b.train.loop.NoPruning("train", 0)
     if prune:

@@ -22,13 +22,13 @@ from p3b.methods import METHODS, effective_options, method_options
 from p3b.part import train_part
 from p3b.pruner import Pruner
 from p3b.session import PRODUCTS, SPARSE_CHECKPOINT, Session, count_unreadable, evaluate_split, explained, open_session
-from p3b.train.attention import choose_attention
 from p3b.train.display import Display
 from p3b.train.distributed import Processes, process_group
 from p3b.train.evaluate import Accuracy
 from p3b.train.optim import Precision
 from p3b.train.run_folder import StageFolder
 from p3b.vit.architecture import build_dense
+from p3b.vit.attention import choose_attention
 from p3b.vit.cost import count_macs, count_parameters
 from p3b.vit.layouts import check_layout, compact_of, layout_of
 from p3b.warmup import DEPENDS_ON, WARM_UP, WarmUp, depends_on
@@ -280,9 +280,8 @@ def evaluate_saved(config: EvaluateConfig) -> dict[str, Any]:
                 folder.begin(to_plain(config), config.run.overwrite)
                 display.log_to(folder.path / "log.txt")
         with precision.autocast():
-            laid_out = with_layout(
-                choose_attention(opened.model, precision).to(device).eval(), config.layout, batch_size=config.batch_size
-            )
+            model = choose_attention(opened.model, device, precision.dtype).to(device).eval()
+            laid_out = with_layout(model, config.layout, batch_size=config.batch_size)
         opened = replace(opened, model=laid_out)
         with explained(processes, config.run.output_dir, lambda: True):
             accuracies = _accuracies(config, splits, opened, processes, precision)
@@ -380,7 +379,7 @@ def _finish_pruning(
 
 def _as_deployed(session: Session, model: VisionTransformer) -> VisionTransformer:
     """The model as it is timed: in float32 and evaluation mode."""
-    return choose_attention(model.eval(), Precision(session.device, None))
+    return choose_attention(model.eval(), session.device, None)
 
 
 def _layout_choices(session: Session, model: VisionTransformer) -> list[LayoutChoice]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from p3b.bench import images_per_second
 from p3b.errors import ConfigError
+from p3b.vit.attention import choose_attention
 from p3b.vit.layout import require_vision_transformer
 from p3b.vit.layouts import BranchPlan, LayoutPlan, apply_layout, check_layout, compact_of, layout_of, plan_layout
 
@@ -46,7 +48,8 @@ def with_layout(model: nn.Module, layout: str = AUTO, *, batch_size: int = 1) ->
 
     Returns:
         The model in that layout, for inference alone (`train()` raises a ModelError) unless it is the compact one. Saving it
-        saves the compact model, whatever the layout. An autocast that is active is what "auto" measures under.
+        saves the compact model, whatever the layout. An autocast that is active is what "auto" measures under, and what
+        attention is made for (`p3b.vit.attention`).
 
     Raises:
         ConfigError: unknown layout, or a batch size below 1. ModelError: no VisionTransformer, or a part that is not covered.
@@ -54,7 +57,7 @@ def with_layout(model: nn.Module, layout: str = AUTO, *, batch_size: int = 1) ->
     check_layout(layout, [AUTO])
     vit = require_vision_transformer(model)
     name = choose_layout(vit, batch_size=batch_size).layout if layout == AUTO else layout
-    return vit if layout_of(vit) == name else apply_layout(vit, plan_layout(vit, name))
+    return vit if layout_of(vit) == name else _laid_out(vit, plan_layout(vit, name))
 
 
 def choose_layout(model: nn.Module, *, batch_size: int = 1, seconds: float = 4.0) -> LayoutChoice:
@@ -76,7 +79,7 @@ def choose_layout(model: nn.Module, *, batch_size: int = 1, seconds: float = 4.0
     for name in CANDIDATES:
         plan = plan_layout(compact, name)
         plans.setdefault(plan.branches, plan)  # those that come to the same are measured once
-    models = {plan.name: apply_layout(compact, plan) for plan in plans.values()}
+    models = {plan.name: _laid_out(compact, plan) for plan in plans.values()}
     patches = compact.patch_embed
     speeds = [0.0] * len(models)
     if len(models) > 1:
@@ -95,3 +98,14 @@ def choose_layout(model: nn.Module, *, batch_size: int = 1, seconds: float = 4.0
         if speed > LEAST_GAIN * best:
             chosen, best = name, speed
     return LayoutChoice(chosen, batch_size, dict(zip(models, speeds, strict=True)))
+
+
+def _laid_out(model: VisionTransformer, plan: LayoutPlan) -> VisionTransformer:
+    """A model in a layout, its attention in the form for the number format in force; the compact one as it is."""
+    built = apply_layout(model, plan)
+    if layout_of(built) == CANDIDATES[0]:
+        return built
+    weights = next(built.parameters())
+    kind = weights.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weights.dtype
+    return choose_attention(built, weights.device, dtype)

@@ -27,7 +27,6 @@ from p3b.data import DataSplits, Preprocessing, TrainBatches, eval_batches, keep
 from p3b.errors import ConfigError, RunFolderError, TrainingError, UserError
 from p3b.inputs import OpenedModel, answer_teacher_apart, augmentation, num_workers, open_model, open_splits, training_loss
 from p3b.methods.base import Decision
-from p3b.train.attention import choose_attention
 from p3b.train.checkpoint import Checkpoint, Checkpoints, newest_for_all, seed_everything
 from p3b.train.compiled import require_compiler
 from p3b.train.display import Display
@@ -37,6 +36,7 @@ from p3b.train.interruption import Interruption
 from p3b.train.loop import steps_per_epoch
 from p3b.train.optim import Precision, build_optimizer, scaled_lr
 from p3b.train.run_folder import StageFolder, launch_name, restarted_by
+from p3b.vit.attention import choose_attention
 from p3b.vit.cost import count_parameters
 
 PRODUCTS = {"train": "dense", "prune": "pruned", "finetune": "finetuned"}
@@ -109,14 +109,14 @@ class Session:
             )
         self.steps_per_epoch = steps_per_epoch(self.batches, training.grad_accum_steps)
         build_optimizer(opened.model, training.opt, training.lr, training.weight_decay)  # refused now, if it cannot be
-        return choose_attention(opened.model, self.precision).to(self.device)
+        return choose_attention(opened.model, self.device, self.precision.dtype).to(self.device)
 
     def reopen_sparse_checkpoint(self) -> VisionTransformer:
         """The shrunk model before fine-tuning, in the state of training that it was shrunk in."""
         options = replace(self.config.model, model_path=self.folder.root / SPARSE_CHECKPOINT, model_pretrained=False)
         opened = open_model(options, len(self.splits.class_names), self.config.run.seed)
         answer_teacher_apart(opened.model, enable=self.config.training.teacher_model is not None)
-        return choose_attention(opened.model, self.precision).to(self.device)
+        return choose_attention(opened.model, self.device, self.precision.dtype).to(self.device)
 
     def begin(self, model: VisionTransformer) -> dict[str, Any] | None:
         """Claim the folder and say what will be done.
