@@ -18,15 +18,12 @@ from p3b.vit.layouts import (
     LAYOUTS,
     ROWS,
     BranchPlan,
-    GatherNorm,
-    GatherWrite,
-    SliceNorm,
-    SliceWrite,
     apply_layout,
     compact_of,
     layout_of,
     plan_layout,
 )
+from p3b.vit.sides import GatherNorm, GatherWrite, SliceNorm, SliceWrite
 from tiny import VARIANTS, images, random_masks, tiny_vit
 
 FORMS = ("whole", "small", "constant", "gone")

@@ -34,7 +34,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from p3b.errors import ConfigError, ModelError, unknown_name
-from p3b.vit.compact import CONSTANT, GONE, WHOLE, BranchShape, ConstantBranch, branch_shapes, flat_select
+from p3b.vit.compact import CONSTANT, GONE, WHOLE, BranchShape, ConstantBranch, branch_shapes
+from p3b.vit.sides import Addend, FloatWrite, GatherNorm, GatherWrite, IndexNorm, SliceNorm, SliceWrite
 
 Side = Literal["index", "folded", "gather", "zeros", "slice"]
 
@@ -182,80 +183,6 @@ class Deployment(nn.Module):
         return super().train(mode)
 
 
-class GatherNorm(nn.Module):
-    """Layer norm over all D channels with its affine part, of which some channels are read: (..., D) -> (..., len(inputs))."""
-
-    index: Tensor
-
-    def __init__(self, norm: nn.Module, inputs: Tensor) -> None:
-        super().__init__()
-        self.norm = norm
-        self.register_buffer("index", inputs, persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return flat_select(self.norm(x), self.index)
-
-
-class SliceNorm(nn.Module):
-    """The same where the channels that are read lie side by side: no copy is made."""
-
-    def __init__(self, norm: nn.Module, start: int, length: int) -> None:
-        super().__init__()
-        self.norm, self.start, self.length = norm, start, length
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(x).narrow(-1, self.start, self.length)
-
-
-class FloatWrite(nn.Module):
-    """The output of a block that writes all D channels, in float32 under a CPU's autocast.
-
-    The stream is float32 there, and adding or gathering float32 is several times quicker than bf16.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        return _as_stream(x)
-
-
-class GatherWrite(nn.Module):
-    """Spreads a block's output over the D channels by reading a zero where it adds nothing: (..., rows) -> (..., D)."""
-
-    index: Tensor
-
-    def __init__(self, outputs: Tensor, width: int) -> None:
-        super().__init__()
-        source = torch.full((width,), len(outputs), device=outputs.device)
-        source[outputs] = torch.arange(len(outputs), device=outputs.device)
-        self.register_buffer("index", source, persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return flat_select(_as_stream(x), self.index)
-
-
-class SliceWrite(nn.Module):
-    """The same where the channels lie side by side: zeros are put around them."""
-
-    def __init__(self, start: int, length: int, width: int) -> None:
-        super().__init__()
-        self.around = (start, width - start - length)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.pad(_as_stream(x), self.around)
-
-
-class Addend(nn.Module):
-    """A constant block over all D channels."""
-
-    value: Tensor
-
-    def __init__(self, value: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("value", value, persistent=False)
-
-    def forward(self, x: Tensor, **_attention: object) -> Tensor:
-        return self.value.to(x.dtype)
-
-
 # ----------------------------------------------------------------------------------------------------------- planning
 
 
@@ -386,7 +313,7 @@ def _build(block: Block, half: str, pieces: _Pieces, plan: BranchPlan, width: in
     if plan.read == "folded":
         pieces = _fold(pieces)
     if plan.read in ("index", "folded"):
-        norm = _IndexNorm(pieces, width)
+        norm = IndexNorm(pieces.inputs, pieces.norm_weight, pieces.norm_bias, pieces.eps, width)
     else:
         norm = _full_norm(pieces, width)
     first, first_bias = pieces.first, pieces.first_bias
@@ -420,10 +347,6 @@ def _build(block: Block, half: str, pieces: _Pieces, plan: BranchPlan, width: in
         block.norm2, block.ls2 = norm, write
 
 
-def _as_stream(x: Tensor) -> Tensor:
-    return x.float() if x.device.type == "cpu" and torch.is_autocast_enabled("cpu") else x
-
-
 def _build_constant(block: Block, half: str, place: Tensor, width: int) -> None:
     constant = block.attn if half == "attn" else block.mlp
     assert isinstance(constant, ConstantBranch)
@@ -433,27 +356,6 @@ def _build_constant(block: Block, half: str, place: Tensor, width: int) -> None:
         block.attn = addend
     else:
         block.mlp = addend
-
-
-class _IndexNorm(nn.Module):
-    """Normalise, gather, then the affine part where there is one."""
-
-    index: Tensor
-
-    def __init__(self, pieces: _Pieces, width: int) -> None:
-        super().__init__()
-        self.normalized_shape, self.eps = (width,), pieces.eps
-        self.register_buffer("index", pieces.inputs, persistent=False)
-        self.register_buffer("weight", pieces.norm_weight, persistent=False)
-        self.register_buffer("bias", pieces.norm_bias, persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.layer_norm(x, self.normalized_shape, eps=self.eps)
-        if len(self.index) < self.normalized_shape[0]:
-            x = flat_select(x, self.index)
-        if self.weight is None:
-            return x
-        return x * self.weight if self.bias is None else torch.addcmul(self.bias, x, self.weight)
 
 
 def _pad_inner(pieces: _Pieces, inner: int, parts: int) -> _Pieces:
