@@ -7,7 +7,8 @@
 A measurement is one network, prune ratio, runtime and batch size; all its models take turns, round by round. It adds one line
 to docs/results/layouts.jsonl and replaces an earlier one of the same measurement. The small networks are made by masks of
 random scores, with the keep ratios that water-filling gives to an importance drawn by seed between 0.4 and 1.2 for each block;
-weights are random.
+weights are random. There are three of each: with widths as they come; aligned, with every head as thin as its block's share
+makes it; and aligned with whole heads cut where heads would be thin, which is what `p3b prune --align` makes.
 """
 
 from __future__ import annotations
@@ -32,12 +33,12 @@ from torch import Tensor, nn
 
 from p3b.bench import images_per_second
 from p3b.core.allocation import keep_ratios
-from p3b.core.masks import GATE_FACTORS, align_counts, gate_masks, order_elements, shares_to_counts
 from p3b.deploy import CANDIDATES
 from p3b.files import write_atomically
+from p3b.methods.base import BlockShares
 from p3b.vit.compact import apply_cuts, plan_cuts
-from p3b.vit.cost import count_macs, count_parameters, dense_params, prefix_cost
-from p3b.vit.layout import read_layout
+from p3b.vit.cost import count_macs, count_parameters, dense_params
+from p3b.vit.layout import DEFAULT_DIMS, read_layout
 from p3b.vit.layouts import LAYOUTS, apply_layout, plan_layout
 from records import RESULTS, ROOT, circumstances, packages_of, read_lines, revision_of, versions
 
@@ -63,6 +64,10 @@ RUNTIMES = {
 }
 ALIGN = 8
 ALIGNED = ("index", "gathered", "balanced")
+Widths = tuple[int, bool]
+"""What kept counts are multiples of, and whether whole heads go where heads would be thin."""
+AS_KEPT: Widths = (1, False)
+WIDTHS: tuple[Widths, ...] = (AS_KEPT, (ALIGN, False), (ALIGN, True))
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 GOAL = 0.9
 Key = tuple[str, float, str, int]
@@ -89,7 +94,7 @@ def main(arguments: Sequence[str] | None = None, *, lines: Path = LINES, page: P
         for name in [given.model] if given.model else MODELS:
             for prune_ratio in [given.prune_ratio] if given.prune_ratio else PRUNE_RATIOS:
                 dense = dense_model(name)
-                small = {align: small_model(dense, prune_ratio, align) for align in (1, ALIGN)}
+                small = {widths: small_model(dense, prune_ratio, *widths) for widths in WIDTHS}
                 for runtime in [given.runtime] if given.runtime else RUNTIMES:
                     for batch_size in [given.batch_size] if given.batch_size else BATCHES:
                         key = (name, prune_ratio, runtime, batch_size)
@@ -104,39 +109,33 @@ def dense_model(name: str) -> VisionTransformer:
     return timm.create_model(kind, **arguments).eval()
 
 
-def small_model(dense: VisionTransformer, prune_ratio: float, align: int) -> VisionTransformer:
-    """A copy cut by masks of random scores and uneven keep ratios, the same ones for every alignment."""
-    layout, generator = read_layout(dense), torch.Generator().manual_seed(SEED)
+def small_model(dense: VisionTransformer, prune_ratio: float, align: int, whole_heads: bool) -> VisionTransformer:
+    """A copy cut by masks of random scores and uneven keep ratios, the same ones for every alignment, with heads or without."""
+    layout = read_layout(dense, ("heads", *DEFAULT_DIMS) if whole_heads else DEFAULT_DIMS)
+    generator = torch.Generator().manual_seed(SEED)
     importance = 0.4 + 0.8 * torch.rand(len(layout.blocks), generator=generator, dtype=torch.float64)
     params = torch.tensor([dense_params(block) for block in layout.blocks], dtype=torch.float64)
-    shares = (keep_ratios(importance, params, layout.other_params, prune_ratio) * params).tolist()
-    orders = [
-        order_elements(
-            [torch.rand(size, generator=generator) for size in block.dims.values()], [GATE_FACTORS[dim] for dim in block.dims]
-        )
-        for block in layout.blocks
-    ]
-    costs = [prefix_cost(block) for block in layout.blocks]
-    remaining = [cost(order.kept).double() for cost, order in zip(costs, orders, strict=True)]
-    kept = align_counts(orders, costs, shares_to_counts(remaining, shares), align)
-    masks: dict[str, Tensor] = {}
-    for block, order, counts in zip(layout.blocks, orders, kept, strict=True):
-        masks |= zip((block.gate(dim) for dim in block.dims), gate_masks(order, counts), strict=True)
+    goals = keep_ratios(importance, params, layout.other_params, prune_ratio).tolist()
+    sizes = {block.gate(dim): size for block in layout.blocks for dim, size in block.dims.items()}
+    # Heads come last, so that the scores of all other gates are the same with them and without.
+    drawn = sorted(sizes, key=lambda gate: gate.endswith(".heads"))
+    scores = {gate: torch.rand(sizes[gate], generator=generator) for gate in drawn}
+    masks = BlockShares(layout.blocks, align).decide(goals, scores, progress=1.0, tau=0.0, last=True).masks
     return apply_cuts(deepcopy(dense), plan_cuts(layout, masks)).eval()
 
 
 def measure(
-    key: Key, dense: VisionTransformer, small: Mapping[int, VisionTransformer], rounds: int, seconds: float, clock: str
+    key: Key, dense: VisionTransformer, small: Mapping[Widths, VisionTransformer], rounds: int, seconds: float, clock: str
 ) -> dict[str, Any]:
     """One measurement: all models of a network, prune ratio, runtime and batch size side by side."""
     name, prune_ratio, runtime, batch_size = key
     made_by = circumstances()
     size = tuple(dense.patch_embed.img_size)
     names = LAYOUTS if runtime in ("fp32", "bf16") else CANDIDATES
-    eager: dict[tuple[str, int], nn.Module] = {(DENSE, 1): dense}
-    for align, model in small.items():
-        for layout in names if align == 1 else ALIGNED:
-            eager[layout, align] = apply_layout(model, plan_layout(model, layout))
+    eager: dict[tuple[str, Widths], nn.Module] = {(DENSE, AS_KEPT): dense}
+    for widths, model in small.items():
+        for layout in names if widths == AS_KEPT else ALIGNED:
+            eager[layout, widths] = apply_layout(model, plan_layout(model, layout))
     images = torch.rand(batch_size, 3, *size)
     context = torch.autocast("cpu", torch.bfloat16) if runtime == "bf16" else contextlib.nullcontext()
     with tempfile.TemporaryDirectory() as folder:
@@ -151,13 +150,20 @@ def measure(
                 models, (3, *size), batch_size=batch_size, device=torch.device("cpu"), rounds=rounds,
                 seconds_per_round=0.05, seconds=seconds, clock=CLOCKS[clock],
             )  # fmt: skip
-    figures = {1: (count_parameters(dense), count_macs(dense, size))}
-    figures |= {align: (count_parameters(model), count_macs(model, size)) for align, model in small.items() if align > 1}
-    unaligned = count_parameters(small[1]), count_macs(small[1], size)
     rows = []
-    for (layout, align), speed in zip(eager, speeds, strict=True):
-        params, macs = figures[1] if layout == DENSE else unaligned if align == 1 else figures[align]
-        rows.append({"layout": layout, "align": align, "images_per_second": speed, "params": params, "macs": macs})
+    for (layout, widths), speed in zip(eager, speeds, strict=True):
+        compact = dense if layout == DENSE else small[widths]
+        align, whole_heads = widths
+        rows.append(
+            {
+                "layout": layout,
+                "align": align,
+                "heads": whole_heads,
+                "images_per_second": speed,
+                "params": count_parameters(compact),
+                "macs": count_macs(compact, size),
+            }
+        )
     print(f"{name}, {prune_ratio:.0%}, {runtime}, batch {batch_size}: {_best(rows)}", flush=True)
     return {
         "network": name,
@@ -229,14 +235,13 @@ def tables(lines: Sequence[dict[str, Any]]) -> str:
         if not group:
             text += [f"### {title}", "", "No run is recorded.", ""]
             continue
-        columns = list(dict.fromkeys((row["layout"], row["align"]) for line in group for row in line["rows"][1:]))
-        heads = [layout if align == 1 else f"{layout}, align {align}" for layout, align in columns]
-        text += [f"### {title}", "", f"| network | pruned | batch | MACs ratio | {' | '.join(heads)} |"]
-        text.append("|---|---:|---:|" + "---:|" * (1 + len(heads)))
+        columns = list(dict.fromkeys(_column(row) for line in group for row in line["rows"][1:]))
+        text += [f"### {title}", "", f"| network | pruned | batch | MACs ratio | {' | '.join(columns)} |"]
+        text.append("|---|---:|---:|" + "---:|" * (1 + len(columns)))
         for line in group:
             dense, *rows = line["rows"]
-            of = {(row["layout"], row["align"]): row for row in rows}
-            ratio = dense["macs"] / of["index", 1]["macs"]
+            of = {_column(row): row for row in rows}
+            ratio = dense["macs"] / of["index"]["macs"]
             cells = [_cell(dense, of[column]) if column in of else "" for column in columns]
             text.append(
                 f"| {line['network']} | {line['prune_ratio']:.0%} | {line['batch_size']} | {ratio:.2f} | {' | '.join(cells)} |"
@@ -261,6 +266,12 @@ def _key(line: Mapping[str, Any]) -> Key:
     return line["network"], line["prune_ratio"], line["runtime"], line["batch_size"]
 
 
+def _column(row: Mapping[str, Any]) -> str:
+    """Layout and widths of a row; lines from before whole heads went under alignment say nothing of them: all were kept."""
+    aligned = "" if row["align"] == 1 else f", align {row['align']}"
+    return f"{row['layout']}{aligned}{', whole heads' if row.get('heads', False) else ''}"
+
+
 def _cell(dense: Mapping[str, Any], row: Mapping[str, Any]) -> str:
     speedup = row["images_per_second"] / dense["images_per_second"]
     return f"{speedup:.2f} ({speedup * row['macs'] / dense['macs']:.2f})"
@@ -278,7 +289,7 @@ def _share(rows: Sequence[Mapping[str, Any]]) -> float:
 
 def _best(rows: Sequence[Mapping[str, Any]]) -> str:
     best = max(rows[1:], key=lambda row: row["images_per_second"])
-    return f"{best['layout']}, align {best['align']}: {_cell(rows[0], best)}"
+    return f"{_column(best)}: {_cell(rows[0], best)}"
 
 
 def _certificate(line: Mapping[str, Any]) -> str:

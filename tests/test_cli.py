@@ -353,6 +353,19 @@ def test_aligned_widths_and_a_layout_from_the_command_line(data: Path, tmp_path:
         assert found["model"]["params"] == config["params"], "the parameters are those of the compact model"
 
 
+def test_thin_heads_go_whole_from_the_command_line(data: Path, tmp_path: Path) -> None:
+    """And what is left is fine-tuned, saved and evaluated like any small model."""
+    given = (*QUICK_PRUNE, "--align", "2", "--prune-keep-ratios", "0.1", "0.5", "1", "0.5", "--finetune-epochs", "1")
+    assert run("prune", *flags(data, tmp_path, *given)) == 0
+    config, last = read_config(tmp_path / "pruned"), lines(tmp_path / "prune" / "blocks.jsonl")[-1]
+    thin, _, wide, _ = config["blocks"]
+    assert config["schema"] == 3 and 1 <= thin["heads"] < 3 and wide["form"] == "whole"
+    assert last["kept_params"] == config["params"]
+    saved = ("--data-path", str(data), "--model-path", str(tmp_path / "pruned"), "--num-workers", "0", "--device", "cpu")
+    assert run("evaluate", *saved, "--layout", "balanced", "--output-dir", str(tmp_path / "out")) == 0
+    assert read(tmp_path / "out" / "evaluate" / "summary.json")["model"]["params"] == config["params"]
+
+
 def test_a_layout_by_name_is_not_measured_and_an_unknown_one_is_refused(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -72,6 +72,16 @@ def test_going_on_from_a_warm_up_is_as_training_it(data: Path, tmp_path: Path, s
     assert "is taken from" in (tmp_path / "shared" / "prune" / "log.txt").read_text()
 
 
+def test_a_warm_up_serves_every_alignment(data: Path, tmp_path: Path) -> None:
+    """Whole heads are a dimension of the aligned run alone; until pruning starts no mask tells."""
+    given = ("--prune-start-epoch", WITHIN_AN_EPOCH, "--prune-benefit", "linear")
+    with brief():
+        train_warm_up(config_of(data, tmp_path / "warm", *given))
+        prune(config_of(data, tmp_path / "alone", *given, "--prune-ratio", "0.6", "--align", "4"))
+        prune(config_of(data, tmp_path / "shared", *given, "--prune-ratio", "0.6", "--align", "4"), tmp_path / "warm")
+    assert same_runs(tmp_path / "alone", tmp_path / "shared")
+
+
 @pytest.fixture(scope="module")
 def plain_warm_up(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Trained by `uniform`, four steps long; never changed by a test."""
@@ -153,6 +163,7 @@ def test_who_shares_is_named_and_nobody_else_does() -> None:
     probed = own_in_warm_up("block_pr", {"alpha": 0.3, "estimator": "linear"})
     assert probed == own_in_warm_up("block_benefit", {"estimator": "linear", "gamma": 0.9})
     assert probed != own_in_warm_up("block_benefit", {}) and probed != own_in_warm_up("block_benefit", {"probe_lr": 1e-3})
+    assert own_in_warm_up("block_benefit", {"align": 8}) == own_in_warm_up("block_benefit", {})
     assert own_in_warm_up("a method to come", {}) is None
     config = PruneConfig()
     assert warm_up_name(config, {}) == "block_benefit-low_rank-seed0"

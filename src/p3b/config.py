@@ -187,7 +187,8 @@ class PhaseOptions:
     savit_images: int = 16
     """With savit, images of a batch that interactions are measured on; it costs about as much as five steps on them."""
     align: int = 1
-    """Widths of the last masks (channels read, inner, written) are multiples of this where the budget allows; 1 is off."""
+    """Widths of the last masks (channels read, inner, written) are multiples of this, the budget being met all the same; where
+    heads would be thinner than half, whole heads go instead; 1 is off."""
     layout: str = "auto"
     """How the small model is timed: index, padded, folded, gathered, zeros, balanced, reordered, or auto: measure."""
     finetune_epochs: int = 0

@@ -71,7 +71,7 @@ class Pruner:
             )
         self._model: VisionTransformer = require_vision_transformer(unwrap(model))
         self.schedule = schedule
-        self.layout = read_layout(self._model, method_dims(method))
+        self.layout = read_layout(self._model, method_dims(method, method_options))
         self._reduce = reduce
         self._method = create_method(method, self._model, self.layout, prune_ratio, reduce, method_options)
         self.gates = Gates(self.layout, self._model)

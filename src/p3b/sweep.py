@@ -212,7 +212,8 @@ def _require_budget(config: CompareConfig, run: Run, model: VisionTransformer) -
     """
     pruning = config_of(config, run)
     assert isinstance(pruning, PruneConfig) and run.ratio is not None
-    layout, options = read_layout(model, method_dims(run.row)), method_options_of(pruning)
+    options = method_options_of(pruning)
+    layout = read_layout(model, method_dims(run.row, options))
     create_method(run.row, model, layout, run.ratio, lambda tensor: tensor, options).detach()
 
 

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from p3b.core.masks import (
     GATE_FACTORS,
+    LEAST_HEAD_SHARE,
     BlockOrder,
+    Heads,
     align_counts,
     block_masks,
     count_to_prune,
@@ -27,7 +29,7 @@ from p3b.core.masks import (
 )
 from p3b.core.schedule import Schedule
 from p3b.vit.cost import block_params, dense_params, prefix_cost
-from p3b.vit.layout import BlockLayout, read_layout
+from p3b.vit.layout import DEFAULT_DIMS, BlockLayout, ModelLayout, read_layout
 from tiny import VARIANTS, tiny_vit
 
 
@@ -98,11 +100,16 @@ def _orders(blocks: tuple[BlockLayout, ...], seed: int, ties: bool = False) -> l
     generator = torch.Generator().manual_seed(seed)
     orders = []
     for block in blocks:
-        scores = [torch.rand(size, generator=generator) for size in block.dims.values()]
+        scores = [torch.rand(block.dims[dim], generator=generator) for dim in _ranked(block)]
         if ties:
             scores = [(3 * s).round() for s in scores]
-        orders.append(order_elements(scores, [GATE_FACTORS[dim] for dim in block.dims]))
+        orders.append(order_elements(scores, [GATE_FACTORS[dim] for dim in _ranked(block)]))
     return orders
+
+
+def _ranked(block: BlockLayout) -> tuple[str, ...]:
+    """All dimensions but whole heads, which take no part in the order of a block."""
+    return tuple(dim for dim in block.dims if dim != "heads")
 
 
 def _remaining_by_hand(block: BlockLayout, order: BlockOrder) -> list[int]:
@@ -238,24 +245,48 @@ def test_the_masks_of_a_block_give_up_exactly_the_counted_elements(tau: float) -
 
 # --- aligned widths
 
+NETWORKS: dict[str, tuple[str, dict[str, int]]] = {
+    "DeiT-Tiny": ("deit_tiny_patch16_224", {}),
+    "DeiT-Small": ("deit_small_patch16_224", {}),
+    "animals": (
+        "vit_tiny_patch16_224",
+        {"img_size": 32, "patch_size": 4, "embed_dim": 128, "depth": 12, "num_heads": 4},
+    ),
+    "odd heads": (
+        "vit_tiny_patch16_224",
+        {"img_size": 32, "patch_size": 4, "embed_dim": 91, "depth": 12, "num_heads": 7},
+    ),
+}
 
-@pytest.mark.parametrize("multiple", [4, 8])
-@pytest.mark.parametrize("prune_ratio", [0.3, 0.5, 0.75, 0.9])
-@pytest.mark.parametrize("name", ["deit_tiny_patch16_224", "deit_small_patch16_224", "animals"])
-def test_aligned_counts_are_multiples_and_meet_the_budget(name: str, prune_ratio: float, multiple: int) -> None:
-    """To 0.1 percentage points of all parameters, as an unaligned budget; every gate stays within reach of its own count."""
-    shape = {"img_size": 32, "patch_size": 4, "embed_dim": 128, "depth": 12, "num_heads": 4} if name == "animals" else {}
+
+def _layout_of(name: str, dims: tuple[str, ...]) -> ModelLayout:
+    kind, shape = NETWORKS[name]
     with torch.device("meta"):
-        model = timm.create_model("vit_tiny_patch16_224" if name == "animals" else name, **shape)
-    layout = read_layout(model)
-    orders = _orders(layout.blocks, seed=multiple)
-    costs = [prefix_cost(block) for block in layout.blocks]
+        model = timm.create_model(kind, **shape)
+    return read_layout(model, dims)
+
+
+def _unevenly_cut(layout: ModelLayout, orders: list[BlockOrder], prune_ratio: float) -> list[int]:
+    """Elements to go in every block, for shares that are drawn at random around what the ratio leaves."""
     uneven = torch.rand(len(orders), generator=torch.Generator().manual_seed(1)).tolist()
     shares = [
         (1 - prune_ratio) * (0.5 + ratio) * dense_params(block) for ratio, block in zip(uneven, layout.blocks, strict=True)
     ]
-    remaining = [cost(order.kept).double() for cost, order in zip(costs, orders, strict=True)]
-    counts = shares_to_counts(remaining, shares)
+    remaining = [
+        prefix_cost(block, _ranked(block))(order.kept).double() for block, order in zip(layout.blocks, orders, strict=True)
+    ]
+    return shares_to_counts(remaining, shares)
+
+
+@pytest.mark.parametrize("multiple", [4, 8])
+@pytest.mark.parametrize("prune_ratio", [0.3, 0.5, 0.75, 0.9])
+@pytest.mark.parametrize("name", ["DeiT-Tiny", "DeiT-Small", "animals"])
+def test_aligned_counts_are_multiples_and_meet_the_budget(name: str, prune_ratio: float, multiple: int) -> None:
+    """To 0.1 percentage points of all parameters, as an unaligned budget; every gate stays within reach of its own count."""
+    layout = _layout_of(name, DEFAULT_DIMS)
+    orders = _orders(layout.blocks, seed=multiple)
+    costs = [prefix_cost(block) for block in layout.blocks]
+    counts = _unevenly_cut(layout, orders, prune_ratio)
     aligned = align_counts(orders, costs, counts, multiple)
     before = sum(int(cost(order.kept[count])) for cost, order, count in zip(costs, orders, counts, strict=True))
     after = sum(int(cost(torch.tensor(kept))) for cost, kept in zip(costs, aligned, strict=True))
@@ -283,3 +314,91 @@ def test_a_gate_keeps_the_elements_that_would_go_last() -> None:
     order = order_elements([torch.tensor([3.0, 1.0, 2.0]), torch.tensor([1.0, 4.0])], [1.0, 1.5])
     assert [mask.tolist() for mask in gate_masks(order, (1, 2))] == [[1.0, 0.0, 0.0], [1.0, 1.0]]
     assert [mask.tolist() for mask in gate_masks(order, (0, 1))] == [[0.0, 0.0, 0.0], [0.0, 1.0]]
+
+
+# --- whole heads
+
+
+@pytest.mark.parametrize("multiple", [4, 8, 16])
+@pytest.mark.parametrize("prune_ratio", [0.3, 0.5, 0.75, 0.9])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_whole_heads_go_where_they_would_be_thin_and_the_budget_is_met(name: str, prune_ratio: float, multiple: int) -> None:
+    """The same bounds as without heads that go; the channels inside a block are as many as before, to one head and multiple."""
+    layout = _layout_of(name, ("heads", *DEFAULT_DIMS))
+    orders, blocks = _orders(layout.blocks, seed=multiple), layout.blocks
+    heads = [Heads(_ranked(block).index("head"), block.heads) if block.kind == "attn" else None for block in blocks]
+    costs = [
+        prefix_cost(block, (*_ranked(block), *(() if own is None else ("heads",))))
+        for block, own in zip(blocks, heads, strict=True)
+    ]
+    counts = _unevenly_cut(layout, orders, prune_ratio)
+    aligned = align_counts(orders, costs, counts, multiple, heads)
+    before = sum(
+        int(prefix_cost(block, _ranked(block))(order.kept[count]))
+        for block, order, count in zip(blocks, orders, counts, strict=True)
+    )
+    after = sum(int(cost(torch.tensor(kept))) for cost, kept in zip(costs, aligned, strict=True))
+    assert abs(after - before) <= 1e-3 * (layout.other_params + sum(map(dense_params, blocks)))
+    gone = 0
+    for order, count, own, kept in zip(orders, counts, heads, aligned, strict=True):
+        old = order.kept[count].tolist()
+        for gate, (was, now, size) in enumerate(zip(old, kept, order.sizes, strict=False)):
+            assert now % multiple == 0 or now == size
+            assert (now == 0) == (was == 0)
+            assert abs(now - was) < 3 * multiple or (own is not None and gate == own.gate)
+        if own is None:
+            continue
+        width, dense, stay = kept[own.gate], order.sizes[own.gate], kept[-1]
+        least = own.least_width(dense, multiple)
+        assert len(kept) == len(old) + 1 and 1 <= stay <= own.count
+        assert width >= least or stay == 1
+        assert stay == own.count or old[own.gate] < least, "heads that are wide enough all stay"
+        assert abs(stay * width - own.count * old[own.gate]) < max(width + stay * multiple, 3 * own.count * multiple)
+        gone += own.count - stay
+    assert gone > 0 or prune_ratio < 0.75
+
+
+def test_the_least_width_of_a_head_is_the_smallest_aligned_one_of_half_its_width() -> None:
+    for width in range(1, 70):
+        for multiple in (1, 2, 3, 8, 16):
+            allowed = {*range(multiple, width, multiple), width}
+            wide = [each for each in allowed if each >= LEAST_HEAD_SHARE * width]
+            assert Heads(0, 4).least_width(width, multiple) == min(wide)
+
+
+def test_thin_heads_become_fewer_and_wide_enough_with_as_many_channels() -> None:
+    """A block of one gate and a cost of one for each channel of a head: the nearest number of channels is found."""
+    order = BlockOrder(torch.arange(1, 65), (64,), torch.arange(64, -1, -1)[:, None])
+
+    def kept(width: int, heads: int) -> tuple[int, int]:
+        (found,) = align_counts([order], [lambda each: each.prod(-1)], [64 - width], 8, [Heads(0, heads)])
+        return found[0], found[1]
+
+    for heads in range(1, 13):
+        least = Heads(0, heads).least_width(64, 8)
+        for width in range(1, 65):
+            wide, stay = kept(width, heads)
+            enough = max(1, width * heads // least)  # heads of the least width that there are channels for
+            assert abs(wide * stay - width * heads) == min(
+                abs(each * some - width * heads)
+                for some in ([heads] if width >= least else [enough, min(enough + 1, heads)])
+                for each in range(8, 65, 8)
+                if each >= least or some == 1
+            )
+            assert wide >= least or stay == 1
+        assert kept(0, heads) == (0, heads), "no head is left that could be slow"
+        assert kept(64, heads) == (64, heads)
+
+
+def test_a_block_without_inputs_or_outputs_keeps_its_heads() -> None:
+    """It is a constant or gone: nothing is gained by what happens inside, and the constant is the sum over all heads."""
+    sizes, kept = (16, 64, 16), torch.tensor([[16, 64, 16], [0, 9, 16], [16, 9, 0], [16, 9, 16]])
+    order = BlockOrder(torch.arange(1, 97), sizes, kept)
+    own = Heads(1, 4)
+
+    def cost(counts: Tensor) -> Tensor:
+        return counts.prod(-1)
+
+    found = align_counts([order] * 4, [cost] * 4, [0, 1, 2, 3], 8, [own] * 4)
+    assert [counts[-1] for counts in found] == [4, 4, 4, 1]
+    assert align_counts([order] * 4, [cost] * 4, [0, 1, 2, 3], 1, [own] * 4) == [(*each, 4) for each in kept.tolist()]

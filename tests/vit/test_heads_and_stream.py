@@ -670,4 +670,4 @@ def deepcopy_without_gates(model: nn.Module, pruner: p3b.Pruner) -> nn.Module:
 def test_all_methods_of_before_keep_their_dimensions() -> None:
     assert methods.METHOD_DIMS.keys().isdisjoint(("block_benefit", "uniform", "random", "magnitude", "taylor"))
     for method in ("block_pr", "block_benefit", "uniform"):
-        assert methods.method_dims(method) == DEFAULT_DIMS
+        assert methods.method_dims(method, {}) == DEFAULT_DIMS

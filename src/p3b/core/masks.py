@@ -14,12 +14,17 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import product
 
 import torch
 from torch import Tensor
 
 GATE_FACTORS: Mapping[str, float] = {"in": 1.0, "heads": 1.0, "head": 1.0, "hidden": 0.75, "out": 1.5}
 """Factor on the ranks of a gate's elements, by kind: output channels are given up later, hidden channels earlier."""
+
+LEAST_HEAD_SHARE = 0.5
+"""Share of its width that a head keeps where whole heads can go: below it they do. A head's softmax takes the same time at any
+width, so that a channel's part of it is twice that of the dense model at half the width, and grows without bound below."""
 
 _BELOW_HALF = 0.5 - 2.0**-25
 """The largest float32 below 0.5."""
@@ -159,11 +164,29 @@ def block_masks(order: BlockOrder, num_pruned: int | Tensor, tau: float) -> list
     return list(torch.split(_mask_at(order.positions, num_pruned + 0.5, tau), list(order.sizes), dim=-1))
 
 
+@dataclass(frozen=True)
+class Heads:
+    """The attention heads of a block, which can go whole beside the channels that all of them give up together.
+
+    Attributes:
+        gate: place of the gate of their channels among the gates of the block's order; its size is the width of a head.
+        count: heads of the dense block.
+    """
+
+    gate: int
+    count: int
+
+    def least_width(self, width: int, multiple: int) -> int:
+        """Channels that a head has to keep where it is not the only one: `LEAST_HEAD_SHARE` of its width, aligned."""
+        return min(math.ceil(LEAST_HEAD_SHARE * width / multiple) * multiple, width)
+
+
 def align_counts(
     orders: Sequence[BlockOrder],
     costs: Sequence[Callable[[Tensor], Tensor]],
     counts: Sequence[int],
     multiple: int,
+    heads: Sequence[Heads | None] | None = None,
 ) -> list[tuple[int, ...]]:
     """Elements that every gate keeps so that all are multiples of a number and the sum of parameters stays what it was.
 
@@ -171,23 +194,34 @@ def align_counts(
     passed on to the next block; then single gates move by one multiple as long as that brings the total nearer. A gate that
     keeps all or nothing may go on so, whatever its size, and none that keeps some is emptied.
 
+    Where heads can go whole, and those of a block would be narrower than `Heads.least_width`, it keeps fewer and wider ones
+    with about as many channels altogether: as many as are wide enough, one at least, which alone may be narrower. Single heads
+    of such a block then move as single multiples do. Any other block keeps all its heads, and so does one that is a constant or
+    gone because one of its gates keeps nothing.
+
     Args:
         orders: B orders, each of one block.
-        costs: B functions from (n, G) kept elements to (n,) parameters that remain.
+        costs: B functions from (n, G) kept elements to (n,) parameters that remain; from (n, G + 1) where heads can go whole,
+            the heads that stay being last.
         counts: elements to give up in every block, as `shares_to_counts` returns them.
         multiple: >= 1; 1 changes nothing.
+        heads: of each block, None where none can go whole; by default of none.
 
     Returns:
-        B tuples of G kept elements.
+        B tuples of G kept elements, and of the heads that stay after them where heads can go whole.
     """
-    kept = [tuple(order.kept[count].tolist()) for order, count in zip(orders, counts, strict=True)]
+    heads = [None] * len(orders) if heads is None else heads
+    kept = [
+        (*order.kept[count].tolist(), *([] if own is None else [own.count]))
+        for order, count, own in zip(orders, counts, heads, strict=True)
+    ]
     if multiple == 1:
         return kept
+    thin = [_is_thin(each, order.sizes, multiple, own) for each, order, own in zip(kept, orders, heads, strict=True)]
     surplus, params = 0.0, []
     for b, (order, cost) in enumerate(zip(orders, costs, strict=True)):
         before = float(cost(torch.tensor([kept[b]])))
-        near = [_neighbours(count, size, multiple) for count, size in zip(kept[b], order.sizes, strict=True)]
-        candidates = torch.cartesian_prod(*map(torch.tensor, near)).reshape(-1, len(near))
+        candidates = torch.tensor(_choices(kept[b], order.sizes, multiple, heads[b] if thin[b] else None))
         totals = cost(candidates).double()
         chosen = int((totals - before + surplus).abs().argmin())
         kept[b] = tuple(candidates[chosen].tolist())
@@ -197,7 +231,7 @@ def align_counts(
         moves = [
             (abs(surplus + float(cost(torch.tensor([moved]))) - params[b]), b, moved)
             for b, (order, cost) in enumerate(zip(orders, costs, strict=True))
-            for moved in _moves(kept[b], order.sizes, multiple)
+            for moved in _moves(kept[b], order.sizes, multiple, heads[b], whole_heads=thin[b])
         ]
         if not moves or min(moves)[0] >= abs(surplus):
             return kept
@@ -232,16 +266,57 @@ def _neighbours(count: int, size: int, multiple: int) -> list[int]:
     return sorted({min(max(below, multiple), size), min(above, size)})
 
 
-def _moves(kept: Sequence[int], sizes: Sequence[int], multiple: int) -> list[tuple[int, ...]]:
-    """The same counts with one gate moved to the multiple below or above."""
-    moved = []
-    for gate, (count, size) in enumerate(zip(kept, sizes, strict=True)):
+def _is_thin(kept: Sequence[int], sizes: Sequence[int], multiple: int, heads: Heads | None) -> bool:
+    """Whether whole heads of a block are to go. One that is a constant or gone has no attention left to be slow."""
+    if heads is None or 0 in kept:
+        return False
+    return kept[heads.gate] < heads.least_width(sizes[heads.gate], multiple)
+
+
+def _choices(kept: Sequence[int], sizes: Sequence[int], multiple: int, heads: Heads | None) -> list[tuple[int, ...]]:
+    """Aligned counts around those of a block; with `heads` some of them go whole, without all stay that are there."""
+    near = [_neighbours(count, size, multiple) for count, size in zip(kept, sizes, strict=False)]
+    if heads is None:
+        return list(product(*near, *([count] for count in kept[len(sizes) :])))
+    found: list[tuple[int, ...]] = []
+    for count, width in _fewer_heads(kept[heads.gate], sizes[heads.gate], multiple, heads):
+        found += product(*near[: heads.gate], [width], *near[heads.gate + 1 :], [count])
+    return found
+
+
+def _fewer_heads(kept_width: int, width: int, multiple: int, heads: Heads) -> list[tuple[int, int]]:
+    """(heads, width) pairs with about as many channels as all the heads have together that are too narrow.
+
+    As many heads as are wide enough, with the multiples next to the width that they would need, and one more of the least
+    width: one pair has no more channels than the narrow heads (but for a share of less than one multiple), one no fewer.
+    """
+    channels, least = heads.count * kept_width, heads.least_width(width, multiple)
+    most = max(1, channels // least)
+    narrowest = min(least if channels >= least else multiple, width)
+    steps = channels // (most * multiple), -(-channels // (most * multiple))
+    pairs = {(most, min(max(step * multiple, narrowest), width)) for step in steps}
+    if channels > most * least:
+        pairs.add((most + 1, least))
+    return sorted(pairs)
+
+
+def _moves(
+    kept: Sequence[int], sizes: Sequence[int], multiple: int, heads: Heads | None, *, whole_heads: bool
+) -> list[tuple[int, ...]]:
+    """The same counts with one gate moved to the multiple below or above, or with a head less or more."""
+    moved: list[tuple[int, ...]] = []
+    for gate, (count, size) in enumerate(zip(kept, sizes, strict=False)):
         if count == 0:
             continue
         for other in ((count - 1) // multiple * multiple, min((count // multiple + 1) * multiple, size)):
             if other > 0 and other != count:
                 moved.append((*kept[:gate], other, *kept[gate + 1 :]))
-    return moved
+    if heads is None or 0 in kept:
+        return moved
+    if whole_heads:
+        moved += [(*kept[:-1], count) for count in (kept[-1] - 1, kept[-1] + 1) if 1 <= count <= heads.count]
+    least = heads.least_width(sizes[heads.gate], multiple)
+    return [counts for counts in moved if counts[-1] == 1 or counts[heads.gate] >= least]
 
 
 def _positions(scores: Tensor) -> Tensor:

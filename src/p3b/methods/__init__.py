@@ -69,9 +69,21 @@ def effective_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
     return {**{key: defaults[key].default for key in method_options(name)}, **PUBLISHED_OPTIONS.get(name, {}), **options}
 
 
-def method_dims(name: str) -> tuple[str, ...]:
-    """The dimensions that a method, by its name or published name, wants to be prunable: what `read_layout` is to be given."""
-    return METHOD_DIMS.get(PUBLISHED_NAMES.get(name, name), DEFAULT_DIMS)
+def method_dims(name: str, options: Mapping[str, Any]) -> tuple[str, ...]:
+    """The dimensions that a method wants to be prunable: what `read_layout` is to be given.
+
+    Whole heads are among them where counts are to be aligned: they go where heads would be too thin.
+
+    Args:
+        name: of the method, or its published name.
+        options: that it is built with.
+
+    Raises:
+        ConfigError: the name is unknown.
+    """
+    aligned = effective_options(name, options).get("align", 1) > 1
+    dims = METHOD_DIMS.get(PUBLISHED_NAMES.get(name, name), DEFAULT_DIMS)
+    return ("heads", *dims) if aligned and "heads" not in dims else dims
 
 
 def method_options(name: str) -> list[str]:

@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from p3b.core.allocation import block_budget
 from p3b.core.masks import (
     GATE_FACTORS,
+    Heads,
     align_counts,
     block_masks,
     gate_masks,
     order_elements,
     shares_to_counts,
+    soft_mask,
     take_turns,
 )
 from p3b.core.schedule import Schedule, applied_keep_ratio
@@ -177,15 +179,26 @@ class BlockShares:
 
     Args:
         blocks: B blocks.
+        align: with more than 1 every gate keeps a multiple of it in the last masks. Heads, where they are prunable, then take
+            no part in the ranking: they go whole, in the last masks alone, where they would be too thin (`align_counts`).
 
     Attributes:
         params: (B,) float64, P_b.
     """
 
-    def __init__(self, blocks: Sequence[BlockLayout]) -> None:
-        self._blocks = blocks
+    def __init__(self, blocks: Sequence[BlockLayout], align: int = 1) -> None:
+        self._blocks, self._align = blocks, align
         self.params = torch.tensor([dense_params(block) for block in blocks], dtype=torch.float64)
-        self._alike, self._remaining = alike(blocks), _remaining(blocks)
+        apart = ("heads",) if align > 1 else ()
+        self._ranked = [tuple(dim for dim in block.dims if dim not in apart) for block in blocks]
+        """Dimensions of each block that are ranked together."""
+        self._heads = [
+            Heads(dims.index("head"), block.heads) if len(dims) < len(block.dims) else None
+            for block, dims in zip(blocks, self._ranked, strict=True)
+        ]
+        """Heads of each block that can go whole in the last masks."""
+        self._alike = alike(blocks)
+        self._remaining = self._left_after()
 
     def decide(
         self,
@@ -195,7 +208,8 @@ class BlockShares:
         tau: float,
         benefits_2B: Tensor | None = None,
         importance_B: Tensor | None = None,
-        align: int = 1,
+        *,
+        last: bool = False,
     ) -> Decision:
         """Goals -> applied ratios -> counts -> masks.
 
@@ -204,16 +218,16 @@ class BlockShares:
             scores: by gate name, on the CPU; only their order within a gate counts.
             progress, tau: from the schedule.
             benefits_2B, importance_B: what the goals come from, where that was measured; it is passed on.
-            align: with more than 1 the masks are hard, and every gate keeps a multiple of it.
+            last: the masks that the model is shrunk by: where counts are to be aligned they are, and the masks are hard.
         """
         applied = [applied_keep_ratio(goal, progress) for goal in goals]
         shares = [ratio * params for ratio, params in zip(applied, self.params.tolist(), strict=True)]
         counts = shares_to_counts(self._remaining, shares)
-        if align == 1:
+        if last and self._align > 1:
+            masks, kept_params = self._aligned_masks(scores, counts)
+        else:
             masks = self._masks(scores, counts, tau)
             kept_params = [int(left[count]) for left, count in zip(self._remaining, counts, strict=True)]
-        else:
-            masks, kept_params = self._aligned_masks(scores, counts, align)
         decisions = [
             BlockDecision(
                 name=block.name,
@@ -231,28 +245,40 @@ class BlockShares:
         return Decision(masks, tuple(decisions), progress, tau)
 
     def _masks(self, scores: Mapping[str, Tensor], counts: Sequence[int], tau: float) -> dict[str, Tensor]:
-        """Masks of all gates, in the order of `scores`; blocks of one shape are worked out together."""
+        """Masks of all gates, in the order of `scores`, ones where a gate is not ranked; blocks of one shape together."""
         found: dict[str, Tensor] = {}
         for group in self._alike:
-            dims = self._blocks[group[0]].dims
+            dims = self._ranked[group[0]]
             together = [torch.stack([scores[self._blocks[b].gate(dim)] for b in group]) for dim in dims]
-            order = order_elements(together, _factors(self._blocks[group[0]]))
+            order = order_elements(together, _factors(dims))
             to_go = torch.tensor([counts[b] for b in group])[:, None]
             for dim, masks in zip(dims, block_masks(order, to_go, tau), strict=True):
                 found |= zip((self._blocks[b].gate(dim) for b in group), masks, strict=True)
-        return {gate: found[gate] for gate in scores}
+        return {gate: found[gate] if gate in found else torch.ones(len(each)) for gate, each in scores.items()}
 
-    def _aligned_masks(
-        self, scores: Mapping[str, Tensor], counts: Sequence[int], align: int
-    ) -> tuple[dict[str, Tensor], list[int]]:
+    def _aligned_masks(self, scores: Mapping[str, Tensor], counts: Sequence[int]) -> tuple[dict[str, Tensor], list[int]]:
         """Hard masks of all gates with aligned counts, and the parameters that each block keeps."""
-        orders = [order_elements([scores[block.gate(dim)] for dim in block.dims], _factors(block)) for block in self._blocks]
-        costs = [prefix_cost(block) for block in self._blocks]
-        kept = align_counts(orders, costs, counts, align)
-        masks: dict[str, Tensor] = {}
-        for block, order, gate_counts in zip(self._blocks, orders, kept, strict=True):
-            masks |= zip((block.gate(dim) for dim in block.dims), gate_masks(order, gate_counts), strict=True)
-        return masks, [int(cost(torch.tensor(each))) for cost, each in zip(costs, kept, strict=True)]
+        blocks = list(zip(self._blocks, self._ranked, self._heads, strict=True))
+        orders = [order_elements([scores[block.gate(dim)] for dim in dims], _factors(dims)) for block, dims, _ in blocks]
+        costs = [prefix_cost(block, dims if heads is None else (*dims, "heads")) for block, dims, heads in blocks]
+        kept = align_counts(orders, costs, counts, self._align, self._heads)
+        found: dict[str, Tensor] = {}
+        for (block, dims, heads), order, each in zip(blocks, orders, kept, strict=True):
+            found |= zip((block.gate(dim) for dim in dims), gate_masks(order, each[: len(dims)]), strict=True)
+            if heads is not None:
+                gate = block.gate("heads")
+                found[gate] = soft_mask(scores[gate], heads.count - each[-1] + 0.5, tau=0.0)
+        kept_params = [int(cost(torch.tensor(each))) for cost, each in zip(costs, kept, strict=True)]
+        return {gate: found[gate] for gate in scores}, kept_params
+
+    def _left_after(self) -> list[Tensor]:
+        """Parameters that each block has left after t of its ranked elements are gone, t = 0..n: (n + 1,) float64, exact."""
+        found: dict[int, Tensor] = {}
+        for group in self._alike:
+            shape, dims = self._blocks[group[0]], self._ranked[group[0]]
+            kept = take_turns(tuple(shape.dims[dim] for dim in dims), _factors(dims)).kept
+            found |= dict.fromkeys(group, prefix_cost(shape, dims)(kept).double())
+        return [found[b] for b in range(len(self._blocks))]
 
 
 def decisions_by_kept(
@@ -307,15 +333,5 @@ def _measured(scores_N: Tensor | None) -> Tensor:
     return scores_N
 
 
-def _remaining(blocks: Sequence[BlockLayout]) -> list[Tensor]:
-    """Parameters that each block has left after t of its elements are gone, t = 0..n: (n + 1,) float64, exact."""
-    found: dict[int, Tensor] = {}
-    for group in alike(blocks):
-        shape = blocks[group[0]]
-        kept = take_turns(tuple(shape.dims.values()), _factors(shape)).kept
-        found |= dict.fromkeys(group, prefix_cost(shape)(kept).double())
-    return [found[b] for b in range(len(blocks))]
-
-
-def _factors(block: BlockLayout) -> tuple[float, ...]:
-    return tuple(GATE_FACTORS[dim] for dim in block.dims)
+def _factors(dims: Sequence[str]) -> tuple[float, ...]:
+    return tuple(GATE_FACTORS[dim] for dim in dims)

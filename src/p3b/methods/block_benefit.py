@@ -58,7 +58,8 @@ class BlockBenefit:
         gamma: weight of a new interval in the smoothed importance, in (0, 1].
         benefit_scale: T in [0.01, 1000].
         blocks_only: count the budget over the blocks alone (P_rest = 0).
-        align: counts of kept channels are multiples of this in the last masks; 1 is off.
+        align: counts of kept channels are multiples of this in the last masks, and whole heads go where heads would be thin,
+            if the layout has the dimension "heads"; 1 is off.
         keep_ratios: given by hand, one per block; then nothing is probed and prune_ratio plays no part.
         estimator: how benefits are measured, by name (`p3b.scoring.estimators`); "paper" is the published way, "low_rank" that
             with narrow convolutions.
@@ -99,9 +100,8 @@ class BlockBenefit:
         _require(probe_weight_decay >= 0, "probe_weight_decay", probe_weight_decay, "[0, inf)")
         self._layout, self._reduce = layout, reduce
         self._alpha, self._gamma, self._benefit_scale = alpha, gamma, benefit_scale
-        self._align = align
         self._prune_ratio, self._other_params = prune_ratio, 0 if blocks_only else layout.other_params
-        self._shares = BlockShares(layout.blocks)
+        self._shares = BlockShares(layout.blocks, align)
         self._params = self._shares.params
         self._given = None if keep_ratios is None else given_keep_ratios(keep_ratios, len(layout.blocks))
         if self._given is None:
@@ -157,7 +157,7 @@ class BlockBenefit:
 
     def last(self, kept_params: Mapping[str, int]) -> Decision:
         self._meter.close()
-        return self._decide(self._meter.mean_of_last_two, kept_params, progress=1.0, tau=0.0, align=self._align)
+        return self._decide(self._meter.mean_of_last_two, kept_params, progress=1.0, tau=0.0, last=True)
 
     def detach(self) -> None:
         self._taps.detach()
@@ -173,7 +173,9 @@ class BlockBenefit:
             self._estimator.load_state_dict(state)
             self._taps.recording = self._estimator.due()
 
-    def _decide(self, mean: Any, kept_params: Mapping[str, int], progress: float, tau: float, align: int = 1) -> Decision:
+    def _decide(
+        self, mean: Any, kept_params: Mapping[str, int], progress: float, tau: float, *, last: bool = False
+    ) -> Decision:
         """Benefits -> importance -> goals -> masks, all from means over an interval."""
         blocks = self._layout.blocks
         benefits_2B = mean("benefits")
@@ -197,7 +199,7 @@ class BlockBenefit:
             importance_B = mix_importance(cls_B, patch_B, self._alpha)
         # Mean scores over the interval and over ranks.
         scores = by_gate(blocks, self._reduce(mean("scores")).cpu())
-        return self._shares.decide(self._goals(importance_B), scores, progress, tau, benefits_2B, importance_B, align)
+        return self._shares.decide(self._goals(importance_B), scores, progress, tau, benefits_2B, importance_B, last=last)
 
     def _may_rest(self) -> bool:
         """Whether there may be intervals without a benefit."""

@@ -6,7 +6,7 @@ A dimension's count may be a number or a tensor of many candidates at once; resu
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 import torch
@@ -51,14 +51,17 @@ def other_params(layout: ModelLayout, stream: Count) -> Count | int:
     return sum(_numel(weight.axes, {STREAM: stream}) for weight in layout.stream.outside)
 
 
-def prefix_cost(block: BlockLayout) -> Callable[[Tensor], Tensor]:
-    """The block's parameters as a function of (n + 1, G) kept elements, G its gates in the order of `block.dims`.
+def prefix_cost(block: BlockLayout, dims: Sequence[str] | None = None) -> Callable[[Tensor], Tensor]:
+    """The block's parameters as a function of (n + 1, G) kept elements, G its gates.
 
-    The stream stays whole.
+    Args:
+        block: layout of the block.
+        dims: its G dimensions in the order of the columns; by default all, as in `block.dims`. What is not named stays whole.
     """
+    named = tuple(block.dims if dims is None else dims)
 
     def cost(kept: Tensor) -> Tensor:
-        return block_params(block, dict(zip(block.dims, kept.unbind(-1), strict=True)))
+        return block_params(block, dict(zip(named, kept.unbind(-1), strict=True)))
 
     return cost
 
