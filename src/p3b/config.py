@@ -188,7 +188,7 @@ class PhaseOptions:
     """With savit, images of a batch that interactions are measured on; it costs about as much as five steps on them."""
     align: int = 1
     """Widths of the last masks (channels read, inner, written) are multiples of this, the budget being met all the same; where
-    heads would be thinner than half, whole heads go instead; 1 is off."""
+    heads would be thinner than three quarters, whole heads go instead; 1 is off."""
     layout: str = "auto"
     """How the small model is timed: index, padded, folded, gathered, zeros, balanced, reordered, or auto: measure."""
     finetune_epochs: int = 0

@@ -358,7 +358,7 @@ def test_whole_heads_go_where_they_would_be_thin_and_the_budget_is_met(name: str
     assert gone > 0 or prune_ratio < 0.75
 
 
-def test_the_least_width_of_a_head_is_the_smallest_aligned_one_of_half_its_width() -> None:
+def test_the_least_width_of_a_head_is_the_smallest_aligned_one_of_its_share() -> None:
     for width in range(1, 70):
         for multiple in (1, 2, 3, 8, 16):
             allowed = {*range(multiple, width, multiple), width}
