@@ -286,7 +286,7 @@ def _cell(dense: Mapping[str, Any], row: Mapping[str, Any]) -> str:
 
 
 def _small(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    return [row for row in rows if row["layout"] not in (DENSE, DENSE_PLAIN)]
+    return [row for row in rows[1:] if row["layout"] != DENSE_PLAIN]
 
 
 def _speedup(rows: Sequence[Mapping[str, Any]]) -> float:
