@@ -81,7 +81,16 @@ def test_what_is_recorded_is_known_once_on_budget_and_by_the_recipe_of_now(study
 
 def test_the_table_runs_seed_by_seed_and_the_smallest_budget_first() -> None:
     names = [run.name for run in table.runs(settings(Path("SHARED"), Path("WORK")))]
-    rows = (SMALLER, P3B, "random", "uniform", "magnitude", "taylor", "wdpruning", "savit-start_epoch_0.8-finalize_epoch_1")
+    rows = (
+        SMALLER,
+        P3B,
+        "random",
+        "uniform",
+        "magnitude",
+        "taylor",
+        "wdpruning",
+        "savit-start_epoch_0.8-finalize_epoch_1-savit_every_2",
+    )
     expected = [
         name
         for seed in (0, 1)

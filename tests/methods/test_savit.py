@@ -19,7 +19,7 @@ from p3b.scoring.criteria import taylor_of_stream
 from p3b.scoring.interactions import KINDS, draw_layers, interaction_matrix, kind_weights
 from p3b.vit.cost import block_params, count_parameters, other_params
 from p3b.vit.gates import Gates
-from p3b.vit.layout import STREAM, read_layout
+from p3b.vit.layout import STREAM, ModelLayout, read_layout
 from runs import CALM, colour_folders, flags, lines, read, run
 from tiny import VARIANTS, images, labels, tiny_vit
 
@@ -47,21 +47,14 @@ def _pruned(model: Any, prune_ratio: float, seed: int = 0, **options: Any) -> tu
     return pruner, model
 
 
-def _scaled(model: nn.Module, factors: dict[str, float]) -> nn.Module:
-    """A copy whose heads, hidden channels or stream are scaled by hand, each gate by one number."""
-    scaled: Any = copy.deepcopy(model)
+def _loss_at(model: Any, layout: ModelLayout, factors: dict[str, float], batch: Tensor, targets: Tensor) -> Tensor:
+    """The loss with each of some gates, as they act, set to one number."""
+    gated = copy.deepcopy(model)
+    gates = Gates(layout, gated)
+    gates.attach(gated)
+    gates.set({name: torch.full((size,), factors.get(name, 1.0)) for name, size in layout.gates.items()})
     with torch.no_grad():
-        for gate, factor in factors.items():
-            if gate == STREAM:
-                tokens = [scaled.cls_token, scaled.pos_embed, *scaled.patch_embed.proj.parameters()]
-                layers = [layer for block in scaled.blocks for layer in (block.attn.proj, block.mlp.fc2)]
-                for parameter in [*tokens, *(parameter for layer in layers for parameter in layer.parameters())]:
-                    parameter.mul_(factor)
-            else:
-                block = scaled.blocks[int(gate.split(".")[1])]
-                layer = block.attn.proj if gate.endswith("heads") else block.mlp.fc2
-                layer.weight.mul_(factor)
-    return scaled
+        return CE(gated(batch), targets)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -72,7 +65,7 @@ def test_interactions_are_second_differences_of_the_loss(seed: int) -> None:
 
     found = interaction_matrix(model, layout, batch, lambda outputs: CE(outputs, targets), layers)
 
-    step, expected = 1e-3, torch.zeros(3, 3, dtype=torch.float64)
+    step, expected = 2.0**-10, torch.zeros(3, 3, dtype=torch.float64)  # masks are float32: 1 plus or minus it is exact
     for i, (layer, below) in enumerate(layers):
         for j, other in enumerate(below):
             first, second = (
@@ -82,10 +75,11 @@ def test_interactions_are_second_differences_of_the_loss(seed: int) -> None:
             for a in (-step, step):
                 for b in (-step, step):
                     factors = {first: 1 + a} | ({second: 1 + b} if second != first else {first: 1 + a + b})
-                    with torch.no_grad():
-                        expected[i, j] += (1 if a == b else -1) * CE(_scaled(model, factors)(batch), targets) / (4 * step**2)
+                    sign = 1 if a == b else -1
+                    expected[i, j] += sign * _loss_at(model, layout, factors, batch, targets) / (4 * step**2)
     weights = kind_weights(layout)
     torch.testing.assert_close(found * weights.outer(weights), expected, rtol=2e-4, atol=2e-5)
+    assert expected[2, 2].abs() > 0.01, "a factor on the whole stream, which its norms take out, is felt where it is read"
 
 
 def test_measuring_interactions_leaves_model_gradients_and_mode_as_they_were() -> None:

@@ -5,6 +5,10 @@ derivatives of the loss between the gates of kind i in one layer and those of ki
 random, over the product of what the two kinds weigh in parameters. The vector 1 in 1^T (d2 loss / dm_i dm_j) 1 are the gates
 themselves, so one Hessian-vector product for each kind gives a row: never is a Hessian held.
 
+The stream's gate acts where the stream is written and where it is read (`p3b.vit.gates`). The writing alone would say nothing:
+a layer norm takes out a factor on all channels, so that derivatives along it are zero. The moments of the norms, which the gate
+weighs too, do not change along the vector 1.
+
 Source: Zheng et al., "SAViT: Structure-Aware Vision Transformer Pruning via Collaborative Optimization", NeurIPS 2022.
 """
 
@@ -74,6 +78,8 @@ def interaction_matrix(
     chosen = [[_gate(layout, kind, layer) for kind, layer in zip(KINDS, below, strict=True)] for _, below in layers]
     was_training = model.training
     model.eval()
+    assert layout.stream is not None
+    reads = [model.get_submodule(name).register_forward_hook(_times(gates[STREAM])) for name in layout.stream.norms]
     try:
         # Only the plain form of attention has a second derivative; a compiled model has none at all.
         with (
@@ -93,6 +99,8 @@ def interaction_matrix(
                 for first, names in zip(firsts, chosen, strict=True)
             ]
     finally:
+        for read in reads:
+            read.remove()
         model.train(was_training)
     weights = kind_weights(layout).to(images.device)
     return torch.stack([torch.stack([second.double().sum() for second in row]) for row in rows]) / weights.outer(weights)
@@ -102,6 +110,13 @@ def _gate(layout: ModelLayout, kind: str, layer: int) -> str:
     """Full name of the gate of a kind in a layer."""
     attention, mlp = layout.blocks[2 * layer], layout.blocks[2 * layer + 1]
     return {"heads": attention.gate("heads"), "hidden": mlp.gate("hidden"), STREAM: STREAM}[kind]
+
+
+def _times(gate: Tensor) -> Callable[[torch.nn.Module, object, Tensor], Tensor]:
+    def multiply(_norm: torch.nn.Module, _args: object, output: Tensor) -> Tensor:
+        return output * gate
+
+    return multiply
 
 
 def _gated(model: VisionTransformer, layout: ModelLayout, gates: Mapping[str, Tensor]) -> dict[str, Tensor]:
