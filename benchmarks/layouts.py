@@ -254,20 +254,26 @@ def tables(lines: Sequence[dict[str, Any]]) -> str:
             text.append(
                 f"| {line['network']} | {line['prune_ratio']:.0%} | {line['batch_size']} | {ratio:.2f} | {' | '.join(cells)} |"
             )
-        reached = [line for line in group if line["batch_size"] == max(BATCHES)]
-        met = sum(_share(line["rows"]) >= GOAL for line in reached)
-        slower = sum(_speedup(line["rows"]) < 1 for line in group if line["batch_size"] == 1)
-        single = sum(line["batch_size"] == 1 for line in group)
-        text += [
-            "",
-            f"With the best layout: {met} of {len(reached)} measurements at batch {max(BATCHES)} reach {GOAL} of the MACs "
-            f"ratio; {slower} of {single} at batch 1 are slower than dense.",
-            "",
-        ]
+        measured = [ratio for ratio in PRUNE_RATIOS if any(line["prune_ratio"] == ratio for line in group)]
+        text += ["", f"With the best layout: {'; '.join(_met(group, ratio) for ratio in measured)}.", ""]
     if lines:
         text += ["### How it was run", ""]
         text += [f"- {told}" for told in dict.fromkeys(map(_certificate, lines))]
     return "\n".join(text) + "\n"
+
+
+def _met(group: Sequence[Mapping[str, Any]], prune_ratio: float) -> str:
+    """How many of the measurements at a prune ratio are as they should be."""
+    many, single = (
+        [line for line in group if line["prune_ratio"] == prune_ratio and line["batch_size"] == size]
+        for size in (max(BATCHES), min(BATCHES))
+    )
+    met = sum(_share(line["rows"]) >= GOAL for line in many)
+    slower = sum(_speedup(line["rows"]) < 1 for line in single)
+    return (
+        f"at {prune_ratio:.0%}, {met} of {len(many)} measurements at batch {max(BATCHES)} reach {GOAL} of the MACs ratio, and "
+        f"{slower} of {len(single)} at batch {min(BATCHES)} are slower than dense"
+    )
 
 
 def _key(line: Mapping[str, Any]) -> Key:
