@@ -64,12 +64,15 @@ RUNTIMES = {
     "compile": "torch.compile, float32",
     "onnx": "ONNX Runtime, float32",
 }
+EAGER = ("fp32", "bf16")
 ALIGN = 8
 ALIGNED = ("index", "gathered", "balanced")
 Widths = tuple[int, bool]
 """What kept counts are multiples of, and whether whole heads go where heads would be thin."""
 AS_KEPT: Widths = (1, False)
-WIDTHS: tuple[Widths, ...] = (AS_KEPT, (ALIGN, False), (ALIGN, True))
+THIN_HEADS: Widths = (ALIGN, False)
+WHOLE_HEADS: Widths = (ALIGN, True)
+WIDTHS: tuple[Widths, ...] = (AS_KEPT, THIN_HEADS, WHOLE_HEADS)
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 GOAL = 0.9
 Key = tuple[str, float, str, int]
@@ -126,6 +129,14 @@ def small_model(dense: VisionTransformer, prune_ratio: float, align: int, whole_
     return apply_cuts(deepcopy(dense), plan_cuts(layout, masks)).eval()
 
 
+def layouts_of(runtime: str, widths: Widths) -> Sequence[str]:
+    """What is measured: all that a choice is made from, for the widths that a run makes; the rest in eager PyTorch alone."""
+    eager = runtime in EAGER
+    if widths == THIN_HEADS:
+        return ALIGNED if eager else ()
+    return tuple(LAYOUTS) if eager and widths == AS_KEPT else CANDIDATES
+
+
 def measure(
     key: Key, dense: VisionTransformer, small: Mapping[Widths, VisionTransformer], rounds: int, seconds: float, clock: str
 ) -> dict[str, Any]:
@@ -133,13 +144,12 @@ def measure(
     name, prune_ratio, runtime, batch_size = key
     made_by = circumstances()
     size = tuple(dense.patch_embed.img_size)
-    names = LAYOUTS if runtime in ("fp32", "bf16") else CANDIDATES
     eager: dict[tuple[str, Widths], nn.Module] = {(DENSE, AS_KEPT): dense}
     if runtime == "bf16":
         eager[DENSE_PLAIN, AS_KEPT] = choose_attention(deepcopy(dense), torch.device("cpu"), torch.bfloat16)
     with _number_format(runtime):
         for widths, model in small.items():
-            for layout in names if widths == AS_KEPT else ALIGNED:
+            for layout in layouts_of(runtime, widths):
                 eager[layout, widths] = with_layout(model, layout)
     images = torch.rand(batch_size, 3, *size)
     with tempfile.TemporaryDirectory() as folder:
