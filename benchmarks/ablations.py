@@ -69,6 +69,10 @@ QUESTIONS: Mapping[str, Sequence[Variant]] = {
         Variant("after 0.25", changed=(("prune_start_epoch", "0.25"),)),
         Variant("after 1.5", changed=(("prune_start_epoch", "1.5"),)),
     ),
+    "What do widths cost that are quick to compute?": (
+        Variant("widths as they come (P3B, align 1)"),
+        Variant("multiples of 8, and whole heads (align 8)", changed=(("align", 8),)),
+    ),
 }
 """What is asked, and the variants that answer it; the first of each is P3B as it is."""
 

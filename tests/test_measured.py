@@ -102,7 +102,7 @@ def test_the_table_runs_seed_by_seed_and_the_smallest_budget_first() -> None:
 def test_the_ablations_change_one_thing_at_a_time() -> None:
     config = settings(Path("SHARED"), Path("WORK"))
     runs = ablations.runs(config)
-    assert len({run.name for run in runs}) == len(runs) == 7 * 2 * 2
+    assert len({run.name for run in runs}) == len(runs) == 8 * 2 * 2
     base = config_of(config, runs[0])
     assert isinstance(base, PruneConfig) and base.prune.prune_method == P3B
     for variant in ablations.variants():
