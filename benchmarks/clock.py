@@ -372,7 +372,8 @@ def main(
             for name, entry in entries.items():
                 if given.only in (None, name):
                     record(name, entry, shapes, given, photos, lines)
-                    print(f"{name}: {json.dumps(read_lines(lines)[-1]['sides'])}", flush=True)
+                    (line,) = (line for line in read_lines(lines) if line["name"] == name)
+                    print(f"{name}: {json.dumps(line['sides'])}", flush=True)
     replace_part(page, BEGIN, END, tables(read_lines(lines), shapes))
     return 0
 

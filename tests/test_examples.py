@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 import p3b
@@ -67,3 +68,20 @@ def test_keep_ratios_by_hand_are_met() -> None:
     lines = run("examples/keep_ratios_by_hand.py").splitlines()
     kept = [[int(word.replace(",", "")) for word in line.split() if word.replace(",", "").isdigit()] for line in lines[:6]]
     assert [round(have / of, 1) for have, of in kept] == [1.0, 1.0, 0.5, 0.2, 0.7, 0.0]
+
+
+def test_the_exported_model_runs_in_onnx_runtime_at_any_batch_size(tmp_path: Path) -> None:
+    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    folder, file = tmp_path / "model", tmp_path / "small.onnx"
+    run("examples/own_loop.py", "--steps", "60", "--out", str(folder))
+    said = run("examples/export_onnx.py", str(folder), str(file), "--rounds", "2")
+    assert said.count(" ms") == 4 and str(file) in said
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "small.onnx"], "nothing is left beside it"
+    session = runtime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    model = p3b.load(folder)
+    for count in (1, 3):
+        images = torch.rand(count, 3, 8, 8, generator=torch.Generator().manual_seed(count))
+        (logits,) = session.run(["logits"], {"images": images.numpy()})
+        with torch.no_grad():
+            torch.testing.assert_close(torch.from_numpy(logits), model(images), rtol=1e-4, atol=1e-4)
