@@ -36,10 +36,16 @@ def test_an_example_has_at_most_sixty_lines(example: Path) -> None:
     assert len(example.read_text().splitlines()) <= 60
 
 
-def test_the_own_loop_leaves_a_model_that_the_predict_example_reads(tmp_path: Path) -> None:
-    folder = tmp_path / "model"
-    said = run("examples/own_loop.py", "--steps", "60", "--out", str(folder))
-    small = p3b.load(folder)
+@pytest.fixture(scope="module")
+def own_model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Folder of the model that examples/own_loop.py makes, and what it said."""
+    folder = tmp_path_factory.mktemp("own") / "model"
+    return folder, run("examples/own_loop.py", "--steps", "60", "--out", str(folder))
+
+
+def test_the_own_loop_leaves_a_model_that_the_predict_example_reads(own_model: tuple[Path, str], tmp_path: Path) -> None:
+    made, said = own_model
+    small, folder = p3b.load(made), tmp_path / "model"
     assert said.startswith(f"{p3b.count_parameters(small):,} of ")
 
     # predict.py wants to know how images are prepared; the demo's and the commands' models say so, here the caller does.
@@ -70,14 +76,13 @@ def test_keep_ratios_by_hand_are_met() -> None:
     assert [round(have / of, 1) for have, of in kept] == [1.0, 1.0, 0.5, 0.2, 0.7, 0.0]
 
 
-def test_the_exported_model_runs_in_onnx_runtime_at_any_batch_size(tmp_path: Path) -> None:
+def test_the_exported_model_runs_in_onnx_runtime_at_any_batch_size(own_model: tuple[Path, str], tmp_path: Path) -> None:
     runtime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    folder, file = tmp_path / "model", tmp_path / "small.onnx"
-    run("examples/own_loop.py", "--steps", "60", "--out", str(folder))
+    folder, file = own_model[0], tmp_path / "small.onnx"
     said = run("examples/export_onnx.py", str(folder), str(file), "--rounds", "2")
     assert said.count(" ms") == 4 and str(file) in said
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "small.onnx"], "nothing is left beside it"
+    assert list(tmp_path.iterdir()) == [file], "nothing is left beside it"
     session = runtime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
     model = p3b.load(folder)
     for count in (1, 3):
