@@ -311,8 +311,8 @@ def main(
         if not chosen:
             parser.error(f"unknown entry '{given.only}'; known: {', '.join(entries)}")
         for name in chosen:
-            record(name, entries[name], Machine(torch.device(given.device)), shapes, given.rounds, lines)
-            print(f"{name}: {json.dumps(read_lines(lines)[-1]['result'])}", flush=True)
+            line = record(name, entries[name], Machine(torch.device(given.device)), shapes, given.rounds, lines)
+            print(f"{name}: {json.dumps(line['result'])}", flush=True)
     write_page(page, read_lines(lines), shapes)
     return 0
 
@@ -325,8 +325,8 @@ def record(
     rounds: int | None,
     lines: Path,
     script: str = "benchmarks/bench.py",
-) -> None:
-    """Measure one entry of a script; its line replaces the one that the same kind of device gave before."""
+) -> dict[str, Any]:
+    """Measure one entry of a script; its line, which is returned, replaces the one that the same kind of device gave before."""
     made_by = circumstances()
     began, threads = time.monotonic(), torch.get_num_threads()
     device = torch.cuda.get_device_name(machine.device) if machine.device.type == "cuda" else "cpu"
@@ -349,6 +349,7 @@ def record(
     text = "".join(json.dumps(each) + "\n" for each in [*kept, line])
     lines.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(lines, lambda file: file.write_text(text))
+    return line
 
 
 def write_page(page: Path, lines: Sequence[dict[str, Any]], shapes: Mapping[str, Shape] = SHAPES) -> None:

@@ -371,8 +371,7 @@ def main(
             make_photos(photos)
             for name, entry in entries.items():
                 if given.only in (None, name):
-                    record(name, entry, shapes, given, photos, lines)
-                    (line,) = (line for line in read_lines(lines) if line["name"] == name)
+                    line = record(name, entry, shapes, given, photos, lines)
                     print(f"{name}: {json.dumps(line['sides'])}", flush=True)
     replace_part(page, BEGIN, END, tables(read_lines(lines), shapes))
     return 0
@@ -380,8 +379,8 @@ def main(
 
 def record(
     name: str, entry: Mapping[str, Any], shapes: Mapping[str, Mapping[str, Any]], given: Any, photos: Path, lines: Path
-) -> None:
-    """Measure one entry; its line replaces the one of that name."""
+) -> dict[str, Any]:
+    """Measure one entry; its line, which is returned, replaces the one of that name."""
     made_by, began = circumstances(), time.monotonic()
     comparable = given.before is not None and entry["kind"] in ("step", "start")
     sources = {"before": given.before.resolve()} if comparable else {}
@@ -413,6 +412,7 @@ def record(
     text = "".join(json.dumps(each) + "\n" for each in in_order)
     lines.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(lines, lambda file: file.write_text(text))
+    return line
 
 
 def tables(lines: Sequence[Mapping[str, Any]], shapes: Mapping[str, Mapping[str, Any]] = SHAPES) -> str:

@@ -562,8 +562,8 @@ def main(
         if not chosen:
             parser.error(f"unknown entry '{given.only}'; known: {', '.join(entries)}")
         for name in chosen:
-            record(name, entries[name], Machine(torch.device(given.device)), shapes, given.rounds, lines, SCRIPT)
-            print(f"{name}: {json.dumps(read_lines(lines)[-1]['result'])}", flush=True)
+            line = record(name, entries[name], Machine(torch.device(given.device)), shapes, given.rounds, lines, SCRIPT)
+            print(f"{name}: {json.dumps(line['result'])}", flush=True)
     write_page(page, read_lines(lines), shapes)
     return 0
 

@@ -23,7 +23,7 @@ def main(folder: Path, file: Path, batch_size: int, rounds: int) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     images = torch.rand(max(batch_size, 2), model.patch_embed.proj.in_channels, *model.patch_embed.img_size)
     with torch.inference_mode():
-        expected = model(images)[:batch_size]
+        expected = model(images)[:batch_size]  # two at least are exported: a single one would fix the batch size
     feed = {"images": images[:batch_size].numpy()}
     sessions, seconds = {}, {layout: [] for layout in LAYOUTS}
     with tempfile.TemporaryDirectory(dir=file.absolute().parent) as scratch:
