@@ -1,8 +1,8 @@
-"""The published command line of P3B, handed to `p3b.cli`."""
+"""The published command line of P3B, handed to `p3b.commands.command_line`."""
 
 import sys
 
-from p3b.cli import published_main
+from p3b.commands.command_line import published_main
 
 if __name__ == "__main__":
     sys.exit(published_main())

@@ -31,8 +31,8 @@ from measured import (
     settings,
     spread_cell,
 )
-from p3b.config import CompareConfig
-from p3b.series import Run
+from p3b.run.options import CompareConfig
+from p3b.run.series import Run
 from records import RESULTS
 
 RATIOS = (0.9, 0.75)

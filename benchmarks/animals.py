@@ -87,7 +87,7 @@ def measure_speed(work: Path) -> None:
     import torch
 
     import p3b
-    from p3b.bench import images_per_second
+    from p3b.deploy.speed import images_per_second
 
     folders = {"dense": "dense/dense", "P3B, 50 % pruned": "p3b-50/pruned", "P3B, 75 % pruned": "p3b-75/pruned"}
     models = [p3b.load(work / folder) for folder in folders.values()]

@@ -32,9 +32,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 import p3b
-from p3b.files import write_atomically
 from p3b.scoring.estimators import ESTIMATORS
 from p3b.scoring.ridge import SOLVE_EVERY
+from p3b.storage.files import write_atomically
 from p3b.vit.attention import choose_attention
 from records import RESULTS, ROOT, circumstances, machine_of, packages_of, read_lines, replace_part, revision_of, versions
 

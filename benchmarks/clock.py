@@ -27,7 +27,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from p3b.files import write_atomically
+from p3b.storage.files import write_atomically
 from records import RESULTS, ROOT, circumstances, machine_of, packages_of, read_lines, replace_part, revision_of, versions
 
 LINES = RESULTS / "clock.jsonl"
@@ -55,9 +55,9 @@ STEPS = 3
 """Steps that are timed, after one that is not."""
 START_UP = {
     "import p3b": "import p3b",
-    "p3b --help": "from p3b.cli import main; main(['--help'])",
-    "p3b train --help": "from p3b.cli import main; main(['train', '--help'])",
-    "the commands and all that they import": "import p3b.commands",
+    "p3b --help": "from p3b.commands.command_line import main; main(['--help'])",
+    "p3b train --help": "from p3b.commands.command_line import main; main(['train', '--help'])",
+    "the commands and all that they import": "import p3b.commands.prune",
 }
 ENTRIES: dict[str, dict[str, Any]] = {
     "animals-train-fp32": {"kind": "step", "shape": "animals", "precision": "fp32", "prune": False},
@@ -307,7 +307,7 @@ def measure_start(source: Path, photos: Path) -> dict[str, Any]:
             "--epochs", "1", "--model", "vit_tiny_patch16_224", "--model-kwargs", "img_size=32", "patch_size=8", "embed_dim=24",
             "depth=2", "num_heads=3", "--num-workers", "0", "--device", "cpu", "--output-dir", f"{work}/run",
         ]  # fmt: skip
-        scripts = {**START_UP, "a run of one step": f"from p3b.cli import main; main({flags!r})"}
+        scripts = {**START_UP, "a run of one step": f"from p3b.commands.command_line import main; main({flags!r})"}
         found = {}
         for name, script in scripts.items():
             before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()

@@ -35,10 +35,10 @@ from torch import Tensor
 
 from animals import MODEL, NORMALIZATION, RECIPE
 from bench import CYCLES, Machine, Shape, Training, take_turns
-from p3b.commands import prune
-from p3b.config import DemoConfig, PruneConfig
+from p3b.commands.demo import demo_configs
+from p3b.commands.prune import prune
 from p3b.core.masks import rank_scores
-from p3b.demo.run import demo_configs
+from p3b.run.options import DemoConfig, PruneConfig
 from p3b.scoring.estimator import BenefitEstimator, Criterion
 from p3b.scoring.estimators import ESTIMATORS, ProbeSettings
 from records import RESULTS, ROOT, add_line, circumstances, read_lines, replace_part, versions

@@ -31,16 +31,16 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from p3b.bench import images_per_second
 from p3b.core.allocation import keep_ratios
-from p3b.deploy import CANDIDATES, with_layout
-from p3b.files import write_atomically
+from p3b.deploy.choice import CANDIDATES, with_layout
+from p3b.deploy.layouts import LAYOUTS
+from p3b.deploy.speed import images_per_second
 from p3b.methods.base import BlockShares
+from p3b.storage.files import write_atomically
 from p3b.vit.attention import choose_attention
 from p3b.vit.compact import apply_cuts, plan_cuts
 from p3b.vit.cost import count_macs, count_parameters, dense_params
 from p3b.vit.layout import DEFAULT_DIMS, read_layout
-from p3b.vit.layouts import LAYOUTS
 from records import RESULTS, ROOT, circumstances, packages_of, read_lines, revision_of, versions
 
 LINES = RESULTS / "layouts.jsonl"

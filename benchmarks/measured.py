@@ -1,9 +1,9 @@
 """What the measured table and the ablations share: one recipe, runs that are recorded once, and pages made of the record.
 
 A study is a list of runs of `p3b train` and `p3b prune` on real transfer: `source_vit`, trained on CIFAR-10's vehicles, moves
-to its six animals. They are carried out by the machinery of `p3b compare` (`p3b.series`) in one folder for all studies, so that
-a warm-up is trained once, a run that is done is not run again, and one that was interrupted goes on. Each adds one JSON line to
-the record of its study; a page is made of these lines alone. One process at a time works in the folder.
+to its six animals. They are carried out by the machinery of `p3b compare` (`p3b.run.series`) in one folder for all studies, so
+that a warm-up is trained once, a run that is done is not run again, and one that was interrupted goes on. Each adds one JSON
+line to the record of its study; a page is made of these lines alone. One process at a time works in the folder.
 
 The choice of images and epochs: 10,000 of the training images, one epoch of dense training (shared by all runs that can
 share it), one in which the parameters go and one of fine-tuning, in batches of 32 so that an epoch has 312 steps. With 3,000
@@ -32,17 +32,17 @@ import tyro
 from timm.models.vision_transformer import VisionTransformer
 
 from animals import AUGMENTATION, MODEL, NORMALIZATION
-from p3b import artifact
-from p3b.bench import images_per_second
-from p3b.cli import STOPPED, USER_ERROR
-from p3b.config import CompareConfig
-from p3b.deploy import with_layout
+from p3b.commands.command_line import STOPPED, USER_ERROR
+from p3b.commands.settings import command_line
+from p3b.deploy.choice import with_layout
+from p3b.deploy.speed import images_per_second
 from p3b.errors import BudgetError, ConfigError, Stopped, UserError
-from p3b.files import write_atomically
-from p3b.inputs import open_model, open_splits
-from p3b.series import SMALLER, SPEED_BATCHES, Run, config_of, open_series, shared_warm_ups
-from p3b.session import PRODUCTS
-from p3b.settings import command_line
+from p3b.run.inputs import open_model, open_splits
+from p3b.run.options import CompareConfig
+from p3b.run.series import SMALLER, SPEED_BATCHES, Run, config_of, open_series, shared_warm_ups
+from p3b.run.stage import PRODUCTS
+from p3b.storage import saved_model as artifact
+from p3b.storage.files import write_atomically
 from p3b.train.distributed import Processes
 from p3b.vit.cost import count_macs, count_parameters
 from records import RESULTS, add_line, read_lines

@@ -33,10 +33,10 @@ from measured import (
     settings,
     spread_cell,
 )
-from p3b.compare import plan
-from p3b.config import CompareConfig
+from p3b.commands.compare import plan
 from p3b.report.comparison import draw_comparison, summarise
-from p3b.series import DENSE, SMALLER, SPEED_BATCHES, Run
+from p3b.run.options import CompareConfig
+from p3b.run.series import DENSE, SMALLER, SPEED_BATCHES, Run
 
 METHODS = (P3B, "random", "uniform", "magnitude", "taylor", "wdpruning", "savit")
 RATIOS = (0.9, 0.75, 0.5)

@@ -2,7 +2,7 @@
 
     python scripts/pretrain_glyphs.py
 
-takes a few minutes on two CPU cores and writes `glyph_vit.safetensors` and `glyph_vit.json` into `src/p3b/demo`.
+takes a few minutes on two CPU cores and writes `glyph_vit.safetensors` and `glyph_vit.json` into `src/p3b/data`.
 Every training image is rendered for one step and never comes back, so there are no epochs and nothing to memorise;
 accuracy is measured on renders of another seed. The same seed on the same machine, with the same number of threads and
 the same versions, gives the same weights to the last bit.
@@ -30,7 +30,7 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
 
-from p3b.demo.glyphs import CLASS_NAMES, render_glyphs
+from p3b.data.glyphs import CLASS_NAMES, render_glyphs
 
 SIZE = 16
 MODEL_NAME = "vit_tiny_patch16_224"
@@ -44,7 +44,7 @@ MODEL_KWARGS: dict[str, Any] = {
 }
 MEAN, STD = 0.5, 0.5
 HELD_OUT_IMAGES = 4100
-DEMO_FOLDER = Path(__file__).resolve().parents[1] / "src" / "p3b" / "demo"
+DEMO_FOLDER = Path(__file__).resolve().parents[1] / "src" / "p3b" / "data"
 
 
 def main(
@@ -84,7 +84,7 @@ def main(
         "params": sum(p.numel() for p in model.parameters()),
         "classes": CLASS_NAMES,
         "normalization": {"mean": [MEAN] * 3, "std": [STD] * 3},
-        "trained_on": f"{steps * batch_size} letters rendered by p3b.demo.glyphs, grey repeated to RGB, each seen once",
+        "trained_on": f"{steps * batch_size} letters rendered by p3b.data.glyphs, grey repeated to RGB, each seen once",
         "training": {"optimizer": "adamw", "steps": steps, "batch_size": batch_size, "learning_rate": learning_rate},
         "seed": seed,
         "command": shlex.join(["python", "scripts/pretrain_glyphs.py", *sys.argv[1:]]),

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 import p3b
-from p3b.cli import main, published_main
+from p3b.commands.command_line import main, published_main
 from p3b.train.checkpoint import Checkpoints
 
 COLOURS = ("blue", "green", "red")
@@ -81,17 +81,17 @@ def brief(*, figures: bool = False) -> Iterator[None]:
     """Everything is real, but what takes longer than a tiny run itself: throughput is measured more briefly, and figures are
     drawn only where a test looks at them.
     """
-    import p3b.commands
-    import p3b.series
-    import p3b.session
+    import p3b.commands.prune
+    import p3b.run.series
+    import p3b.run.stage
 
-    measure = partial(p3b.commands.images_per_second, rounds=1, seconds_per_round=0.0)
+    measure = partial(p3b.commands.prune.images_per_second, rounds=1, seconds_per_round=0.0)
     with pytest.MonkeyPatch.context() as patch:
-        for module in (p3b.commands, p3b.series):
+        for module in (p3b.commands.prune, p3b.run.series):
             patch.setattr(module, "images_per_second", measure)
-        patch.setattr(p3b.commands, "choose_layout", partial(p3b.commands.choose_layout, seconds=0.0))
+        patch.setattr(p3b.commands.prune, "choose_layout", partial(p3b.commands.prune.choose_layout, seconds=0.0))
         if not figures:
-            patch.setattr(p3b.session.Session, "draw_figures", lambda _session: [])
+            patch.setattr(p3b.run.stage.Session, "draw_figures", lambda _session: [])
         yield
 
 

@@ -17,10 +17,10 @@ import pytest
 import torch
 
 from faults import child, kills
-from p3b.cli import STOPPED, USER_ERROR
-from p3b.session import explain
+from p3b.commands.command_line import STOPPED, USER_ERROR
+from p3b.run.folder import StageFolder
+from p3b.run.stage import explain
 from p3b.train.distributed import lost_process
-from p3b.train.run_folder import StageFolder
 from runs import MODEL, everything_in, flags, last_checkpoint, lines, run, same_tensors, weights
 
 RANDOM = ("--epochs", "3", "--prune-start-epoch", "1", "--finetune-epochs", "2", "--drop-path", "0.3", "--lr", "0.05")
@@ -178,9 +178,9 @@ def test_two_runs_are_kept_out_of_one_folder(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The first holds the lock until it is gone, however it goes; the second leaves everything as it is."""
-    import p3b.train.run_folder
+    import p3b.run.folder
 
-    monkeypatch.setattr(p3b.train.run_folder, "WAIT_FOR_LOCK", 0.1)
+    monkeypatch.setattr(p3b.run.folder, "WAIT_FOR_LOCK", 0.1)
 
     def hold() -> int:
         folder = StageFolder(tmp_path, "train")
@@ -226,7 +226,7 @@ def test_a_full_disk_stops_the_run_with_its_cause_and_keeps_the_last_checkpoint(
 
     def starved() -> int:
         sys.stderr = told.open("w")
-        real, calls = kills.p3b.files.flush_to_disk, 0
+        real, calls = kills.p3b.storage.files.flush_to_disk, 0
 
         def fills(path: Path) -> None:
             nonlocal calls
@@ -235,7 +235,7 @@ def test_a_full_disk_stops_the_run_with_its_cause_and_keeps_the_last_checkpoint(
             if calls == 1:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2))
 
-        kills.p3b.files.flush_to_disk = fills
+        kills.p3b.storage.files.flush_to_disk = fills
         status = run("train", *given)
         sys.stderr.flush()
         return status
@@ -280,7 +280,7 @@ def test_a_rank_that_dies_takes_the_run_down_and_the_launcher_starts_it_again(da
     """Without restarts: the other rank ends soon, says why, and the checkpoint stays to go on from."""
     given = ["prune", "--data-path", str(data), "--output-dir", str(tmp_path / "out"), *MODEL, *RANDOM]
     more = ["--device", "cpu", "--num-workers", "0", "--batch-size", "2", "--timeout-minutes", "0.2"]
-    trap = "rank:1:call:p3b.part._Part._end_epoch:2"
+    trap = "rank:1:call:p3b.run.training._Part._end_epoch:2"
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
     began = time.monotonic()
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
 if __name__ == "__main__":  # a script finds its own folder only, not its package and not the builders of the tests
     sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests")]
 
-from p3b.files import write_atomically  # noqa: E402
+from p3b.storage.files import write_atomically  # noqa: E402
 from records import (  # noqa: E402 (the path comes first)
     RESULTS,
     add_line,

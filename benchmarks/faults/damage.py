@@ -32,12 +32,12 @@ import torch
 from torch import Tensor, nn
 
 import p3b
-from p3b.artifact import CONFIG_FILE, WEIGHTS_FILE, save_checkpoint
 from p3b.errors import UserError
+from p3b.storage.saved_model import CONFIG_FILE, WEIGHTS_FILE, save_checkpoint
+from p3b.storage.weights import read_weights
 from p3b.train.checkpoint import Checkpoints
 from p3b.vit.compact import apply_cuts, plan_cuts
 from p3b.vit.layout import read_layout
-from p3b.weights import read_weights
 from tiny import random_masks, tiny_vit
 
 SECONDS, MEGABYTES = 10.0, 500.0

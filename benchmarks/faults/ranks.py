@@ -31,7 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import p3b
 from p3b.data import Preprocessing, open_data
-from p3b.session import evaluate_split
+from p3b.run.stage import evaluate_split
 from p3b.train.distributed import Processes, process_group
 from p3b.train.optim import Precision
 from runs import CALM, PHASES, colour_folders, flags, lines, run

@@ -12,10 +12,10 @@ __version__ = "0.1.0"
 __all__ = ["Pruner", "Schedule", "count_macs", "count_parameters", "load", "save", "with_layout"]
 
 if TYPE_CHECKING:
-    from p3b.artifact import load, save
     from p3b.core.schedule import Schedule
-    from p3b.deploy import with_layout
+    from p3b.deploy.choice import load, with_layout
     from p3b.pruner import Pruner
+    from p3b.storage.saved_model import save
     from p3b.vit.cost import count_macs, count_parameters
 
 _HOME = {
@@ -23,9 +23,9 @@ _HOME = {
     "Schedule": "p3b.core.schedule",
     "count_macs": "p3b.vit.cost",
     "count_parameters": "p3b.vit.cost",
-    "load": "p3b.artifact",
-    "save": "p3b.artifact",
-    "with_layout": "p3b.deploy",
+    "load": "p3b.deploy.choice",
+    "save": "p3b.storage.saved_model",
+    "with_layout": "p3b.deploy.choice",
 }
 
 

@@ -2,6 +2,6 @@
 
 import sys
 
-from p3b.cli import main
+from p3b.commands.command_line import main
 
 sys.exit(main())

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 import p3b
-from p3b.commands import METHOD_OPTIONS, method_options_of
-from p3b.config import PruneConfig, PruneOptions, RunOptions
+from p3b.commands.prune import METHOD_OPTIONS, method_options_of
 from p3b.errors import BudgetError, ConfigError, TrainingError, WeightsError
 from p3b.methods import METHODS, create_method, method_options
 from p3b.methods.base import Decision, overall_keep_ratio
 from p3b.methods.global_score import GlobalRanking, find_cut, normalised_by_gate
 from p3b.methods.uniform import EqualShares
+from p3b.run.options import PruneConfig, PruneOptions, RunOptions
 from p3b.scoring.criteria import by_gate
 from p3b.scoring.scores import MagnitudeScores, RandomScores
 from p3b.vit.cost import block_params, dense_params, kept_params

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 import p3b
-from p3b.commands import method_options_of
-from p3b.config import PruneConfig, PruneOptions
+from p3b.commands.prune import method_options_of
 from p3b.errors import BudgetError, ConfigError, TrainingError, WeightsError
 from p3b.methods import METHOD_DIMS, create_method
 from p3b.methods.base import Decision
 from p3b.methods.wdpruning import WDPruning, default_lr, width_cost
+from p3b.run.options import PruneConfig, PruneOptions
 from p3b.vit.compact import branch_shapes
 from p3b.vit.cost import count_parameters, dense_params, kept_params
 from p3b.vit.gates import Gates

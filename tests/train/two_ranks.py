@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import p3b
-import p3b.part
-import p3b.session
-from p3b.cli import main
+import p3b.run.stage
+import p3b.run.training
+from p3b.commands.command_line import main
 from p3b.data import Preprocessing, open_data
 from p3b.errors import TrainingError
 from p3b.methods import METHODS
-from p3b.session import evaluate_split
+from p3b.run.stage import evaluate_split
 from p3b.train.distributed import Processes, all_reduce_mean, all_reduce_sum, gather, process_group
 from p3b.train.loop import EpochProgress, Learner, train_epoch
 from p3b.train.losses import TrainingLoss
@@ -158,7 +158,7 @@ def a_step_that_is_not_finite_on_one_rank(out: Path) -> None:
 
 def resuming(out: Path) -> None:
     """With the random states of both ranks, stopping and going on equals never stopping."""
-    save = p3b.part.save_checkpoint
+    save = p3b.run.training.save_checkpoint
 
     def save_and_stop(*given: Any, **progress: Any) -> None:
         save(*given, **progress)
@@ -166,10 +166,10 @@ def resuming(out: Path) -> None:
 
     given = ("--epochs", "2", "--drop-path", "0.3", "--batch-size", "2", "--lr", "0.1")
     assert main(["train", *flags(out / "data", out / "whole", *given)]) == 0
-    p3b.part.save_checkpoint = save_and_stop
+    p3b.run.training.save_checkpoint = save_and_stop
     with contextlib.suppress(KeyboardInterrupt):
         main(["train", *flags(out / "data", out / "stopped", *given)])
-    p3b.part.save_checkpoint = save
+    p3b.run.training.save_checkpoint = save
     assert not (out / "stopped" / "dense").exists()
     assert main(["train", *flags(out / "data", out / "stopped", *given, "--resume")]) == 0
     assert same_tensors(weights(out / "whole" / "dense"), weights(out / "stopped" / "dense"))

@@ -20,12 +20,13 @@ from torch import Tensor, nn
 import p3b
 from faults.damage import sealed
 from p3b import methods
-from p3b.artifact import CONFIG_FILE, read_config, save_checkpoint
+from p3b.deploy.layouts import LAYOUTS, apply_layout, plan_layout
 from p3b.errors import ConfigError, ModelError, WeightsError
 from p3b.methods.base import BlockDecision, Decision, ScoreMethod
-from p3b.models import build_model
 from p3b.scoring.criteria import magnitude, taylor
 from p3b.scoring.scores import RandomScores
+from p3b.storage.models import build_model
+from p3b.storage.saved_model import CONFIG_FILE, read_config, save_checkpoint
 from p3b.vit.architecture import describe_dense
 from p3b.vit.compact import ConstantBranch, NoBranch, ReadChannels, WriteChannels, apply_cuts, branch_shapes, plan_cuts
 from p3b.vit.cost import (
@@ -43,7 +44,6 @@ from p3b.vit.cost import (
 )
 from p3b.vit.gates import Gates
 from p3b.vit.layout import DEFAULT_DIMS, DIMS, ModelLayout, read_layout
-from p3b.vit.layouts import LAYOUTS, apply_layout, plan_layout
 from tiny import DISTILLED, VARIANTS, images, labels, parameters_of, tiny_vit
 
 Masks = dict[str, Tensor]

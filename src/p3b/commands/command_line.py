@@ -1,0 +1,145 @@
+"""The command line: `p3b <command>`, and the published `main.py`. Torch is imported only when a command runs."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from p3b.errors import Stopped, UserError, unknown_name
+from p3b.run.options import CompareConfig, DemoConfig, EvaluateConfig, FinetuneConfig, PruneConfig, SweepConfig, TrainConfig
+
+USER_ERROR, STOPPED, INTERRUPTED = 2, 75, 130
+"""75 is EX_TEMPFAIL of sysexits.h: nothing is wrong, try again."""
+
+
+PUBLISHED_FLAGS = {"--classifiers": "--wd-classifiers", "--classifier-choose": "--wd-classifier-choose"}
+"""Flags of other methods' published command lines, and what they are called here."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command: its settings, what it is for, where it is carried out ("module:function"), and how it goes on when stopped."""
+
+    config: type
+    purpose: str
+    target: str
+    goes_on: str = "--resume goes on"
+
+
+AGAIN = "the same command goes on"
+
+COMMANDS: dict[str, Command] = {
+    "demo": Command(DemoConfig, "the whole job on embedded data, in minutes", "p3b.commands.demo:run_demo"),
+    "train": Command(TrainConfig, "transfer a dense model to a data set", "p3b.commands.prune:train"),
+    "prune": Command(PruneConfig, "transfer and prune on the way, and fine-tune", "p3b.commands.prune:prune"),
+    "finetune": Command(FinetuneConfig, "train a small model further", "p3b.commands.prune:finetune"),
+    "compare": Command(
+        CompareConfig,
+        "methods x prune ratios x seeds, in one table",
+        "p3b.commands.compare:compare",
+        AGAIN,
+    ),
+    "sweep": Command(SweepConfig, "several budgets, or the largest that loses little", "p3b.commands.sweep:sweep", AGAIN),
+    "evaluate": Command(EvaluateConfig, "accuracy, size and speed of a saved model", "p3b.commands.prune:evaluate_saved"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`p3b <command> [flags]`: returns the exit status; 0 done, 2 what a user can mend, 75 stopped and saved, 130 cut short."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if not given or given[0] in ("-h", "--help"):
+        print(_usage())
+        return 0
+    if given[0] == "--version":
+        from p3b import __version__
+
+        print(f"p3b {__version__}")
+        return 0
+    name, *flags = given
+    if name not in COMMANDS:
+        print(f"p3b: {unknown_name('command', name, COMMANDS)}", file=sys.stderr)
+        return USER_ERROR
+    return run_command(name, flags, prog=f"p3b {name}")
+
+
+def published_main(arguments: Sequence[str] | None = None) -> int:
+    """The published command line (main.py): the flags say which command is meant."""
+    flags = list(sys.argv[1:] if arguments is None else arguments)
+    given = {flag.split("=")[0].replace("_", "-") for flag in flags if flag.startswith("--")}
+    if "--eval" in given:
+        return run_command("evaluate", [flag for flag in flags if flag != "--eval"], prog="main.py --eval")
+    if "--prune-method" in given:
+        return run_command("prune", flags, prog="main.py --prune-method ...")
+    name = "finetune" if "--resize-model-by-checkpoint" in given else "train"
+    return run_command(name, flags, prog="main.py")
+
+
+def run_command(name: str, flags: Sequence[str], prog: str) -> int:
+    """Parse the flags of a command and carry it out."""
+    import tyro
+
+    command = COMMANDS[name]
+    try:
+        given = [*_flags_of_file(command, flags), *map(_our_name, flags)]
+        config: Any = tyro.cli(command.config, args=given, prog=prog, config=(tyro.conf.OmitArgPrefixes,))
+        _load(command.target)(config)
+    except UserError as error:
+        if int(os.environ.get("RANK", 0)) == 0:  # every rank meets the same mistake; one says so
+            print(f"p3b {name}: {error}", file=sys.stderr, flush=True)
+        return USER_ERROR
+    except Stopped as stop:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"p3b {name}: {stop}; {command.goes_on}.", file=sys.stderr, flush=True)
+        return STOPPED
+    except KeyboardInterrupt:
+        print(f"p3b {name}: interrupted; the last checkpoint is kept, {command.goes_on}.", file=sys.stderr, flush=True)
+        return INTERRUPTED
+    return 0
+
+
+def _our_name(word: str) -> str:
+    """A word of the command line, with the name that a published flag has here."""
+    flag, equals, value = word.partition("=")
+    name = flag.replace("_", "-")
+    return PUBLISHED_FLAGS[name] + equals + value if name in PUBLISHED_FLAGS else word
+
+
+def _flags_of_file(command: Command, flags: Sequence[str]) -> list[str]:
+    """The settings in the file that --config names, as flags; nothing for a command without that flag.
+
+    Raises:
+        ConfigError: the file cannot be used.
+    """
+    if command.config is not CompareConfig:
+        return []
+    from p3b.commands.settings import flags_of_file
+
+    files = [flag.split("=", 1)[1] for flag in flags if flag.startswith("--config=")]
+    files += [file for flag, file in pairwise(flags) if flag == "--config"]
+    return [word for file in files for word in flags_of_file(command.config, Path(file))]
+
+
+def _load(target: str) -> Callable[[Any], Any]:
+    import importlib
+
+    module, function = target.split(":")
+    loaded: Callable[[Any], Any] = getattr(importlib.import_module(module), function)
+    return loaded
+
+
+def _usage() -> str:
+    lines = [f"  {name:<9} {command.purpose}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "P3B: make a pretrained Vision Transformer small while it moves to your images.",
+            "",
+            "usage: p3b <command> [flags]      p3b <command> --help shows the flags",
+            "",
+            *lines,
+        ]
+    )

@@ -1,0 +1,102 @@
+"""`p3b compare`: methods x prune ratios x seeds on one data set, run after run, into one table."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from p3b.commands.prune import METHOD_OPTIONS
+from p3b.errors import ComparisonError, ConfigError
+from p3b.methods import METHODS, method_options
+from p3b.report.comparison import read_lines, write_report
+from p3b.run.options import CompareConfig, PhaseOptions, check
+from p3b.run.screen import Display
+from p3b.run.series import DENSE, SMALLER, Run, config_of, finished, open_inputs, open_series, shared_warm_ups, show_tables
+from p3b.train.distributed import Processes
+
+
+def plan(config: CompareConfig) -> list[Run]:
+    """All runs in their order: seed by seed, and for each seed the dense one first, so that a table of use is there early.
+
+    Raises:
+        ConfigError: an unknown method (with the nearest known ones), a ratio or a seed out of range or given twice.
+    """
+    asked = config.compare
+    methods = list(asked.methods or METHODS)
+    for name in methods:
+        method_options(name)  # refuses an unknown one
+    for ratio in asked.prune_ratios:
+        if not 0 <= ratio < 1:
+            raise ConfigError(f"--prune-ratios must lie in [0, 1), got {ratio}: each is the share of parameters that goes.")
+    for flag, values in (("methods", methods), ("prune-ratios", asked.prune_ratios), ("seeds", asked.seeds)):
+        if not values or len(set(values)) != len(values):
+            raise ConfigError(f"--{flag} is {' '.join(map(str, values)) or 'empty'}; expected at least one, each once.")
+    rows = ([SMALLER] if asked.smaller else []) + methods
+    return [
+        run
+        for seed in asked.seeds
+        for run in (Run(DENSE, None, seed), *(Run(row, ratio, seed) for ratio in asked.prune_ratios for row in rows))
+    ]
+
+
+def compare(config: CompareConfig) -> list[Path]:
+    """Carry out what is not done yet, measure the speed of all models, and write the tables; returns the files of these.
+
+    Raises:
+        UserError: settings that cannot be used, before anything is written.
+        ComparisonError: some runs failed; all others are done.
+        Stopped: a signal asked for it; the same call goes on.
+    """
+    out, fmt = config.run.output_dir, config.run.figure_format
+    if out is None:
+        raise ConfigError("--output-dir is missing: the folder that everything is written to.")
+    if config.compare.table_only:
+        return _report(out, fmt, Display(int(os.environ.get("RANK", 0)) == 0))
+    runs = plan(config)
+    require_taken(config, runs)
+    for run in runs:
+        check(config_of(config, run))
+
+    def require(processes: Processes, lines: list[dict[str, Any]]) -> None:
+        if {run.name for run in runs} - finished(lines).keys():
+            open_inputs(config, processes)
+
+    with open_series(config, "compare", shared_warm_ups(config, runs), require) as series:
+        failed, written = [], []
+        try:
+            for number, run in enumerate(runs, start=1):
+                line = series.carry_out(run, f"run {number} of {len(runs)}: {run}")
+                failed += [run.name] if line["status"] == "failed" else []
+            series.measure_speed()
+        finally:
+            if series.is_main and series.lines:
+                written = _report(out, fmt, series.display)
+        if failed:
+            raise ComparisonError(
+                f"{len(failed)} of {len(runs)} runs failed: {', '.join(failed)}. What each met with stands in "
+                f"{out / 'compare.md'}; the others are done. The same command tries them again."
+            )
+        return written
+
+
+def _report(out: Path, fmt: str, display: Display) -> list[Path]:
+    """Write the tables and show them."""
+    written = write_report(out, fmt)
+    show_tables(read_lines(out), written, "comparison", display)
+    return written
+
+
+def require_taken(config: CompareConfig, runs: Sequence[Run]) -> None:
+    """Refuse a setting that none of the methods takes: it would be ignored."""
+    defaults = PhaseOptions()
+    taken = {option for run in runs if run.stage == "prune" for option in method_options(run.row)}
+    for setting, option in METHOD_OPTIONS.items():
+        value = getattr(config.prune, setting, None)
+        if option not in taken and value is not None and value != getattr(defaults, setting):
+            takers = [name for name in METHODS if option in method_options(name)]
+            raise ConfigError(
+                f"--{setting.replace('_', '-')} {value} means nothing to the methods that are compared, only to "
+                f"{', '.join(takers)}; leave it out."
+            )

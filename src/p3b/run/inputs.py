@@ -1,0 +1,156 @@
+"""From options to what a run works on: data, model, preprocessing. Everything that can be wrong with them is found here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from p3b.data import Augmentation, DataSplits, Preprocessing, default_num_workers, open_data
+from p3b.errors import ConfigError, WeightsError
+from p3b.run.options import AugmentOptions, DataOptions, ModelOptions, TrainingOptions
+from p3b.storage import saved_model as artifact
+from p3b.storage.models import build_model, parse_model_kwargs
+from p3b.storage.weights import LoadReport
+from p3b.train.distributed import Processes, wait_for_all
+from p3b.train.losses import TrainingLoss, task_loss
+from p3b.vit.layout import require_vision_transformer
+
+DEFAULT_CROP_PCT = 0.875
+"""256 resized, 224 cropped."""
+
+
+@dataclass(frozen=True)
+class OpenedModel:
+    """A model ready to train, what was found when its weights were loaded, and how its images must be prepared."""
+
+    model: VisionTransformer
+    report: LoadReport | None
+    preprocessing: Preprocessing
+    class_names: tuple[str, ...] | None
+    """Of the saved model that it was loaded from, where there is one."""
+
+
+def open_splits(options: DataOptions, seed: int, processes: Processes) -> DataSplits:
+    """The data set's parts, on every rank; a download is the main one's alone, the others find what it brought."""
+    if options.download and not processes.is_main:
+        wait_for_all()
+    splits = open_data(
+        options.data_set,
+        options.data_path,
+        val_path=options.val_path,
+        test_path=options.test_path,
+        val_share=options.val_share,
+        seed=seed,
+        download=options.download,
+        max_train_images=options.max_train_images,
+        skip_unreadable=options.skip_unreadable,
+    )
+    if options.download and processes.is_main:
+        wait_for_all()
+    return splits
+
+
+def num_workers(options: DataOptions, processes: Processes, device: torch.device) -> int:
+    """Worker processes of a loader: as many as asked for, else what fits the machine."""
+    if options.num_workers is not None:
+        return options.num_workers
+    return default_num_workers(processes.local_world_size, device.type == "cpu")
+
+
+def open_model(options: ModelOptions, num_classes: int, seed: int) -> OpenedModel:
+    """Build the model for so many classes and load its weights.
+
+    Raises:
+        ModelError, WeightsError, ConfigError: see `p3b.storage.models.build_model`; also where a saved shape is asked for
+            and the weights have none.
+    """
+    path = options.model_path
+    saved = artifact.read_config(path) if path is not None and artifact.is_artifact(path) else None
+    if options.resize_model_by_checkpoint and saved is None:
+        raise WeightsError(
+            f"{options.model_path} is not a model that p3b saved, so it has no shape to resize to. Give run/pruned or "
+            "run/first_sparse_checkpoint.pth, or leave --resize-model-by-checkpoint out."
+        )
+    kwargs = parse_model_kwargs(options.model_kwargs)
+    size = options.input_size
+    if size is not None and kwargs.setdefault("img_size", size) != size:
+        raise ConfigError(f"--input-size {size} contradicts --model-kwargs img_size={kwargs['img_size']}.")
+    model, report = build_model(
+        options.model,
+        num_classes=num_classes,
+        model_kwargs=kwargs,
+        pretrained=options.model_pretrained,
+        weights=options.model_path,
+        drop_path=options.drop_path,
+        seed=seed,
+    )
+    vit = require_vision_transformer(model)
+    class_names = tuple(saved["class_names"]) if saved and saved["class_names"] else None
+    return OpenedModel(vit, report, _preprocessing(options, vit, saved), class_names)
+
+
+def augmentation(options: AugmentOptions) -> Augmentation:
+    """Options of the command line as the data room takes them."""
+    return Augmentation(
+        auto_augment=options.aa,
+        color_jitter=options.color_jitter,
+        erasing_probability=options.reprob,
+        erasing_mode=options.remode,
+        erasing_count=options.recount,
+        interpolation=options.train_interpolation,
+        scale=options.crop_scale,
+        horizontal_flip=options.hflip,
+        repeats=3 if options.repeated_aug else 1,
+        enabled=options.augment,
+    )
+
+
+def training_loss(options: TrainingOptions, model: VisionTransformer, num_classes: int, device: torch.device) -> TrainingLoss:
+    """Task loss and, where asked for, the distance to a teacher.
+
+    Raises:
+        WeightsError: the teacher's head is for other classes, or it is a saved model for other images.
+    """
+    task = task_loss(soft_targets=options.mixup > 0 or options.cutmix > 0, smoothing=options.smoothing)
+    teacher = None
+    if options.teacher_model is not None:
+        teacher, report = build_model(
+            options.teacher_model,
+            num_classes=num_classes,
+            model_kwargs={"img_size": tuple(model.patch_embed.img_size)},  # it sees the student's images
+            pretrained=options.teacher_path is None,
+            weights=options.teacher_path,
+        )
+        if report is not None and (unknown := report.replaced + report.missing):
+            raise WeightsError(f"The teacher must know the same {num_classes} classes: {'; '.join(unknown)}")
+        teacher.requires_grad_(False).to(device).eval()
+    loss = TrainingLoss(task, teacher, options.distillation_type, options.distillation_alpha, options.distillation_tau)
+    answer_teacher_apart(model, enable=teacher is not None)
+    return loss
+
+
+def answer_teacher_apart(model: nn.Module, enable: bool) -> None:
+    """Let a distilled DeiT answer with two logits in training, one for the task and one for the teacher."""
+    if callable(separate := getattr(model, "set_distilled_training", None)):
+        separate(enable)
+
+
+def _preprocessing(options: ModelOptions, model: VisionTransformer, saved: Mapping[str, Any] | None) -> Preprocessing:
+    """How images are prepared: as the flags say, else as the saved model says, else as timm says of the pretrained one."""
+    height, width = model.patch_embed.img_size
+    size = (model.patch_embed.proj.in_channels, height, width)
+    of_saved = (saved or {}).get("preprocessing") or {}
+    known = of_saved or getattr(model, "pretrained_cfg", None) or {}
+    return Preprocessing(
+        input_size=size,
+        mean=tuple(options.mean or known.get("mean", IMAGENET_DEFAULT_MEAN)),
+        std=tuple(options.std or known.get("std", IMAGENET_DEFAULT_STD)),
+        interpolation="bicubic",
+        crop_pct=options.crop_pct or of_saved.get("crop_pct", DEFAULT_CROP_PCT),
+    )
