@@ -32,7 +32,7 @@ from measured import (
     spread_cell,
 )
 from p3b.run.options import CompareConfig
-from p3b.run.series import Run
+from p3b.run.series_plan import Run
 from records import RESULTS
 
 RATIOS = (0.9, 0.75)

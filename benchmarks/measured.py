@@ -33,14 +33,18 @@ from timm.models.vision_transformer import VisionTransformer
 
 from animals import AUGMENTATION, MODEL, NORMALIZATION
 from p3b.commands.command_line import STOPPED, USER_ERROR
-from p3b.commands.settings import command_line
+from p3b.commands.prune import prune
+from p3b.commands.train import train
 from p3b.deploy.choice import with_layout
 from p3b.deploy.speed import images_per_second
 from p3b.errors import BudgetError, ConfigError, Stopped, UserError
+from p3b.run.flags import command_line
 from p3b.run.inputs import open_model, open_splits
 from p3b.run.options import CompareConfig
-from p3b.run.series import SMALLER, SPEED_BATCHES, Run, config_of, open_series, shared_warm_ups
-from p3b.run.stage import PRODUCTS
+from p3b.run.products import PRODUCTS
+from p3b.run.series import Commands, open_series
+from p3b.run.series_plan import SMALLER, Run, config_of, shared_warm_ups
+from p3b.run.series_speed import SPEED_BATCHES
 from p3b.storage import saved_model as artifact
 from p3b.storage.files import write_atomically
 from p3b.train.distributed import Processes
@@ -175,7 +179,7 @@ def carry_out(study: Study, config: CompareConfig, only: str, record: Path, comm
         references.append(open_model(config.model, classes, seed).model)
 
     wrong = []
-    with open_series(config, SERIES, shared_warm_ups(config, planned), require) as series:
+    with open_series(config, SERIES, shared_warm_ups(config, planned), Commands(train, prune), require) as series:
         for number, run in enumerate(due, start=1):
             found = series.carry_out(run, f"run {number} of {len(due)}: {run}")
             try:

@@ -36,7 +36,8 @@ from measured import (
 from p3b.commands.compare import plan
 from p3b.report.comparison import draw_comparison, summarise
 from p3b.run.options import CompareConfig
-from p3b.run.series import DENSE, SMALLER, SPEED_BATCHES, Run
+from p3b.run.series_plan import DENSE, SMALLER, Run
+from p3b.run.series_speed import SPEED_BATCHES
 
 METHODS = (P3B, "random", "uniform", "magnitude", "taylor", "wdpruning", "savit")
 RATIOS = (0.9, 0.75, 0.5)

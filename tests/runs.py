@@ -82,16 +82,17 @@ def brief(*, figures: bool = False) -> Iterator[None]:
     drawn only where a test looks at them.
     """
     import p3b.commands.prune
-    import p3b.run.series
-    import p3b.run.stage
+    import p3b.run.final_table
+    import p3b.run.records
+    import p3b.run.series_speed
 
-    measure = partial(p3b.commands.prune.images_per_second, rounds=1, seconds_per_round=0.0)
+    measure = partial(p3b.run.final_table.images_per_second, rounds=1, seconds_per_round=0.0)
     with pytest.MonkeyPatch.context() as patch:
-        for module in (p3b.commands.prune, p3b.run.series):
+        for module in (p3b.run.final_table, p3b.run.series_speed):
             patch.setattr(module, "images_per_second", measure)
         patch.setattr(p3b.commands.prune, "choose_layout", partial(p3b.commands.prune.choose_layout, seconds=0.0))
         if not figures:
-            patch.setattr(p3b.run.stage.Session, "draw_figures", lambda _session: [])
+            patch.setattr(p3b.run.records.Records, "draw", lambda _records, _figure_format: [])
         yield
 
 

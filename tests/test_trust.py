@@ -18,8 +18,8 @@ import torch
 
 from faults import child, kills
 from p3b.commands.command_line import STOPPED, USER_ERROR
+from p3b.run.failures import explain
 from p3b.run.folder import StageFolder
-from p3b.run.stage import explain
 from p3b.train.distributed import lost_process
 from runs import MODEL, everything_in, flags, last_checkpoint, lines, run, same_tensors, weights
 
@@ -124,7 +124,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_said_so(data: Path, undisturbed
     newest = sorted((tmp_path / "prune" / "checkpoints").iterdir())[-1]
     newest.write_bytes(newest.read_bytes()[:-1])
     assert run("prune", *given, "--resume") == 0
-    assert f"passed over: {newest.name} has changed" in (tmp_path / "prune" / "log.txt").read_text()
+    assert f"skipped a damaged checkpoint: {newest.name} has changed" in (tmp_path / "prune" / "log.txt").read_text()
     assert not kills._differences(undisturbed, tmp_path)
 
 
@@ -280,7 +280,7 @@ def test_a_rank_that_dies_takes_the_run_down_and_the_launcher_starts_it_again(da
     """Without restarts: the other rank ends soon, says why, and the checkpoint stays to go on from."""
     given = ["prune", "--data-path", str(data), "--output-dir", str(tmp_path / "out"), *MODEL, *RANDOM]
     more = ["--device", "cpu", "--num-workers", "0", "--batch-size", "2", "--timeout-minutes", "0.2"]
-    trap = "rank:1:call:p3b.run.training._Part._end_epoch:2"
+    trap = "rank:1:call:p3b.run.training.Training._end_epoch:2"
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
     began = time.monotonic()
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -28,7 +28,8 @@ from typing import Any
 
 import torch
 
-import p3b.commands.prune
+import p3b.run.final_table
+import p3b.run.records
 import p3b.run.stage
 import p3b.run.training
 import p3b.storage.files
@@ -44,7 +45,7 @@ def set_trap(trap: str) -> None:
     if kind == "none" or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
         return None
     if kind == "clock":
-        return _before(p3b.run.stage.Session, "begin", 1, lambda: _kill_in(float(rest)))
+        return _before(p3b.run.stage.Stage, "begin", 1, lambda: _kill_in(float(rest)))
     if kind == "write":
         return _before(p3b.storage.files, "flush_to_disk", 2 * int(rest) - 1, _halve_and_kill)
     if kind == "rename":
@@ -61,8 +62,8 @@ def set_trap(trap: str) -> None:
 def run(arguments: list[str]) -> int:
     """Exit status of `p3b` with these arguments; everything is real, but throughput is measured more briefly."""
     torch.set_num_threads(1)
-    p3b.commands.prune.images_per_second = partial(p3b.commands.prune.images_per_second, rounds=1, seconds_per_round=0.0)
-    p3b.run.stage.Session.draw_figures = lambda _session: []
+    p3b.run.final_table.images_per_second = partial(p3b.run.final_table.images_per_second, rounds=1, seconds_per_round=0.0)
+    p3b.run.records.Records.draw = lambda _records, _figure_format: []
     return main(arguments)
 
 

@@ -47,7 +47,7 @@ TRAPS = (
     *("clock", "clock", "clock", "write", "rename", "renamed", "clock"),
     *("call:p3b.pruner.Pruner.shrink", "call:p3b.pruner.Pruner.decide_last", "call:p3b.storage.saved_model.save", "clock"),
     *("call:p3b.storage.saved_model.save_checkpoint", "call:p3b.run.folder.StageFolder.append_line", "write"),
-    *("call:p3b.run.stage.Session.write_summary", "clock"),
+    *("call:p3b.run.stage.Stage.write_summary", "clock"),
 )
 _WORDS = {
     "clock": "at a random moment",
@@ -59,7 +59,7 @@ _WORDS = {
     "call:p3b.storage.saved_model.save": "before the small model is saved",
     "call:p3b.storage.saved_model.save_checkpoint": "before the sparse checkpoint or the best epoch is saved",
     "call:p3b.run.folder.StageFolder.append_line": "before a line of the metrics is written",
-    "call:p3b.run.stage.Session.write_summary": "before the summary is written",
+    "call:p3b.run.stage.Stage.write_summary": "before the summary is written",
 }
 _MOST_WRITES = 24
 _KILLED = "failed (exitcode: -9)"

@@ -31,7 +31,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import p3b
 from p3b.data import Preprocessing, open_data
-from p3b.run.stage import evaluate_split
+from p3b.run.evaluation import evaluate_part
+from p3b.run.machine import Machine
 from p3b.train.distributed import Processes, process_group
 from p3b.train.optim import Precision
 from runs import CALM, PHASES, colour_folders, flags, lines, run
@@ -252,8 +253,9 @@ def evaluation(number: int, draw: random.Random, work: Path) -> dict[str, Any]:
     preprocessing, precision = Preprocessing((3, 16, 16), (0.5,) * 3, (0.5,) * 3), Precision(torch.device("cpu"), None)
 
     def evaluate(world: Processes) -> list[dict[str, float]]:
+        machine, size = Machine(world, precision.device, precision), {"batch_size": batch_size, "num_workers": 0}
         return [
-            asdict(evaluate_split(model, part, preprocessing, precision, world, batch_size, 0, shared))
+            asdict(evaluate_part(model, part, preprocessing, machine, **size, shared=shared))
             for part in (test.subset(torch.tensor(order[:size]).numpy()) for size in sizes)
             for shared in (True, False)
         ]

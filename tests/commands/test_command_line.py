@@ -208,7 +208,7 @@ def test_the_budget_over_blocks_alone(data: Path, tmp_path: Path) -> None:
     others = 19347 - blocks
     assert kept["blocks"] == pytest.approx(0.7 * blocks, abs=300)
     assert kept["all"] == pytest.approx(0.7 * 19347 - others, abs=300)
-    assert "the prune ratio counts the blocks alone" in (tmp_path / "blocks" / "prune" / "log.txt").read_text()
+    assert "the prune ratio applies to the blocks only" in (tmp_path / "blocks" / "prune" / "log.txt").read_text()
 
 
 def test_finalizing_before_the_last_epoch_leaves_the_rest_to_fine_tuning(data: Path, tmp_path: Path) -> None:
@@ -222,9 +222,9 @@ def test_finalizing_before_the_last_epoch_leaves_the_rest_to_fine_tuning(data: P
 @pytest.mark.parametrize(
     ("start", "sparse", "final", "schedule"),
     [
-        ("25%", "75%", None, "starts at 3, is sparse at 9, final at 12"),
-        ("2steps", "5 steps", "3", "starts at 2, is sparse at 5, final at 9"),
-        ("0.5 epochs", "2", "10steps", "starts at 2, is sparse at 6, final at 12"),
+        ("25%", "75%", None, "starts at 3, reaches its target at 9, ends at 12"),
+        ("2steps", "5 steps", "3", "starts at 2, reaches its target at 5, ends at 9"),
+        ("0.5 epochs", "2", "10steps", "starts at 2, reaches its target at 6, ends at 12"),
     ],
 )
 def test_durations_in_percent_steps_and_epochs(

@@ -19,7 +19,7 @@ import torch
 
 import p3b
 import p3b.commands.compare
-import p3b.run.series
+import p3b.run.records
 import p3b.run.stage
 from p3b.commands.command_line import STOPPED, USER_ERROR
 from p3b.commands.compare import plan
@@ -27,6 +27,7 @@ from p3b.errors import ConfigError, ModelError
 from p3b.methods import METHODS
 from p3b.report.comparison import read_lines, summarise, table, write_report
 from p3b.run.options import CompareConfig, CompareOptions
+from p3b.run.same_settings import comparable
 from p3b.vit.architecture import describe_dense
 from p3b.vit.smaller import cut_evenly, evenly_spaced, smaller_architecture
 from runs import colour_folders, everything_in, flags, lines, read, run, same_tensors, weights
@@ -121,8 +122,8 @@ def test_interrupted_and_continued_is_as_never_interrupted(
 ) -> None:
     """Once in the middle of training, once while a run is wound up, by each signal that asks to stop."""
 
-    def stop_at(place: str, method: str, number: int) -> None:
-        whole, calls = getattr(p3b.run.stage.Session, method), []
+    def stop_at(place: str, owner: type, method: str, number: int) -> None:
+        whole, calls = getattr(owner, method), []
 
         def stopping(self: Any, *given: Any) -> Any:
             if place in str(self.folder.root) and not calls:
@@ -130,11 +131,11 @@ def test_interrupted_and_continued_is_as_never_interrupted(
                 os.kill(os.getpid(), number)
             return whole(self, *given)
 
-        monkeypatch.setattr(p3b.run.stage.Session, method, stopping)
+        monkeypatch.setattr(owner, method, stopping)
 
     given = flags(data, tmp_path, *TWO)
-    stop_at("smaller", "log_epoch", signal.SIGTERM)
-    stop_at("block_benefit", "write_summary", signal.SIGINT)
+    stop_at("smaller", p3b.run.records.Records, "log_epoch", signal.SIGTERM)
+    stop_at("block_benefit", p3b.run.stage.Stage, "write_summary", signal.SIGINT)
     assert run("compare", *given) == STOPPED
     assert "the same command goes on" in capsys.readouterr().err
     assert [line["name"] for line in runs_of(tmp_path)] == NAMES[:1]
@@ -209,7 +210,7 @@ def test_a_yaml_file_says_what_flags_say_and_flags_win(tmp_path: Path, monkeypat
     by_flags = parsed(monkeypatch, *said)
     by_file = parsed(monkeypatch, "--config", str(file))
     assert by_file.compare.config == file
-    assert p3b.run.series.comparable(by_file, 1) == p3b.run.series.comparable(by_flags, 1)
+    assert comparable(by_file, 1) == comparable(by_flags, 1)
     assert plan(by_file) == plan(by_flags) and by_file.run == by_flags.run
     assert by_file.augment.aa is None and by_file.training.lr == 1e-3 and by_file.compare.seeds == (7,)
     over = parsed(monkeypatch, "--seeds", "1", "2", f"--config={file}", "--epochs", "9", "--repeated-aug")

@@ -74,7 +74,7 @@ def pruned(published: dict[str, str]) -> Path:
     """The output folder of the first published command line."""
     said = launch(PRUNE, published, *SMALL)
     out = Path(published["OUTPUT_DIR"])
-    assert "2 process(es) on cpu" in said
+    assert "2 processes on cpu" in said
     assert said.count("epoch  50/50") == 1, "one process speaks"
     return out
 

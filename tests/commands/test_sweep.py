@@ -17,10 +17,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import p3b.run.stage
+import p3b.run.records
 from p3b.commands.command_line import STOPPED, USER_ERROR
-from p3b.commands.sweep import candidates, grid, judge, largest, middle
 from p3b.errors import ConfigError
+from p3b.run.bisection import candidates, grid, judge, largest, middle
 from runs import colour_folders, everything_in, flags, lines, read, run, same_tensors, weights
 
 QUICK = ("--epochs", "2", "--prune-start-epoch", "4steps", "--finetune-epochs", "1", "--prune-method", "uniform")
@@ -149,7 +149,7 @@ def test_interrupted_and_continued_is_as_never_interrupted(
     data: Path, swept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Once in the warm-up, once in the middle of a budget."""
-    whole, stops = p3b.run.stage.Session.log_epoch, ["warm-ups", "uniform-0.6"]
+    whole, stops = p3b.run.records.Records.log_epoch, ["warm-ups", "uniform-0.6"]
 
     def stopping(self: Any, *more: Any) -> Any:
         if stops and stops[0] in str(self.folder.root):
@@ -157,7 +157,7 @@ def test_interrupted_and_continued_is_as_never_interrupted(
             os.kill(os.getpid(), signal.SIGTERM)
         return whole(self, *more)
 
-    monkeypatch.setattr(p3b.run.stage.Session, "log_epoch", stopping)
+    monkeypatch.setattr(p3b.run.records.Records, "log_epoch", stopping)
     asked = flags(data, tmp_path, *TWO)
     for done in (1, 2):
         assert run("sweep", *asked) == STOPPED

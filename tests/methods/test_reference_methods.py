@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 import p3b
-from p3b.commands.prune import METHOD_OPTIONS, method_options_of
 from p3b.errors import BudgetError, ConfigError, TrainingError, WeightsError
 from p3b.methods import METHODS, create_method, method_options
 from p3b.methods.base import Decision, overall_keep_ratio
 from p3b.methods.global_score import GlobalRanking, find_cut, normalised_by_gate
 from p3b.methods.uniform import EqualShares
-from p3b.run.options import PruneConfig, PruneOptions, RunOptions
+from p3b.run.method_options import METHOD_OPTIONS, method_options_of
+from p3b.run.options import PruneOptions
 from p3b.scoring.criteria import by_gate
 from p3b.scoring.scores import MagnitudeScores, RandomScores
 from p3b.vit.cost import block_params, dense_params, kept_params
@@ -578,7 +578,7 @@ def test_every_method_takes_what_all_take_and_nothing_that_it_does_not_know() ->
 
 
 def _options(**changed: Any) -> dict[str, Any]:
-    return method_options_of(PruneConfig(prune=PruneOptions(**changed)))
+    return method_options_of(PruneOptions(**changed), seed=0)
 
 
 def test_the_command_hands_a_method_what_it_takes_and_refuses_what_it_would_ignore() -> None:
@@ -643,5 +643,4 @@ def test_the_seed_of_a_run_is_the_seed_of_the_draw() -> None:
     drawn = [RandomScores(layout, seed).of_interval() for seed in (5, 5, 6)]
     assert torch.equal(drawn[0], drawn[1])
     assert not torch.equal(drawn[0], drawn[2])
-    config = PruneConfig(prune=PruneOptions(prune_method="random"), run=RunOptions(seed=5))
-    assert method_options_of(config)["seed"] == 5
+    assert method_options_of(PruneOptions(prune_method="random"), seed=5)["seed"] == 5

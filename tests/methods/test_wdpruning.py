@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 import p3b
-from p3b.commands.prune import method_options_of
 from p3b.errors import BudgetError, ConfigError, TrainingError, WeightsError
 from p3b.methods import METHOD_DIMS, create_method
 from p3b.methods.base import Decision
 from p3b.methods.wdpruning import WDPruning, default_lr, width_cost
-from p3b.run.options import PruneConfig, PruneOptions
+from p3b.run.method_options import method_options_of
+from p3b.run.options import PruneOptions
 from p3b.vit.compact import branch_shapes
 from p3b.vit.cost import count_parameters, dense_params, kept_params
 from p3b.vit.gates import Gates
@@ -439,7 +439,7 @@ def test_a_cut_that_takes_more_than_the_ratio_is_refused() -> None:
 
 
 def test_the_command_knows_the_options_by_both_names(data: Path, tmp_path: Path) -> None:
-    assert method_options_of(PruneConfig(prune=PruneOptions(prune_method="wdpruning", wd_classifiers=(8, 10)))) == {
+    assert method_options_of(PruneOptions(prune_method="wdpruning", wd_classifiers=(8, 10)), seed=0) == {
         "blocks_only": False, "round_to": 1, "classifiers": (8, 10), "lambda_lr": 10.0,
     }  # fmt: skip
     short = ("--epochs", "2", "--prune-start-epoch", "0", "--finetune-epochs", "1", *CALM, "--prune-method", "wdpruning")

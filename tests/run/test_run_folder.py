@@ -70,7 +70,7 @@ def test_prune_leaves_its_run_folder(pruned_run: Path) -> None:
     log = (stage / "log.txt").read_text()
     for said in (
         "19,347 parameters",
-        "pruning starts at 3, is sparse at 5, final at 9",
+        "pruning starts at 3, reaches its target at 5, ends at 9",
         "epoch   5/5",
         "images per second",
         str(stage),

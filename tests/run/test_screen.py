@@ -7,20 +7,21 @@ from pathlib import Path
 
 import pytest
 
-from p3b.run.screen import Display
+from p3b.run.options import RunOptions
+from p3b.run.screen import Screen, open_screen
 
 
-def say_everything(display: Display, log: Path) -> None:
-    display.log_to(log)
-    display.say("loss [3/4] 0.5")
-    display.table("small against dense", ("", "dense"), [("parameters", "1,234")])
-    with display.progress(10, 0), display.library_messages():
-        display.advance(3, "sparsify")
+def say_everything(screen: Screen, log: Path) -> None:
+    screen.log_to(log)
+    screen.say("loss [3/4] 0.5")
+    screen.table("small against dense", ("", "dense"), [("parameters", "1,234")])
+    with screen.progress(10, 0), screen.library_messages():
+        screen.advance(3, "sparsify")
         logging.getLogger("p3b.data").warning("Skipped an image")
 
 
 def test_the_main_rank_says_it_on_screen_and_in_the_log(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    say_everything(Display(is_main=True), tmp_path / "log.txt")
+    say_everything(Screen(is_main=True), tmp_path / "log.txt")
     screen, log = capsys.readouterr().out, (tmp_path / "log.txt").read_text()
     for text in (screen, log):
         assert "loss [3/4] 0.5" in text and "1,234" in text and "small against dense" in text and "Skipped an image" in text
@@ -28,15 +29,39 @@ def test_the_main_rank_says_it_on_screen_and_in_the_log(tmp_path: Path, capsys: 
 
 
 def test_other_ranks_are_silent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    say_everything(Display(is_main=False), tmp_path / "log.txt")
+    say_everything(Screen(is_main=False), tmp_path / "log.txt")
     assert capsys.readouterr().out == ""
     assert not (tmp_path / "log.txt").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "shown"),
+    [
+        (RunOptions(), "progress warning table"),
+        (RunOptions(quiet=True), "warning table"),
+        (RunOptions(verbose=True), "detail progress warning table"),
+    ],
+)
+def test_the_level_decides_what_is_shown_and_the_log_has_everything(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: RunOptions, shown: str
+) -> None:
+    screen = open_screen(options, is_main=True)
+    screen.log_to(tmp_path / "log.txt")
+    screen.detail("detail")
+    screen.say("progress")
+    screen.warn("warning")
+    screen.table("table", ("", "dense"), [("parameters", "1,234")])
+    logged = (tmp_path / "log.txt").read_text()
+    kinds = ("detail", "progress", "warning", "table")
+    assert all(kind in logged for kind in kinds) and "1,234" in logged
+    found = capsys.readouterr().out
+    assert " ".join(kind for kind in kinds if kind in found) == shown
 
 
 def test_library_messages_end_with_their_block(tmp_path: Path) -> None:
     logger = logging.getLogger("p3b")
     before = list(logger.handlers)
-    with pytest.raises(KeyError), Display(is_main=True).library_messages():
+    with pytest.raises(KeyError), Screen(is_main=True).library_messages():
         assert len(logger.handlers) == len(before) + 1
         raise KeyError
     assert logger.handlers == before

@@ -11,12 +11,12 @@ import pytest
 import torch
 import tyro
 
-from p3b.commands.prune import prune, train_warm_up
+from p3b.commands.prune import prune
 from p3b.errors import ConfigError, RunFolderError
 from p3b.methods import own_in_warm_up
 from p3b.run.inputs import open_model
 from p3b.run.options import PruneConfig
-from p3b.run.warm_up import warm_up_name
+from p3b.run.warm_up import train_warm_up, warm_up_name
 from runs import brief, colour_folders, everything_in, flags, last_checkpoint, lines, read, same_tensors, weights
 
 RANDOM = ("--epochs", "3", "--finetune-epochs", "1", "--drop-path", "0.3", "--lr", "0.05")
@@ -165,8 +165,6 @@ def test_who_shares_is_named_and_nobody_else_does() -> None:
     assert probed != own_in_warm_up("block_benefit", {}) and probed != own_in_warm_up("block_benefit", {"probe_lr": 1e-3})
     assert own_in_warm_up("block_benefit", {"align": 8}) == own_in_warm_up("block_benefit", {})
     assert own_in_warm_up("a method to come", {}) is None
-    config = PruneConfig()
-    assert warm_up_name(config, {}) == "block_benefit-low_rank-seed0"
-    published = replace(config, prune=replace(config.prune, prune_method="block_pr"))
-    assert warm_up_name(published, {}) == "block_benefit-paper-seed0"
-    assert warm_up_name(replace(config, prune=replace(config.prune, prune_start_epoch="0%")), {}) is None
+    assert warm_up_name("block_benefit", {}, "5", seed=0) == "block_benefit-low_rank-seed0"
+    assert warm_up_name("block_pr", {}, "5", seed=0) == "block_benefit-paper-seed0"
+    assert warm_up_name("block_benefit", {}, "0%", seed=0) is None

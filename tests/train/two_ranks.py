@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import p3b
-import p3b.run.stage
 import p3b.run.training
 from p3b.commands.command_line import main
 from p3b.data import Preprocessing, open_data
 from p3b.errors import TrainingError
 from p3b.methods import METHODS
-from p3b.run.stage import evaluate_split
+from p3b.run.evaluation import evaluate_part
+from p3b.run.machine import Machine
 from p3b.train.distributed import Processes, all_reduce_mean, all_reduce_sum, gather, process_group
 from p3b.train.loop import EpochProgress, Learner, train_epoch
 from p3b.train.losses import TrainingLoss
@@ -54,7 +54,9 @@ def evaluation(out: Path) -> None:
     with process_group("cpu") as (processes, _):
         for part in (test, test.subset(torch.tensor([4]).numpy())):
             found = [
-                evaluate_split(model, part, preprocessing, FP32, ranks, 2, 0, shared)
+                evaluate_part(
+                    model, part, preprocessing, Machine(ranks, FP32.device, FP32), batch_size=2, num_workers=0, shared=shared
+                )
                 for ranks, shared in ((processes, True), (processes, False), (Processes(), False))
             ]
             assert {accuracy.images for accuracy in found} == {len(part)}

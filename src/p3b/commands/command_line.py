@@ -19,6 +19,7 @@ USER_ERROR, STOPPED, INTERRUPTED = 2, 75, 130
 
 PUBLISHED_FLAGS = {"--classifiers": "--wd-classifiers", "--classifier-choose": "--wd-classifier-choose"}
 """Flags of other methods' published command lines, and what they are called here."""
+SHORT_FLAGS = {"-v": "--verbose", "-q": "--quiet"}
 
 
 @dataclass(frozen=True)
@@ -35,9 +36,9 @@ AGAIN = "the same command goes on"
 
 COMMANDS: dict[str, Command] = {
     "demo": Command(DemoConfig, "the whole job on embedded data, in minutes", "p3b.commands.demo:run_demo"),
-    "train": Command(TrainConfig, "transfer a dense model to a data set", "p3b.commands.prune:train"),
+    "train": Command(TrainConfig, "transfer a dense model to a data set", "p3b.commands.train:train"),
     "prune": Command(PruneConfig, "transfer and prune on the way, and fine-tune", "p3b.commands.prune:prune"),
-    "finetune": Command(FinetuneConfig, "train a small model further", "p3b.commands.prune:finetune"),
+    "finetune": Command(FinetuneConfig, "train a small model further", "p3b.commands.finetune:finetune"),
     "compare": Command(
         CompareConfig,
         "methods x prune ratios x seeds, in one table",
@@ -45,7 +46,7 @@ COMMANDS: dict[str, Command] = {
         AGAIN,
     ),
     "sweep": Command(SweepConfig, "several budgets, or the largest that loses little", "p3b.commands.sweep:sweep", AGAIN),
-    "evaluate": Command(EvaluateConfig, "accuracy, size and speed of a saved model", "p3b.commands.prune:evaluate_saved"),
+    "evaluate": Command(EvaluateConfig, "accuracy, size and speed of a saved model", "p3b.commands.evaluate:evaluate"),
 }
 
 
@@ -103,7 +104,9 @@ def run_command(name: str, flags: Sequence[str], prog: str) -> int:
 
 
 def _our_name(word: str) -> str:
-    """A word of the command line, with the name that a published flag has here."""
+    """A word of the command line, with the name that a published or short flag has here."""
+    if word in SHORT_FLAGS:
+        return SHORT_FLAGS[word]
     flag, equals, value = word.partition("=")
     name = flag.replace("_", "-")
     return PUBLISHED_FLAGS[name] + equals + value if name in PUBLISHED_FLAGS else word

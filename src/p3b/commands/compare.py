@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from p3b.commands.prune import METHOD_OPTIONS
+from p3b.commands.prune import prune
+from p3b.commands.train import train
 from p3b.errors import ComparisonError, ConfigError
 from p3b.methods import METHODS, method_options
 from p3b.report.comparison import read_lines, write_report
-from p3b.run.options import CompareConfig, PhaseOptions, check
-from p3b.run.screen import Display
-from p3b.run.series import DENSE, SMALLER, Run, config_of, finished, open_inputs, open_series, shared_warm_ups, show_tables
+from p3b.run.method_options import require_taken
+from p3b.run.option_checks import check, check_screen
+from p3b.run.options import CompareConfig
+from p3b.run.screen import Screen, open_screen
+from p3b.run.series import Commands, open_inputs, open_series, show_tables
+from p3b.run.series_lines import finished
+from p3b.run.series_plan import DENSE, SMALLER, Run, config_of, is_pruned, shared_warm_ups
 from p3b.train.distributed import Processes
 
 
@@ -52,10 +56,11 @@ def compare(config: CompareConfig) -> list[Path]:
     out, fmt = config.run.output_dir, config.run.figure_format
     if out is None:
         raise ConfigError("--output-dir is missing: the folder that everything is written to.")
+    check_screen(config.run)
     if config.compare.table_only:
-        return _report(out, fmt, Display(int(os.environ.get("RANK", 0)) == 0))
+        return _report(out, fmt, open_screen(config.run, is_main=int(os.environ.get("RANK", 0)) == 0))
     runs = plan(config)
-    require_taken(config, runs)
+    require_taken(config.prune, [run.row for run in runs if is_pruned(run.row)])
     for run in runs:
         check(config_of(config, run))
 
@@ -63,7 +68,7 @@ def compare(config: CompareConfig) -> list[Path]:
         if {run.name for run in runs} - finished(lines).keys():
             open_inputs(config, processes)
 
-    with open_series(config, "compare", shared_warm_ups(config, runs), require) as series:
+    with open_series(config, "compare", shared_warm_ups(config, runs), Commands(train, prune), require) as series:
         failed, written = [], []
         try:
             for number, run in enumerate(runs, start=1):
@@ -72,7 +77,7 @@ def compare(config: CompareConfig) -> list[Path]:
             series.measure_speed()
         finally:
             if series.is_main and series.lines:
-                written = _report(out, fmt, series.display)
+                written = _report(out, fmt, series.screen)
         if failed:
             raise ComparisonError(
                 f"{len(failed)} of {len(runs)} runs failed: {', '.join(failed)}. What each met with stands in "
@@ -81,22 +86,8 @@ def compare(config: CompareConfig) -> list[Path]:
         return written
 
 
-def _report(out: Path, fmt: str, display: Display) -> list[Path]:
+def _report(out: Path, fmt: str, screen: Screen) -> list[Path]:
     """Write the tables and show them."""
     written = write_report(out, fmt)
-    show_tables(read_lines(out), written, "comparison", display)
+    show_tables(read_lines(out), written, "comparison", screen)
     return written
-
-
-def require_taken(config: CompareConfig, runs: Sequence[Run]) -> None:
-    """Refuse a setting that none of the methods takes: it would be ignored."""
-    defaults = PhaseOptions()
-    taken = {option for run in runs if run.stage == "prune" for option in method_options(run.row)}
-    for setting, option in METHOD_OPTIONS.items():
-        value = getattr(config.prune, setting, None)
-        if option not in taken and value is not None and value != getattr(defaults, setting):
-            takers = [name for name in METHODS if option in method_options(name)]
-            raise ConfigError(
-                f"--{setting.replace('_', '-')} {value} means nothing to the methods that are compared, only to "
-                f"{', '.join(takers)}; leave it out."
-            )

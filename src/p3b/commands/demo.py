@@ -12,7 +12,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from p3b.commands.prune import prune, train
+from p3b.commands.prune import prune
+from p3b.commands.train import train
 from p3b.run.options import (
     AugmentOptions,
     DataOptions,

@@ -1,27 +1,13 @@
-"""Settings written down: as the flags of a command line, and in a YAML file of the same names."""
+"""Settings in a YAML file, under the names of the flags."""
 
 from __future__ import annotations
 
-import shlex
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from p3b.errors import ConfigError, unknown_name
-
-
-def command_line(command: str, config: Any, leave_out: Sequence[str] = ()) -> str:
-    """The `p3b <command>` that gives this config, in one line; what is as by default is left out.
-
-    Args:
-        command: name of the command whose config class this is.
-        config: its settings.
-        leave_out: settings that are not shown.
-    """
-    defaults = dict(_settings(type(config)()))
-    changed = ((name, value) for name, value in _settings(config) if value != defaults[name] and name not in leave_out)
-    return shlex.join(["p3b", command, *(word for name, value in changed for word in _flag(name, value))])
+from p3b.run.flags import flag, settings_of
 
 
 def flags_of_file(config_class: type, file: Path) -> list[str]:
@@ -42,7 +28,7 @@ def flags_of_file(config_class: type, file: Path) -> list[str]:
         raise ConfigError(f"--config {file} cannot be read: {' '.join(str(error).split())[:300]}") from error
     if not isinstance(content, Mapping):
         raise ConfigError(f"--config {file} holds no settings; expected one 'name: value' a line, such as 'epochs: 30'.")
-    known = {name: value for name, value in _settings(config_class()) if name != "config"}
+    known = {name: value for name, value in settings_of(config_class()) if name != "config"}
     given: dict[str, list[str]] = {}
     for key, value in content.items():
         name = str(key).replace("-", "_")
@@ -53,26 +39,8 @@ def flags_of_file(config_class: type, file: Path) -> list[str]:
         if not _is_plain(value) or isinstance(value, bool) != isinstance(known[name], bool):
             expected = "true or false" if isinstance(known[name], bool) else "a number, a text or a list of these"
             raise ConfigError(f"--config {file}: {name} is {value!r}; expected {expected}.")
-        given[name] = _flag(name, value)
+        given[name] = flag(name, value)
     return [word for words in given.values() for word in words]
-
-
-def _settings(config: Any) -> Iterator[tuple[str, Any]]:
-    """Every setting of a config with its value, whatever group it stands in."""
-    for field in fields(config):
-        value = getattr(config, field.name)
-        if is_dataclass(value):
-            yield from _settings(value)
-        else:
-            yield field.name, value
-
-
-def _flag(name: str, value: Any) -> list[str]:
-    words = name.replace("_", "-")
-    if isinstance(value, bool):
-        return [f"--{words}" if value else f"--no-{words}"]
-    values = value if isinstance(value, (list, tuple)) else [value]
-    return [f"--{words}", *map(str, values)]
 
 
 def _is_plain(value: Any) -> bool:

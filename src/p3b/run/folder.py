@@ -50,6 +50,8 @@ class StageFolder:
         self.root, self.stage, self.path, self._products = root, stage, root / stage, products
         self.lines = dict.fromkeys(LINE_FILES, 0)
         """Lines that metrics.jsonl and blocks.jsonl have; part of every checkpoint."""
+        self.in_use = False
+        """Whether this run works in it: until then every rank meets the same errors."""
         self._lock = FileLock(root / ".lock")
 
     def claim(self, say: Callable[[str], object] = print) -> None:

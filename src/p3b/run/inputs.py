@@ -9,16 +9,14 @@ from typing import Any
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models.vision_transformer import VisionTransformer
-from torch import nn
 
-from p3b.data import Augmentation, DataSplits, Preprocessing, default_num_workers, open_data
+from p3b.data import DataSplits, Preprocessing, default_num_workers, open_data
 from p3b.errors import ConfigError, WeightsError
-from p3b.run.options import AugmentOptions, DataOptions, ModelOptions, TrainingOptions
-from p3b.storage import saved_model as artifact
+from p3b.run.options import DataOptions, ModelOptions
+from p3b.storage import saved_model
 from p3b.storage.models import build_model, parse_model_kwargs
 from p3b.storage.weights import LoadReport
-from p3b.train.distributed import Processes, wait_for_all
-from p3b.train.losses import TrainingLoss, task_loss
+from p3b.train.distributed import Processes, gather, wait_for_all
 from p3b.vit.layout import require_vision_transformer
 
 DEFAULT_CROP_PCT = 0.875
@@ -34,6 +32,26 @@ class OpenedModel:
     preprocessing: Preprocessing
     class_names: tuple[str, ...] | None
     """Of the saved model that it was loaded from, where there is one."""
+
+    def notes(self, options: ModelOptions, class_names: tuple[str, ...]) -> list[str]:
+        """Where the weights come from, every mismatch by name, and whether the head was trained for other classes.
+
+        Args:
+            options: that it was opened with.
+            class_names: of the data, as many as the head has outputs.
+        """
+        if self.report is not None:
+            lines = self.report.lines()
+        elif options.model_pretrained:
+            lines = [f"weights: timm's pretrained {options.model}"]
+        else:
+            lines = ["weights: none given, training starts from random ones"]
+        if self.class_names not in (None, class_names) and len(self.class_names or ()) == len(class_names):
+            lines.append(
+                f"the saved head was trained for other classes ({', '.join((self.class_names or ())[:5])} ...); it is kept and "
+                f"learns {', '.join(class_names[:5])} ..."
+            )
+        return lines
 
 
 def open_splits(options: DataOptions, seed: int, processes: Processes) -> DataSplits:
@@ -56,6 +74,12 @@ def open_splits(options: DataOptions, seed: int, processes: Processes) -> DataSp
     return splits
 
 
+def count_unreadable(splits: DataSplits) -> int:
+    """Images of all parts that some rank has found unreadable and skipped."""
+    parts = (part for part in (splits.train, splits.val, splits.test) if part is not None)
+    return len(set().union(*gather([name for part in parts for name in part.unreadable])))
+
+
 def num_workers(options: DataOptions, processes: Processes, device: torch.device) -> int:
     """Worker processes of a loader: as many as asked for, else what fits the machine."""
     if options.num_workers is not None:
@@ -71,7 +95,7 @@ def open_model(options: ModelOptions, num_classes: int, seed: int) -> OpenedMode
             and the weights have none.
     """
     path = options.model_path
-    saved = artifact.read_config(path) if path is not None and artifact.is_artifact(path) else None
+    saved = saved_model.read_config(path) if path is not None and saved_model.is_artifact(path) else None
     if options.resize_model_by_checkpoint and saved is None:
         raise WeightsError(
             f"{options.model_path} is not a model that p3b saved, so it has no shape to resize to. Give run/pruned or "
@@ -93,52 +117,6 @@ def open_model(options: ModelOptions, num_classes: int, seed: int) -> OpenedMode
     vit = require_vision_transformer(model)
     class_names = tuple(saved["class_names"]) if saved and saved["class_names"] else None
     return OpenedModel(vit, report, _preprocessing(options, vit, saved), class_names)
-
-
-def augmentation(options: AugmentOptions) -> Augmentation:
-    """Options of the command line as the data room takes them."""
-    return Augmentation(
-        auto_augment=options.aa,
-        color_jitter=options.color_jitter,
-        erasing_probability=options.reprob,
-        erasing_mode=options.remode,
-        erasing_count=options.recount,
-        interpolation=options.train_interpolation,
-        scale=options.crop_scale,
-        horizontal_flip=options.hflip,
-        repeats=3 if options.repeated_aug else 1,
-        enabled=options.augment,
-    )
-
-
-def training_loss(options: TrainingOptions, model: VisionTransformer, num_classes: int, device: torch.device) -> TrainingLoss:
-    """Task loss and, where asked for, the distance to a teacher.
-
-    Raises:
-        WeightsError: the teacher's head is for other classes, or it is a saved model for other images.
-    """
-    task = task_loss(soft_targets=options.mixup > 0 or options.cutmix > 0, smoothing=options.smoothing)
-    teacher = None
-    if options.teacher_model is not None:
-        teacher, report = build_model(
-            options.teacher_model,
-            num_classes=num_classes,
-            model_kwargs={"img_size": tuple(model.patch_embed.img_size)},  # it sees the student's images
-            pretrained=options.teacher_path is None,
-            weights=options.teacher_path,
-        )
-        if report is not None and (unknown := report.replaced + report.missing):
-            raise WeightsError(f"The teacher must know the same {num_classes} classes: {'; '.join(unknown)}")
-        teacher.requires_grad_(False).to(device).eval()
-    loss = TrainingLoss(task, teacher, options.distillation_type, options.distillation_alpha, options.distillation_tau)
-    answer_teacher_apart(model, enable=teacher is not None)
-    return loss
-
-
-def answer_teacher_apart(model: nn.Module, enable: bool) -> None:
-    """Let a distilled DeiT answer with two logits in training, one for the task and one for the teacher."""
-    if callable(separate := getattr(model, "set_distilled_training", None)):
-        separate(enable)
 
 
 def _preprocessing(options: ModelOptions, model: VisionTransformer, saved: Mapping[str, Any] | None) -> Preprocessing:

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from p3b.errors import Stopped
 from p3b.train.distributed import in_group
 
 SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
@@ -127,3 +128,25 @@ class Interruption:
 
 
 _WILL_STOP = "finishing the step and saving. (Ctrl-C once more stops at once.)"
+
+
+@contextmanager
+def stopped_by_signals() -> Iterator[None]:
+    """Raise `Stopped` at a signal, wherever the program is; while a run trains, it listens itself and ends its step first."""
+    if threading.current_thread() is not threading.main_thread():  # Python takes signals in the main thread alone
+        yield
+        return
+    process, taken = os.getpid(), False
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        nonlocal taken
+        if os.getpid() == process and not taken:  # a forked worker: the main process decides for it
+            taken = True
+            raise Stopped(f"stopped by {signal.Signals(number).name}; what is done is kept")
+
+    before = {number: signal.signal(number, stop) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

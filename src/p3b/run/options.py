@@ -10,8 +10,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from p3b.errors import ConfigError
-
 
 @dataclass(frozen=True)
 class DataOptions:
@@ -234,6 +232,10 @@ class MachineOptions:
     """Share the evaluation among processes; off: every process evaluates all images."""
     figure_format: Literal["png", "svg"] = "png"
     """Format of the figures."""
+    verbose: bool = False
+    """Show details of the run too (-v); log.txt always has them."""
+    quiet: bool = False
+    """Show warnings and the final table only (-q); log.txt has everything."""
 
 
 @dataclass(frozen=True)
@@ -365,77 +367,6 @@ class DemoConfig:
     """Seed of everything random."""
 
 
-def check(config: TrainConfig) -> None:
-    """Ranges and contradictions that can be seen without data or model.
-
-    Raises:
-        ConfigError: names the flag, what was got and what is expected.
-    """
-    training, run = config.training, config.run
-    _positive(epochs=training.epochs, batch_size=training.batch_size, grad_accum_steps=training.grad_accum_steps)
-    _positive(lr=training.lr)
-    _not_negative(min_lr=training.min_lr, warmup_epochs=training.warmup_epochs, weight_decay=training.weight_decay)
-    _not_negative(mixup=training.mixup, cutmix=training.cutmix, drop_path=config.model.drop_path, smoothing=training.smoothing)
-    for name, value in (("drop_path", config.model.drop_path), ("smoothing", training.smoothing)):
-        if value >= 1:
-            raise ConfigError(f"{_flag(name)} must lie in [0, 1), got {value}.")
-    if training.clip_grad is not None:
-        _positive(clip_grad=training.clip_grad)
-    if not 0 < training.model_ema_decay < 1:
-        raise ConfigError(f"--model-ema-decay must lie in (0, 1), got {training.model_ema_decay}.")
-    if training.warmup_epochs >= training.epochs and training.warmup_epochs > 0:
-        raise ConfigError(f"--warmup-epochs {training.warmup_epochs} leaves none of the {training.epochs} epochs.")
-    if (training.teacher_model is None) != (training.distillation_type == "none"):
-        raise ConfigError("Distillation needs both a teacher (--teacher-model) and a kind (--distillation-type soft or hard).")
-    if training.teacher_path is not None and training.teacher_model is None:
-        raise ConfigError(f"--teacher-path {training.teacher_path} needs --teacher-model, the teacher's timm name.")
-    _check_inputs(config.data, config.model, run)
-    if run.output_dir is None:
-        raise ConfigError("--output-dir is missing: the folder that everything is written to.")
-    _not_negative(checkpoint_minutes=run.checkpoint_minutes)
-    if run.resume and run.overwrite:
-        raise ConfigError("--resume and --overwrite contradict each other; give one of them.")
-    if config.model.resize_model_by_checkpoint and config.model.model_path is None:
-        raise ConfigError("--resize-model-by-checkpoint needs --model-path: the pruned model or first_sparse_checkpoint.pth.")
-    if isinstance(config, PruneConfig):
-        _not_negative(finetune_epochs=config.prune.finetune_epochs)
-        if config.prune.finetune_lr is not None:
-            _positive(finetune_lr=config.prune.finetune_lr)
-        _positive(align=config.prune.align)
-        if config.prune.prune_steps_update_mask is not None:
-            _positive(prune_steps_update_mask=config.prune.prune_steps_update_mask)
-        if config.model.resize_model_by_checkpoint:
-            raise ConfigError("A model that has been pruned already cannot be pruned again; use `p3b finetune` for it.")
-
-
-def check_evaluation(config: EvaluateConfig) -> None:
-    """The same for an evaluation.
-
-    Raises:
-        ConfigError: names the flag, what was got and what is expected.
-    """
-    _positive(batch_size=config.batch_size)
-    _check_inputs(config.data, config.model, config.run)
-    if config.run.resume:
-        raise ConfigError("An evaluation has nothing to resume: leave --resume out, or replace an earlier one by --overwrite.")
-
-
-def _check_inputs(data: DataOptions, model: ModelOptions, run: RunOptions) -> None:
-    if model.crop_pct is not None and not 0 < model.crop_pct <= 1:
-        raise ConfigError(f"--crop-pct must lie in (0, 1], got {model.crop_pct}.")
-    if data.num_workers is not None:
-        _not_negative(num_workers=data.num_workers)
-    if data.cache not in ("auto", "off"):
-        try:
-            _positive(cache=float(data.cache))
-            int(1e9 * float(data.cache))
-        except (ValueError, OverflowError):
-            raise ConfigError(f"--cache must be auto, off or a number of gigabytes, got {data.cache!r}.") from None
-    _positive(timeout_minutes=run.timeout_minutes)
-    if not 0 <= run.seed < 2**31:
-        raise ConfigError(f"--seed must lie in [0, 2**31), got {run.seed}.")
-
-
 def to_plain(config: object) -> dict[str, Any]:
     """A config as plain JSON values, flat flag names under their groups."""
 
@@ -449,19 +380,3 @@ def to_plain(config: object) -> dict[str, Any]:
         return value
 
     return plain(asdict(config))  # type: ignore[call-overload]
-
-
-def _positive(**values: float) -> None:
-    for name, value in values.items():
-        if not value > 0:
-            raise ConfigError(f"{_flag(name)} must be above 0, got {value}.")
-
-
-def _not_negative(**values: float) -> None:
-    for name, value in values.items():
-        if not value >= 0:
-            raise ConfigError(f"{_flag(name)} must be 0 or more, got {value}.")
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")

@@ -1,7 +1,8 @@
-"""What a run shows: a progress bar on a terminal, lines elsewhere, the same lines in log.txt. Silent on all but one rank."""
+"""What a run shows: a progress bar on a terminal, lines elsewhere, all lines in log.txt. Silent on all but one rank."""
 
 from __future__ import annotations
 
+import enum
 import logging
 import sys
 from collections.abc import Iterator, Sequence
@@ -13,15 +14,33 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from p3b.run.options import MachineOptions
+
 logger = logging.getLogger("p3b")
 
 
-class Display:
-    """Screen and log file of one process."""
+class Level(enum.IntEnum):
+    """How much is shown on the screen."""
 
-    def __init__(self, is_main: bool) -> None:
+    QUIET = 0
+    """Warnings and final tables."""
+    NORMAL = 1
+    """How the run goes, too."""
+    VERBOSE = 2
+    """Details, too."""
+
+
+class Screen:
+    """Screen and log file of one process.
+
+    Args:
+        is_main: the other processes show and log nothing.
+        level: of the screen; the log file gets everything.
+    """
+
+    def __init__(self, is_main: bool, level: Level = Level.NORMAL) -> None:
         self.console = Console(file=sys.stdout, quiet=not is_main, highlight=False)
-        self._is_main = is_main
+        self._is_main, self._level = is_main, level
         self._bar: Progress | None = None
         self._log: Path | None = None
 
@@ -30,17 +49,25 @@ class Display:
         self._log = file if self._is_main else None
 
     def say(self, line: str = "") -> None:
-        """One line for the screen and the log."""
-        self.console.print(line, markup=False, soft_wrap=True)
-        self._to_log(line)
+        """A line on how the run goes."""
+        self._show(line, Level.NORMAL)
+
+    def detail(self, line: str) -> None:
+        """A line for those who want to know more."""
+        self._show(line, Level.VERBOSE)
+
+    def warn(self, line: str) -> None:
+        """A line that is always shown."""
+        self._show(line, Level.QUIET)
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """A table for the screen and the log; the first column is text, the others are figures."""
-        table = Table(title=title, title_justify="left")
+        """A final table under its title; the first column is text, the others are figures. It is always shown."""
+        table = Table()
         for position, column in enumerate(columns):
             table.add_column(column, justify="left" if position == 0 else "right")
         for row in rows:
             table.add_row(*row)
+        self.warn(title)
         self.console.print(table)
         plain = Console(width=120, color_system=None, file=None, record=True, quiet=False, force_terminal=False)
         with plain.capture() as text:
@@ -49,8 +76,8 @@ class Display:
 
     @contextmanager
     def progress(self, total_steps: int, done_steps: int) -> Iterator[None]:
-        """A bar over the steps of a stage; only on a terminal."""
-        if not (self._is_main and self.console.is_terminal):
+        """A bar over the steps of a training; only on a terminal."""
+        if self._level is Level.QUIET or not (self._is_main and self.console.is_terminal):
             yield
             return
         columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TextColumn("left"))
@@ -81,7 +108,18 @@ class Display:
                 logger.removeHandler(handler)
                 handler.close()
 
+    def _show(self, line: str, level: Level) -> None:
+        if level <= self._level:
+            self.console.print(line, markup=False, soft_wrap=True)
+        self._to_log(line)
+
     def _to_log(self, text: str) -> None:
         if self._log is not None:
             with self._log.open("a") as file:
                 file.write(text.rstrip("\n") + "\n")
+
+
+def open_screen(run: MachineOptions, is_main: bool) -> Screen:
+    """The screen of a run, at the level that its options ask for."""
+    level = Level.VERBOSE if run.verbose else Level.QUIET if run.quiet else Level.NORMAL
+    return Screen(is_main, level)

@@ -25,8 +25,12 @@ from p3b.errors import ConfigError, RunFolderError
 from p3b.methods import own_in_warm_up
 from p3b.pruner import Pruner
 from p3b.run.folder import StageFolder
+from p3b.run.method_options import method_options_of
+from p3b.run.option_checks import check
 from p3b.run.options import PruneConfig, to_plain
-from p3b.run.stage import Session
+from p3b.run.prune_plan import plan_pruning
+from p3b.run.stage import Stage, finished_summary, open_stage
+from p3b.run.training import Epochs, train_epochs
 from p3b.train.checkpoint import Checkpoints, newest_for_all
 
 WARM_UP = "warm-up"
@@ -40,12 +44,35 @@ _PLACES = {"data_path", "val_path", "test_path", "model_path", "teacher_path", "
 """Settings that say where things lie, and how quickly they come: what lies there is compared instead."""
 
 
-def warm_up_name(config: PruneConfig, options: Mapping[str, Any]) -> str | None:
+def train_warm_up(config: PruneConfig) -> dict[str, Any]:
+    """Train the steps before pruning starts, for all runs that differ in the budget alone; returns the summary.
+
+    Args:
+        config: of one of these runs, with an output folder of the warm-up's own; the budget plays no part.
+    """
+    options = method_options_of(config.prune, config.run.seed)
+    check(config)
+    if (summary := finished_summary(config.run, WARM_UP)) is not None:
+        return summary
+    with open_stage(config, WARM_UP) as stage:
+        epochs, recipe = config.training.epochs, stage.recipe
+        plan = plan_pruning(config.prune, epochs, recipe.steps_per_epoch, recipe.options.grad_accum_steps)
+        pruner = Pruner(stage.model, config.prune.prune_ratio, config.prune.prune_method, plan.schedule, **options)
+        terms = depends_on(stage, config.prune.prune_method, options, plan.schedule)
+        checkpoint = stage.begin()
+        before_pruning = Epochs("prune", plan.epochs, config.training.lr, until=plan.schedule.start)
+        train_epochs(stage, stage.model, before_pruning, pruner=pruner, checkpoint=checkpoint)
+        return stage.write_summary({"steps": plan.schedule.start, DEPENDS_ON: terms})
+
+
+def warm_up_name(method: str, options: Mapping[str, Any], start: str, seed: int) -> str | None:
     """Name of the warm-up that a run may share with others, among runs that differ in method, its options, budget and seed.
 
     Args:
-        config: of the run.
-        options: that its method is built with.
+        method: name of it.
+        options: that it is built with.
+        start: when pruning starts, as of --prune-start-epoch.
+        seed: of the run.
 
     Returns:
         None where there is nothing to share: pruning starts at once, or the method has to be there from the first step on.
@@ -53,43 +80,40 @@ def warm_up_name(config: PruneConfig, options: Mapping[str, Any]) -> str | None:
     Raises:
         ScheduleError: --prune-start-epoch is no duration.
     """
-    own = own_in_warm_up(config.prune.prune_method, options)
-    if own is None or parse_duration(config.prune.prune_start_epoch, 1, 1) == 0:
+    own = own_in_warm_up(method, options)
+    if own is None or parse_duration(start, 1, 1) == 0:
         return None
-    return "-".join([own["method"], own["estimator"]] if own else ["plain"]) + f"-seed{config.run.seed}"
+    return "-".join([own["method"], own["estimator"]] if own else ["plain"]) + f"-seed{seed}"
 
 
-def depends_on(session: Session, model: nn.Module, options: Mapping[str, Any], schedule: Schedule) -> dict[str, Any]:
+def depends_on(stage: Stage, method: str, options: Mapping[str, Any], schedule: Schedule) -> dict[str, Any]:
     """All that the state at the end of the warm-up depends on, as plain values by name.
 
     Args:
-        session: whose data is open.
-        model: as it is opened, on which nothing is trained yet.
-        options: of the method.
+        stage: on whose model nothing is trained yet.
+        method: name of it.
+        options: that it is built with.
         schedule: of the run.
     """
-    config = session.config
-    assert isinstance(config, PruneConfig)
-    plain = to_plain(config)
     settings = {
         f"--{key.replace('_', '-')}": value
         for group in ("data", "model", "training", "augment")
-        for key, value in plain[group].items()
+        for key, value in stage.settings.given[group].items()
         if key not in _LATER | _PLACES
     }
-    of_method = own_in_warm_up(config.prune.prune_method, options) or {}
+    of_method = own_in_warm_up(method, options) or {}
     return {
         **settings,
-        "--seed": config.run.seed,
+        "--seed": stage.provenance["seed"],
         **{f"{key} of the probes" if key != "method" else "--prune-method": value for key, value in of_method.items()},
         "steps before pruning starts (--prune-start-epoch)": schedule.start,
-        "steps of an epoch": session.steps_per_epoch,
-        "number of processes": session.processes.world_size,
-        "number format": str(session.precision.dtype),
-        "images": [None if part is None else len(part) for part in (session.splits.train, session.splits.val)],
-        "classes": list(session.splits.class_names),
-        "preprocessing": to_plain(session.preprocessing),
-        "the weights that training starts from": _digest(model),
+        "steps of an epoch": stage.recipe.steps_per_epoch,
+        "number of processes": stage.machine.processes.world_size,
+        "number format": str(stage.machine.precision.dtype),
+        "images": [None if part is None else len(part) for part in (stage.splits.train, stage.splits.val)],
+        "classes": list(stage.splits.class_names),
+        "preprocessing": to_plain(stage.preprocessing),
+        "the weights that training starts from": _digest(stage.model),
     }
 
 
@@ -131,13 +155,13 @@ class WarmUp:
                 f"remove {self._stage.root} to train it again."
             )
 
-    def take_up(self, session: Session, pruner: Pruner, options: Mapping[str, Any]) -> dict[str, Any] | None:
+    def take_up(self, stage: Stage, pruner: Pruner, *, keeps_method: bool) -> dict[str, Any] | None:
         """Let a run begin where the warm-up ended: its lines go before those of the run.
 
         Args:
-            session: of a run that has begun and trained nothing.
+            stage: that has begun and trained nothing.
             pruner: of the run, as it was built.
-            options: of its method.
+            keeps_method: whether the method's state is taken, too. What stands there may be another method's, as empty.
 
         Returns:
             The checkpoint to go on from; None where pruning starts with the first step.
@@ -152,12 +176,10 @@ class WarmUp:
             raise RunFolderError(f"{self._stage.path} has lost its checkpoints; remove {self._stage.root} to train it again.")
         content = found.content
         lines = content["progress"]["lines"]
-        session.on_main(lambda: session.folder.take_lines(self._stage, lines))
-        config = session.config
-        assert isinstance(config, PruneConfig)
-        if not own_in_warm_up(config.prune.prune_method, options):  # what stands there may be another method's, as empty
+        stage.machine.on_main(lambda: stage.folder.take_lines(self._stage, lines))
+        if not keeps_method:
             content["pruner"] = {**content["pruner"], "method": pruner.state_dict()["method"]}
-        session.display.say(f"the warm-up of {content['progress']['place']['step']} steps is taken from {self._stage.path}")
+        stage.screen.say(f"the warm-up of {content['progress']['place']['step']} steps is taken from {self._stage.path}")
         return content
 
 

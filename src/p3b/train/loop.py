@@ -119,6 +119,11 @@ class Learner:
     skipped: SkippedSteps = field(default_factory=SkippedSteps)
     """Steps, among those done, at which the weights did not move, since a gradient was not finite."""
 
+    @property
+    def may_skip(self) -> bool:
+        """Whether a step whose gradients are not finite is skipped, as mixed precision does."""
+        return self.precision.is_mixed or self.scaler.is_enabled()
+
     def require_finite_weights(self) -> None:
         """Raises:
         TrainingError: a weight is not finite. The next loss would tell, but a checkpoint comes before it.
@@ -200,7 +205,7 @@ def train_epoch(
     Raises:
         TrainingError: the loss is not finite, or under mixed precision too many steps in a row had to be skipped.
     """
-    model, pruner, scaler = learner.model, learner.pruner, learner.scaler
+    model, pruner = learner.model, learner.pruner
     model.train()
     for images, hard_targets in batches:
         targets = hard_targets
@@ -213,41 +218,48 @@ def train_epoch(
             with learner.precision.autocast():
                 task_loss = learner.loss(images, model(images), targets)
                 loss = task_loss + pruner.loss(learner.loss.task, targets)
-            scaler.scale(loss / window).backward()
+            learner.scaler.scale(loss / window).backward()
         progress.add(task_loss, learner.steps_done)
         if not completes_step:
             continue
 
-        scaler.unscale_(learner.optimizer)
-        # Looked at once a step, for everyone; in float32 a loss or weight that is not finite ends the run instead.
-        finite = _gradients_finite(model) if learner.precision.is_mixed or scaler.is_enabled() else None
         phase = pruner.phase
-        decision = pruner.step(scaler, finite)  # gradients exist, weights have not moved yet
-        if learner.clip_grad is not None:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), learner.clip_grad)
-        if finite is None:
-            learner.optimizer.step()
-        else:
-            step_where(learner.optimizer, finite)
-            learner.skipped.add(~finite)
-        scaler.update()
-        learner.optimizer.zero_grad()
-        learner.steps_done += 1
-        if learner.scheduler is not None:
-            learner.scheduler.step_update(learner.steps_done)
-        if learner.ema is not None:
-            learner.ema.update(unwrap(model), step=learner.steps_done)
+        decision = _optimizer_step(learner)
         if decision is not None:
             on_decision(decision, phase)
         if learner.steps_done % CHECK_LOSS_EVERY == 0:
-            if finite is None:
-                progress.require_finite()
-            else:
+            if learner.may_skip:
                 _require_some_steps(learner)
+            else:
+                progress.require_finite()
         on_step()
     if not learner.precision.is_mixed:
         progress.require_finite()
     return progress.mean_loss()
+
+
+def _optimizer_step(learner: Learner) -> Decision | None:
+    """Move the weights by gradients that are complete; what the pruner decided, at a mask update."""
+    model, optimizer, scaler = learner.model, learner.optimizer, learner.scaler
+    scaler.unscale_(optimizer)
+    # Looked at once a step, for everyone; in float32 a loss or weight that is not finite ends the run instead.
+    finite = _gradients_finite(model) if learner.may_skip else None
+    decision = learner.pruner.step(scaler, finite)  # gradients exist, weights have not moved yet
+    if learner.clip_grad is not None:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), learner.clip_grad)
+    if finite is None:
+        optimizer.step()
+    else:
+        step_where(optimizer, finite)
+        learner.skipped.add(~finite)
+    scaler.update()
+    optimizer.zero_grad()
+    learner.steps_done += 1
+    if learner.scheduler is not None:
+        learner.scheduler.step_update(learner.steps_done)
+    if learner.ema is not None:
+        learner.ema.update(unwrap(model), step=learner.steps_done)
+    return decision
 
 
 def not_finite(what: str, step: int) -> TrainingError:

@@ -1,0 +1,41 @@
+"""`p3b train`: transfer a dense model to a data set. `p3b finetune` is the same with a small model."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from p3b.run.final_table import as_deployed, figures_of, final_accuracy, measure_speeds, plain, show_figures
+from p3b.run.option_checks import check
+from p3b.run.options import TrainConfig
+from p3b.run.stage import finished_summary, open_stage
+from p3b.run.training import Epochs, train_epochs
+
+
+def train(config: TrainConfig, name: str = "train") -> dict[str, Any]:
+    """Train a model without pruning it; returns the summary.
+
+    Args:
+        config: settings.
+        name: of the stage: "train", or "finetune" for a small model.
+
+    Raises:
+        UserError: settings, data or weights that cannot be used. Stopped: a signal asked for it; --resume goes on.
+    """
+    check(config)
+    if (summary := finished_summary(config.run, name)) is not None:
+        return summary
+    with open_stage(config, name) as stage:
+        model = stage.model
+        checkpoint = stage.begin()
+        train_epochs(stage, model, Epochs(name, config.training.epochs, config.training.lr), checkpoint=checkpoint)
+        folder = stage.products.save(model)
+
+        accuracies = stage.evaluation.final(model)
+        timed = as_deployed(model, stage.machine)
+        (speed,) = measure_speeds([timed], stage.preprocessing.input_size, stage.machine, batch_size=config.training.batch_size)
+        figures = figures_of(model, *final_accuracy(accuracies), speed)
+        show_figures(stage.screen, f"{name} on {stage.splits.description}", {"model": figures})
+        stage.screen.say(f"model: {folder}")
+        stage.screen.say(f"run:   {stage.folder.path}")
+        return stage.write_summary({"model": asdict(figures), "accuracy": plain(accuracies)})

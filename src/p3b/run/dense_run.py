@@ -1,0 +1,57 @@
+"""A dense run that is there already: what pruned models are compared with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from p3b.errors import RunFolderError
+from p3b.run.folder import StageFolder
+from p3b.run.products import PRODUCTS
+from p3b.run.series_lines import results
+from p3b.run.series_plan import DENSE
+
+GIVEN = f"{DENSE}-given"
+"""Name of its line in a sweep."""
+
+
+def read_dense_run(output_dir: Path) -> dict[str, Any]:
+    """Summary of a finished `p3b train`.
+
+    Args:
+        output_dir: of that run, as given to --dense-run.
+
+    Raises:
+        RunFolderError: there is none, or it is not finished.
+    """
+    stage = StageFolder(output_dir, "train")
+    if not stage.finished:
+        raise RunFolderError(f"{output_dir} holds no finished `p3b train`; give --dense-run the output folder of one.")
+    return stage.read_json("summary.json")
+
+
+def line_of_dense_run(output_dir: Path, seed: int) -> dict[str, Any]:
+    """The line of a dense run in a sweep that did not train it.
+
+    Args:
+        output_dir: of that run.
+        seed: of the sweep.
+
+    Raises:
+        RunFolderError: there is none, or it is not finished.
+    """
+    summary = read_dense_run(output_dir)
+    return {
+        "kind": "run",
+        "name": GIVEN,
+        "row": DENSE,
+        "ratio": None,
+        "seed": seed,
+        "command": f"(the dense model is that of --dense-run {output_dir})",
+        "status": "done",
+        **results(summary, output_dir / "train"),
+        "model": str(output_dir / PRODUCTS["train"]),
+        "commit": None,
+        "hardware": None,
+        "date": summary["provenance"]["date"],
+    }

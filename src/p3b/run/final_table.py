@@ -1,0 +1,94 @@
+"""The final table of a run: size, cost, accuracy and speed of its models."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from p3b.deploy.speed import images_per_second
+from p3b.run.machine import Machine
+from p3b.run.screen import Screen
+from p3b.train.evaluate import Accuracy
+from p3b.vit.attention import choose_attention
+from p3b.vit.cost import count_macs, count_parameters
+
+
+@dataclass(frozen=True)
+class Figures:
+    """One column of the table. Accuracies in percent, None where nothing was evaluated."""
+
+    params: int
+    macs: int
+    bytes: int
+    top1: float | None = None
+    top5: float | None = None
+    images_per_second: float | None = None
+
+
+def figures_of(
+    model: VisionTransformer, top1: float | None = None, top5: float | None = None, speed: float | None = None
+) -> Figures:
+    """The column of a model; accuracies and speed as they were measured."""
+    macs = count_macs(model, tuple(model.patch_embed.img_size))
+    size = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+    return Figures(count_parameters(model), macs, size, top1, top5, speed)
+
+
+def measure_speeds(
+    models: Sequence[nn.Module], image_shape: tuple[int, int, int], machine: Machine, *, batch_size: int
+) -> Sequence[float | None]:
+    """Images per second of each model, measured side by side on the main process; None on the others."""
+    if not machine.is_main:
+        return [None] * len(models)
+    return images_per_second(models, image_shape, batch_size=batch_size, device=machine.device)
+
+
+def as_deployed(model: VisionTransformer, machine: Machine) -> VisionTransformer:
+    """The model as it is timed: in float32 and evaluation mode."""
+    return choose_attention(model.eval(), machine.device, None)
+
+
+def final_accuracy(accuracies: Mapping[str, Accuracy]) -> tuple[float, float]:
+    """Top-1 and top-5 on the test part, else on val."""
+    final = accuracies.get("test") or accuracies["val"]
+    return final.top1, final.top5
+
+
+def plain(accuracies: Mapping[str, Accuracy]) -> dict[str, Any]:
+    """Accuracies by part, as summary.json holds them."""
+    return {name: asdict(accuracy) for name, accuracy in accuracies.items()}
+
+
+def show_figures(screen: Screen, title: str, columns: Mapping[str, Figures]) -> None:
+    """Show the table, with the ratio of the second model to the first where there are two."""
+    figures = list(columns.values())
+    rows = [
+        ("parameters", *(f"{c.params:,}" for c in figures)),
+        ("MACs (M)", *(f"{c.macs / 1e6:,.1f}" for c in figures)),
+        ("size on disk (MB)", *(f"{c.bytes / 1e6:.2f}" for c in figures)),
+        ("top-1 (%)", *(_percent(c.top1) for c in figures)),
+        ("top-5 (%)", *(_percent(c.top5) for c in figures)),
+        ("images per second", *(f"{c.images_per_second or 0:,.0f}" for c in figures)),
+    ]
+    if len(figures) != 2:
+        screen.table(title, ("", *columns), rows)
+        return
+    dense, small = figures
+    ratios = (
+        small.params / dense.params,
+        small.macs / dense.macs,
+        small.bytes / dense.bytes,
+        None,
+        None,
+        (small.images_per_second or 0) / (dense.images_per_second or 1),
+    )
+    with_ratio = [(*row, "" if ratio is None else f"x {ratio:.2f}") for row, ratio in zip(rows, ratios, strict=True)]
+    screen.table(title, ("", *columns, "ratio"), with_ratio)
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"

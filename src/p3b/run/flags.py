@@ -1,0 +1,40 @@
+"""A config as the flags of the command line that give it."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+
+def command_line(command: str, config: Any, leave_out: Sequence[str] = ()) -> str:
+    """The `p3b <command>` that gives this config, in one line; what is as by default is left out.
+
+    Args:
+        command: name of the command whose config class this is.
+        config: its settings.
+        leave_out: settings that are not shown.
+    """
+    defaults = dict(settings_of(type(config)()))
+    changed = ((name, value) for name, value in settings_of(config) if value != defaults[name] and name not in leave_out)
+    return shlex.join(["p3b", command, *(word for name, value in changed for word in flag(name, value))])
+
+
+def settings_of(config: Any) -> Iterator[tuple[str, Any]]:
+    """Every setting of a config with its value, whatever group it stands in."""
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if is_dataclass(value):
+            yield from settings_of(value)
+        else:
+            yield field.name, value
+
+
+def flag(name: str, value: Any) -> list[str]:
+    """The words of the command line that give a setting a value."""
+    words = name.replace("_", "-")
+    if isinstance(value, bool):
+        return [f"--{words}" if value else f"--no-{words}"]
+    values = value if isinstance(value, (list, tuple)) else [value]
+    return [f"--{words}", *map(str, values)]

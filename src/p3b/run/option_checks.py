@@ -1,0 +1,131 @@
+"""Ranges and contradictions of the options that can be seen without data or model."""
+
+from __future__ import annotations
+
+from p3b.errors import ConfigError
+from p3b.run.options import (
+    DataOptions,
+    EvaluateConfig,
+    MachineOptions,
+    ModelOptions,
+    PruneConfig,
+    PruneOptions,
+    RunOptions,
+    TrainConfig,
+    TrainingOptions,
+)
+
+
+def check(config: TrainConfig) -> None:
+    """Refuse a run of training, with or without pruning.
+
+    Raises:
+        ConfigError: names the flag, what was got and what is expected.
+    """
+    _check_training(config.training)
+    _check_inputs(config.data, config.model)
+    _check_run(config.run)
+    if config.run.output_dir is None:
+        raise ConfigError("--output-dir is missing: the folder that everything is written to.")
+    if config.model.resize_model_by_checkpoint and config.model.model_path is None:
+        raise ConfigError("--resize-model-by-checkpoint needs --model-path: the pruned model or first_sparse_checkpoint.pth.")
+    if isinstance(config, PruneConfig):
+        _check_pruning(config.prune)
+        if config.model.resize_model_by_checkpoint:
+            raise ConfigError("A model that has been pruned already cannot be pruned again; use `p3b finetune` for it.")
+
+
+def check_evaluation(config: EvaluateConfig) -> None:
+    """Refuse an evaluation.
+
+    Raises:
+        ConfigError: names the flag, what was got and what is expected.
+    """
+    _positive(batch_size=config.batch_size)
+    _check_inputs(config.data, config.model)
+    if config.run.resume:
+        raise ConfigError("An evaluation has nothing to resume: leave --resume out, or replace an earlier one by --overwrite.")
+    _check_run(config.run)
+
+
+def check_screen(run: MachineOptions) -> None:
+    """Refuse what contradicts itself about the screen.
+
+    Raises:
+        ConfigError: both --verbose and --quiet.
+    """
+    if run.verbose and run.quiet:
+        raise ConfigError("--verbose and --quiet contradict each other; give one of them.")
+
+
+def _check_training(training: TrainingOptions) -> None:
+    _positive(epochs=training.epochs, batch_size=training.batch_size, grad_accum_steps=training.grad_accum_steps)
+    _positive(lr=training.lr)
+    _not_negative(min_lr=training.min_lr, warmup_epochs=training.warmup_epochs, weight_decay=training.weight_decay)
+    _not_negative(mixup=training.mixup, cutmix=training.cutmix)
+    _share(smoothing=training.smoothing)
+    if training.clip_grad is not None:
+        _positive(clip_grad=training.clip_grad)
+    if not 0 < training.model_ema_decay < 1:
+        raise ConfigError(f"--model-ema-decay must lie in (0, 1), got {training.model_ema_decay}.")
+    if training.warmup_epochs >= training.epochs and training.warmup_epochs > 0:
+        raise ConfigError(f"--warmup-epochs {training.warmup_epochs} leaves none of the {training.epochs} epochs.")
+    if (training.teacher_model is None) != (training.distillation_type == "none"):
+        raise ConfigError("Distillation needs both a teacher (--teacher-model) and a kind (--distillation-type soft or hard).")
+    if training.teacher_path is not None and training.teacher_model is None:
+        raise ConfigError(f"--teacher-path {training.teacher_path} needs --teacher-model, the teacher's timm name.")
+
+
+def _check_pruning(prune: PruneOptions) -> None:
+    _not_negative(finetune_epochs=prune.finetune_epochs)
+    _positive(align=prune.align)
+    if prune.finetune_lr is not None:
+        _positive(finetune_lr=prune.finetune_lr)
+    if prune.prune_steps_update_mask is not None:
+        _positive(prune_steps_update_mask=prune.prune_steps_update_mask)
+
+
+def _check_inputs(data: DataOptions, model: ModelOptions) -> None:
+    _share(drop_path=model.drop_path)
+    if model.crop_pct is not None and not 0 < model.crop_pct <= 1:
+        raise ConfigError(f"--crop-pct must lie in (0, 1], got {model.crop_pct}.")
+    if data.num_workers is not None:
+        _not_negative(num_workers=data.num_workers)
+    if data.cache not in ("auto", "off"):
+        try:
+            _positive(cache=float(data.cache))
+            int(1e9 * float(data.cache))
+        except (ValueError, OverflowError):
+            raise ConfigError(f"--cache must be auto, off or a number of gigabytes, got {data.cache!r}.") from None
+
+
+def _check_run(run: RunOptions) -> None:
+    check_screen(run)
+    _positive(timeout_minutes=run.timeout_minutes)
+    _not_negative(checkpoint_minutes=run.checkpoint_minutes)
+    if run.resume and run.overwrite:
+        raise ConfigError("--resume and --overwrite contradict each other; give one of them.")
+    if not 0 <= run.seed < 2**31:
+        raise ConfigError(f"--seed must lie in [0, 2**31), got {run.seed}.")
+
+
+def _share(**values: float) -> None:
+    for name, value in values.items():
+        if not 0 <= value < 1:
+            raise ConfigError(f"{_flag(name)} must lie in [0, 1), got {value}.")
+
+
+def _positive(**values: float) -> None:
+    for name, value in values.items():
+        if not value > 0:
+            raise ConfigError(f"{_flag(name)} must be above 0, got {value}.")
+
+
+def _not_negative(**values: float) -> None:
+    for name, value in values.items():
+        if not value >= 0:
+            raise ConfigError(f"{_flag(name)} must be 0 or more, got {value}.")
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

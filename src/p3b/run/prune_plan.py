@@ -1,0 +1,62 @@
+"""The phases of a pruning run, from durations in epochs, steps or shares to optimizer steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from p3b.core.schedule import TAU_MAX, Schedule, parse_duration
+from p3b.errors import ScheduleError
+from p3b.run.options import PhaseOptions
+
+
+@dataclass(frozen=True)
+class PrunePlan:
+    """When what is pruned.
+
+    Attributes:
+        schedule: the phases in optimizer steps.
+        epochs: that pruning takes; the model is shrunk at the end of the last.
+        finetune_epochs: that follow.
+    """
+
+    schedule: Schedule
+    epochs: int
+    finetune_epochs: int
+
+
+def plan_pruning(options: PhaseOptions, epochs: int, steps_per_epoch: int, grad_accum_steps: int) -> PrunePlan:
+    """The phases of a pruning run.
+
+    An interval between mask updates that is longer than an epoch gives way to three updates an epoch.
+
+    Args:
+        options: of pruning; durations are in epochs, steps or shares.
+        epochs: of training before what --finetune-epochs adds.
+        steps_per_epoch: optimizer steps.
+        grad_accum_steps: mini-batches of an optimizer step.
+
+    Raises:
+        ScheduleError: phases out of order, or longer than the run.
+    """
+    start = parse_duration(options.prune_start_epoch, epochs, steps_per_epoch)
+    final = parse_duration(options.prune_finalize_epoch or "100%", epochs, steps_per_epoch)
+    if options.prune_sparse_epoch is None:
+        sparse = start + 0.375 * (final - start)
+    else:
+        sparse = parse_duration(options.prune_sparse_epoch, epochs, steps_per_epoch)
+    final = -(-final // 1)
+    if not 0 <= start < sparse <= final <= epochs:
+        raise ScheduleError(
+            f"The phases do not fit: pruning starts after {start:g} epochs (--prune-start-epoch), is sparse after {sparse:g} "
+            f"(--prune-sparse-epoch), is finalized after {final:g} (--prune-finalize-epoch) of {epochs} (--epochs); expected "
+            "0 <= start < sparse <= finalize <= epochs."
+        )
+    update_every = None  # three times an epoch
+    if options.prune_steps_update_mask is not None:
+        # The flag counts mini-batches and stands for about three updates an epoch; in an epoch that is shorter than the
+        # interval there would be none at all.
+        asked = max(1, round(options.prune_steps_update_mask / grad_accum_steps))
+        update_every = asked if asked <= steps_per_epoch else None
+    tau_max = TAU_MAX if options.prune_masks == "soft" else 0.0
+    schedule = Schedule.from_epochs(start, sparse, final, steps_per_epoch, update_every, tau_max)
+    return PrunePlan(schedule, int(final), epochs - int(final) + options.finetune_epochs)
