@@ -11,11 +11,9 @@ Matplotlib is used through `Figure` alone: no pyplot, no window, nothing that ot
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +27,10 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from p3b.errors import ConfigError, RunFolderError, unknown_name
+from p3b.report.updates import KIND_TITLES, Update, kinds_of, read_updates, series_of
 
 FORMATS = ("png", "svg")
 
-_KIND_TITLES = {"attn": "Attention", "mlp": "MLP"}
 _KIND_COLOURS = {"attn": "#0072B2", "mlp": "#D55E00"}  # Okabe and Ito: told apart by every eye, and in grey
 _KIND_MARKERS = {"attn": "o", "mlp": "s"}
 _PROBE_LABELS = {"benefit_cls": "class token", "benefit_patch": "patches"}
@@ -40,6 +38,7 @@ _INK, SOFT_INK, _SHADE = "#222222", "#707070", "#f1f1ee"
 STYLE: Any = {
     "font.family": "DejaVu Sans",  # comes with matplotlib: the same letters on every machine
     "font.size": 10,
+    "text.color": _INK,
     "axes.titlesize": 11,
     "axes.titleweight": "bold",
     "axes.labelsize": 10,
@@ -97,13 +96,18 @@ def benefit_figure(stage_folder: str | os.PathLike[str], out: Path) -> Path | No
         ConfigError: `out` ends otherwise.
         RunFolderError: as for `draw_figures`.
     """
-    updates = _read_updates(Path(stage_folder))
+    figure = draw_benefit(read_updates(Path(stage_folder)))
+    return None if figure is None else save_figure(figure, Path(out))
+
+
+def draw_benefit(updates: list[Update]) -> Figure | None:
+    """The benefit of every block over the epochs; None where no benefit was measured."""
     probes = [probe for probe in _PROBE_LABELS if any(_known(block[probe]) for u in updates for block in u.blocks)]
     if not probes:
         return None
-    kinds = _kinds(updates)
+    kinds = kinds_of(updates)
     epochs = [update.epoch for update in updates]
-    depth = max(len(_series(updates, kind)) for kind in kinds)
+    depth = max(len(series_of(updates, kind)) for kind in kinds)
     colours = _depth_colours(depth)
     with matplotlib.rc_context(STYLE):
         figure = new_figure(width=4.6 * len(kinds) + 1.0, height=2.75 * len(probes) + 0.5)
@@ -113,7 +117,7 @@ def benefit_figure(stage_folder: str | os.PathLike[str], out: Path) -> Path | No
                 panel = panels[row][column]
                 _shade_phases(panel, updates, with_names=row == 0)
                 panel.axhline(0, color=SOFT_INK, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1.5)
-                for index, blocks in enumerate(_series(updates, kind)):
+                for index, blocks in enumerate(series_of(updates, kind)):
                     values = [_number_or_nan(block[probe]) for block in blocks]
                     panel.plot(epochs, values, color=colours[index], linewidth=1.4, **_markers(len(epochs)))
                 if row == len(probes) - 1:
@@ -125,7 +129,7 @@ def benefit_figure(stage_folder: str | os.PathLike[str], out: Path) -> Path | No
                 panel.xaxis.set_major_locator(MaxNLocator(nbins=7, steps=[1, 2, 5, 10]))
         for column, kind in enumerate(kinds):
             # Above the phases' names, which stand between title and panel.
-            panels[0][column].set_title(_KIND_TITLES[kind], pad=20)
+            panels[0][column].set_title(KIND_TITLES[kind], pad=20)
         norm = BoundaryNorm([d + 0.5 for d in range(depth + 1)], depth)
         bar = figure.colorbar(
             ScalarMappable(norm, ListedColormap(colours)), ax=panels, ticks=_depth_ticks(depth), pad=0.015, aspect=35
@@ -134,7 +138,7 @@ def benefit_figure(stage_folder: str | os.PathLike[str], out: Path) -> Path | No
         bar.outline.set_visible(False)
         bar.ax.tick_params(length=0)
         bar.ax.minorticks_off()
-        return save_figure(figure, Path(out))
+        return figure
 
 
 def keep_ratio_figure(stage_folder: str | os.PathLike[str], out: Path) -> Path | None:
@@ -151,10 +155,15 @@ def keep_ratio_figure(stage_folder: str | os.PathLike[str], out: Path) -> Path |
         ConfigError: `out` ends otherwise.
         RunFolderError: as for `draw_figures`.
     """
-    updates = _read_updates(Path(stage_folder))
+    figure = draw_keep_ratios(read_updates(Path(stage_folder)))
+    return None if figure is None else save_figure(figure, Path(out))
+
+
+def draw_keep_ratios(updates: list[Update]) -> Figure | None:
+    """What every block keeps at the last update, and over all updates; None where there was no update."""
     if not updates:
         return None
-    kinds = _kinds(updates)
+    kinds = kinds_of(updates)
     with matplotlib.rc_context(STYLE):
         figure = new_figure(width=11.0, height=4.6)
         grid = figure.add_gridspec(len(kinds), 2, width_ratios=(1.0, 1.15))
@@ -162,10 +171,10 @@ def keep_ratio_figure(stage_folder: str | os.PathLike[str], out: Path) -> Path |
         maps = [figure.add_subplot(grid[row, 1]) for row in range(len(kinds))]
         edges = _update_edges([update.epoch for update in updates])
         for row, (panel, kind) in enumerate(zip(maps, kinds, strict=True)):
-            ratios = [[_number_or_nan(block["keep_ratio"]) for block in blocks] for blocks in _series(updates, kind)]
+            ratios = [[_number_or_nan(block["keep_ratio"]) for block in blocks] for blocks in series_of(updates, kind)]
             rows = [d + 0.5 for d in range(len(ratios) + 1)]
             image = panel.pcolormesh(edges, rows, ratios, cmap="cividis", vmin=0, vmax=1, rasterized=True)
-            panel.set_title(_KIND_TITLES[kind], color=_KIND_COLOURS[kind])
+            panel.set_title(KIND_TITLES[kind], color=_KIND_COLOURS[kind])
             panel.set_ylabel("block depth")
             panel.set_yticks(_depth_ticks(len(ratios), at_most=6))
             panel.xaxis.set_major_locator(MaxNLocator(nbins=7, steps=[1, 2, 5, 10]))
@@ -180,16 +189,16 @@ def keep_ratio_figure(stage_folder: str | os.PathLike[str], out: Path) -> Path |
         bar.set_label("keep ratio, applied")
         bar.outline.set_visible(False)
         bar.ax.tick_params(length=0)
-        return save_figure(figure, Path(out))
+        return figure
 
 
-def _draw_last_update(panel: Axes, updates: list[_Update], kinds: list[str]) -> None:
+def _draw_last_update(panel: Axes, updates: list[Update], kinds: list[str]) -> None:
     """Keep ratio over depth at the last update: a line for each kind of block, its goals as open diamonds."""
     handles = []
     goals_known = False
     longest = 1
     for kind in kinds:
-        last = [blocks[-1] for blocks in _series(updates, kind)]
+        last = [blocks[-1] for blocks in series_of(updates, kind)]
         depths = list(range(1, len(last) + 1))
         longest = max(longest, len(last))
         style: dict[str, Any] = {"color": _KIND_COLOURS[kind], "marker": _KIND_MARKERS[kind], "markersize": 5}
@@ -197,7 +206,7 @@ def _draw_last_update(panel: Axes, updates: list[_Update], kinds: list[str]) -> 
             depths,
             [_number_or_nan(block["keep_ratio"]) for block in last],
             linewidth=1.8,
-            label=_KIND_TITLES[kind],
+            label=KIND_TITLES[kind],
             clip_on=False,  # a ratio of 0 or 1 keeps its whole marker
             zorder=3,
             **style,
@@ -248,89 +257,6 @@ def _draw_last_update(panel: Axes, updates: list[_Update], kinds: list[str]) -> 
     panel.set_axisbelow(True)
 
 
-@dataclass(frozen=True)
-class _Update:
-    """One line of `blocks.jsonl`: epochs since the start, the phase where known, and the blocks in their order."""
-
-    epoch: float
-    phase: str | None
-    blocks: list[dict[str, Any]]
-
-
-def _read_updates(folder: Path) -> list[_Update]:
-    """Read and check `blocks.jsonl`: the same blocks in the same order on every line, and time goes on."""
-    path = folder / "blocks.jsonl"
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise RunFolderError(
-            f"Cannot read '{path}' ({error}). Expected the folder of a pruning stage, "
-            "where a run writes one line per mask update into blocks.jsonl."
-        ) from error
-    updates: list[_Update] = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            update = _parse_update(json.loads(line))
-            if updates and _names(update) != _names(updates[0]):
-                raise ValueError("its blocks are not those of the first line")
-            if updates and update.epoch < updates[-1].epoch:
-                raise ValueError(f"its epoch {update.epoch} lies before the {updates[-1].epoch} of the line above")
-        except (ValueError, KeyError, TypeError) as error:
-            reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
-            raise RunFolderError(
-                f"Line {number} of '{path}' is not a mask update: {reason}. Expected a JSON object with 'epoch' and "
-                "'blocks', and for each block a name, a kind (attn or mlp), benefits, keep_ratio_goal and keep_ratio. "
-                "Remove the line, or run the stage again."
-            ) from error
-        updates.append(update)
-    return updates
-
-
-def _parse_update(record: Any) -> _Update:
-    """Check one record; KeyError, TypeError or ValueError where it is not as expected."""
-    if not isinstance(record, dict):
-        raise TypeError(f"it is a {type(record).__name__}, not an object")
-    blocks = record["blocks"]
-    if not isinstance(blocks, list) or not blocks:
-        raise ValueError("'blocks' is not a list with at least one block")
-    for block in blocks:
-        if not isinstance(block, dict):
-            raise TypeError(f"a block is a {type(block).__name__}, not an object")
-        if block["kind"] not in _KIND_TITLES:
-            raise ValueError(f"block {block['name']!r} is of kind {block['kind']!r}")
-        for key in ("benefit_cls", "benefit_patch", "keep_ratio_goal", "keep_ratio"):
-            if block[key] is not None:
-                _check_number(key, block[key])
-    _check_number("epoch", record["epoch"])
-    if not math.isfinite(record["epoch"]):
-        raise ValueError("'epoch' is not finite")
-    phase = record.get("phase")
-    return _Update(float(record["epoch"]), phase if isinstance(phase, str) else None, blocks)
-
-
-def _check_number(key: str, got: Any) -> None:
-    if isinstance(got, bool) or not isinstance(got, (int, float)):
-        raise TypeError(f"'{key}' is {got!r}, not a number")
-
-
-def _names(update: _Update) -> list[tuple[str, str]]:
-    return [(block["name"], block["kind"]) for block in update.blocks]
-
-
-def _kinds(updates: list[_Update]) -> list[str]:
-    """The kinds of block that occur, attention first."""
-    present = {block["kind"] for block in updates[0].blocks}
-    return [kind for kind in _KIND_TITLES if kind in present]
-
-
-def _series(updates: list[_Update], kind: str) -> list[list[dict[str, Any]]]:
-    """For each block of a kind, from the first to the deepest, its records over the updates."""
-    by_update = [[block for block in update.blocks if block["kind"] == kind] for update in updates]
-    return [list(records) for records in zip(*by_update, strict=True)]
-
-
 def _known(value: float | None) -> bool:
     return value is not None and math.isfinite(value)
 
@@ -369,7 +295,7 @@ def _update_edges(epochs: list[float]) -> list[float]:
     return [*epochs, epochs[-1] + (usual if usual > 0 else 1.0)]
 
 
-def _shade_phases(panel: Axes, updates: list[_Update], with_names: bool) -> None:
+def _shade_phases(panel: Axes, updates: list[Update], with_names: bool) -> None:
     """Shade every second phase and name the phases above the panel; an update belongs to the interval that it ends."""
     spans: list[tuple[str | None, float, float]] = []
     low, high = _epoch_range([update.epoch for update in updates])
@@ -416,7 +342,8 @@ def save_figure(figure: Figure, out: Path) -> Path:
     try:
         with tempfile.NamedTemporaryFile(dir=out.parent, prefix=f".{out.name}.", delete=False) as file:
             temporary = Path(file.name)
-            figure.savefig(file, format=fmt, metadata=metadata)
+            with matplotlib.rc_context(STYLE):
+                figure.savefig(file, format=fmt, metadata=metadata)
         temporary.chmod(0o644)  # as any other file of the run, not private as temporary files are
         temporary.replace(out)
     except OSError as error:
