@@ -28,7 +28,7 @@ SHAPE = ("img_size=16", "patch_size=8", "embed_dim=24", "depth=2", "num_heads=3"
 BLOCKS = 4
 """Two a block of the network: attention and MLP."""
 MODEL = ("--model", "vit_tiny_patch16_224", "--model-kwargs", *SHAPE)
-MACHINE = ("--num-workers", "0", "--device", "cpu", "--precision", "fp32", "--batch-size", "4")
+MACHINE = ("--num-workers", "0", "--device", "cpu", "--precision", "fp32", "--batch-size", "4", "--no-report")
 CALM = ("--no-augment", "--mixup", "0", "--cutmix", "0", "--smoothing", "0", "--drop-path", "0")
 """Nothing random in training."""
 PHASES = ("--epochs", "3", "--prune-start-epoch", "1")

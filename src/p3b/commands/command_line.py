@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from p3b.errors import Stopped, UserError, unknown_name
-from p3b.run.options import CompareConfig, DemoConfig, EvaluateConfig, FinetuneConfig, PruneConfig, SweepConfig, TrainConfig
 
 USER_ERROR, STOPPED, INTERRUPTED = 2, 75, 130
 """75 is EX_TEMPFAIL of sysexits.h: nothing is wrong, try again."""
@@ -24,29 +23,48 @@ SHORT_FLAGS = {"-v": "--verbose", "-q": "--quiet"}
 
 @dataclass(frozen=True)
 class Command:
-    """A command: its settings, what it is for, where it is carried out ("module:function"), and how it goes on when stopped."""
+    """A command.
 
-    config: type
+    Attributes:
+        settings: class of its settings, "module:class"; loaded when the command runs, as the target is.
+        purpose: what it is for, in a few words.
+        target: function that carries it out, "module:function".
+        goes_on: how it is continued after a stop.
+        reads_file: whether `--config FILE` gives settings.
+    """
+
+    settings: str
     purpose: str
     target: str
     goes_on: str = "--resume goes on"
+    reads_file: bool = False
 
 
-AGAIN = "the same command goes on"
+_OPTIONS, _LOOK, _HERE = "p3b.run.options", "p3b.run.look_options", "p3b.commands"
+_AGAIN = "the same command goes on"
 
 COMMANDS: dict[str, Command] = {
-    "demo": Command(DemoConfig, "the whole job on embedded data, in minutes", "p3b.commands.demo:run_demo"),
-    "train": Command(TrainConfig, "transfer a dense model to a data set", "p3b.commands.train:train"),
-    "prune": Command(PruneConfig, "transfer and prune on the way, and fine-tune", "p3b.commands.prune:prune"),
-    "finetune": Command(FinetuneConfig, "train a small model further", "p3b.commands.finetune:finetune"),
+    "demo": Command(f"{_OPTIONS}:DemoConfig", "the whole job on embedded data, in minutes", f"{_HERE}.demo:run_demo"),
+    "train": Command(f"{_OPTIONS}:TrainConfig", "transfer a dense model to a data set", f"{_HERE}.train:train"),
+    "prune": Command(f"{_OPTIONS}:PruneConfig", "transfer and prune on the way, and fine-tune", f"{_HERE}.prune:prune"),
+    "finetune": Command(f"{_OPTIONS}:FinetuneConfig", "train a small model further", f"{_HERE}.finetune:finetune"),
     "compare": Command(
-        CompareConfig,
+        f"{_OPTIONS}:CompareConfig",
         "methods x prune ratios x seeds, in one table",
-        "p3b.commands.compare:compare",
-        AGAIN,
+        f"{_HERE}.compare:compare",
+        _AGAIN,
+        reads_file=True,
     ),
-    "sweep": Command(SweepConfig, "several budgets, or the largest that loses little", "p3b.commands.sweep:sweep", AGAIN),
-    "evaluate": Command(EvaluateConfig, "accuracy, size and speed of a saved model", "p3b.commands.evaluate:evaluate"),
+    "sweep": Command(
+        f"{_OPTIONS}:SweepConfig", "several budgets, or the largest that loses little", f"{_HERE}.sweep:sweep", _AGAIN
+    ),
+    "evaluate": Command(
+        f"{_OPTIONS}:EvaluateConfig", "accuracy, size and speed of a saved model", f"{_HERE}.evaluate:evaluate"
+    ),
+    "report": Command(f"{_LOOK}:ReportConfig", "one page of a run, or of several side by side", f"{_HERE}.report:report"),
+    "doctor": Command(f"{_LOOK}:DoctorConfig", "why a run's accuracy is lower than it could be", f"{_HERE}.doctor:doctor"),
+    "runs": Command(f"{_LOOK}:RunsConfig", "list and compare the runs below a folder", f"{_HERE}.runs:runs"),
+    "inspect": Command(f"{_LOOK}:InspectConfig", "the architecture of a saved model", f"{_HERE}.inspect:inspect"),
 }
 
 
@@ -86,8 +104,9 @@ def run_command(name: str, flags: Sequence[str], prog: str) -> int:
 
     command = COMMANDS[name]
     try:
-        given = [*_flags_of_file(command, flags), *map(_our_name, flags)]
-        config: Any = tyro.cli(command.config, args=given, prog=prog, config=(tyro.conf.OmitArgPrefixes,))
+        settings = _load(command.settings)
+        given = [*_flags_of_file(command, settings, flags), *map(_our_name, flags)]
+        config: Any = tyro.cli(settings, args=given, prog=prog, config=(tyro.conf.OmitArgPrefixes,))
         _load(command.target)(config)
     except UserError as error:
         if int(os.environ.get("RANK", 0)) == 0:  # every rank meets the same mistake; one says so
@@ -112,27 +131,26 @@ def _our_name(word: str) -> str:
     return PUBLISHED_FLAGS[name] + equals + value if name in PUBLISHED_FLAGS else word
 
 
-def _flags_of_file(command: Command, flags: Sequence[str]) -> list[str]:
+def _flags_of_file(command: Command, settings: type, flags: Sequence[str]) -> list[str]:
     """The settings in the file that --config names, as flags; nothing for a command without that flag.
 
     Raises:
         ConfigError: the file cannot be used.
     """
-    if command.config is not CompareConfig:
+    if not command.reads_file:
         return []
     from p3b.commands.settings import flags_of_file
 
     files = [flag.split("=", 1)[1] for flag in flags if flag.startswith("--config=")]
     files += [file for flag, file in pairwise(flags) if flag == "--config"]
-    return [word for file in files for word in flags_of_file(command.config, Path(file))]
+    return [word for file in files for word in flags_of_file(settings, Path(file))]
 
 
-def _load(target: str) -> Callable[[Any], Any]:
+def _load(target: str) -> Any:
     import importlib
 
-    module, function = target.split(":")
-    loaded: Callable[[Any], Any] = getattr(importlib.import_module(module), function)
-    return loaded
+    module, name = target.split(":")
+    return getattr(importlib.import_module(module), name)
 
 
 def _usage() -> str:

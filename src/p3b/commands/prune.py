@@ -164,7 +164,8 @@ def _tell(
             "reached_prune_ratio": 1 - columns["pruned"].params / columns["dense"].params,
             "returned": asdict(stage.records.returned()),
             "figures": [str(figure) for figure in drawn],
-        }
+        },
+        options.dense_run,
     )
 
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from itertools import zip_longest
 from typing import Any
 
 from torch import Tensor, nn
 
 from p3b.data import Preprocessing, eval_batches
 from p3b.run.machine import Machine
-from p3b.train.distributed import all_reduce_sum
-from p3b.train.evaluate import Accuracy, evaluate
+from p3b.train.distributed import all_reduce_sum, gather
+from p3b.train.evaluate import Accuracy, Answers, evaluate
 
 
 class Evaluation:
@@ -28,6 +30,8 @@ class Evaluation:
     Attributes:
         parts: as given.
         last: the last result, in words.
+        answers: what the model of the last `final` said of the images that its final accuracy is over: name of the part, and
+            the answers in the order of the data set; None before, and where an unreadable image was skipped.
     """
 
     def __init__(
@@ -41,6 +45,7 @@ class Evaluation:
         shared: bool,
     ) -> None:
         self.parts, self.last = parts, "not evaluated yet"
+        self.answers: tuple[str, Answers] | None = None
         self._preprocessing, self._machine = preprocessing, machine
         self._batch_size, self._num_workers, self._shared = batch_size, num_workers, shared
 
@@ -55,9 +60,15 @@ class Evaluation:
 
     def final(self, model: nn.Module) -> dict[str, Accuracy]:
         """Accuracy on every part: val, which may have chosen the epoch, and test, which never does."""
-        return {name: self._on(name, model) for name in self.parts}
+        told = "test" if "test" in self.parts else "val"
+        answers = Answers()
+        accuracies = {name: self._on(name, model, answers if name == told else None) for name in self.parts}
+        together = _in_order(gather(answers) if self._shared else [answers])
+        complete = len(together.target) == len(self.parts[told])
+        self.answers = (told, together) if complete else None
+        return accuracies
 
-    def _on(self, name: str, model: nn.Module) -> Accuracy:
+    def _on(self, name: str, model: nn.Module, answers: Answers | None = None) -> Accuracy:
         accuracy = evaluate_part(
             model,
             self.parts[name],
@@ -66,6 +77,7 @@ class Evaluation:
             batch_size=self._batch_size,
             num_workers=self._num_workers,
             shared=self._shared,
+            answers=answers,
         )
         self.last = f"{name} top-1 {accuracy.top1:.1f} %"
         return accuracy
@@ -80,8 +92,9 @@ def evaluate_part(
     batch_size: int,
     num_workers: int,
     shared: bool,
+    answers: Answers | None = None,
 ) -> Accuracy:
-    """Accuracy over a data set, each image counted once; for the arguments see `Evaluation`."""
+    """Accuracy over a data set, each image counted once; for the arguments see `Evaluation` and `evaluate`."""
     processes = machine.processes
     batches = eval_batches(
         images,
@@ -92,7 +105,17 @@ def evaluate_part(
         rank=processes.rank if shared else 0,
         world_size=processes.world_size if shared else 1,
     )
-    return evaluate(model, batches, machine.precision, all_reduce_sum if shared else _alone)
+    return evaluate(model, batches, machine.precision, all_reduce_sum if shared else _alone, answers)
+
+
+def _in_order(by_rank: Sequence[Answers]) -> Answers:
+    """Answers in the order of the data set: rank r has images r, r + ranks, and so on."""
+    return Answers(*(_interleaved([getattr(each, entry.name) for each in by_rank]) for entry in fields(Answers)))
+
+
+def _interleaved(lists: Sequence[list[Any]]) -> list[Any]:
+    missing = object()
+    return [value for row in zip_longest(*lists, fillvalue=missing) for value in row if value is not missing]
 
 
 def _alone(tensor: Tensor) -> Tensor:

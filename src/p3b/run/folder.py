@@ -6,6 +6,7 @@
                             blocks.jsonl    one line a mask update
                             checkpoints/    the newest two, everything needed to go on
                             best.pth        the best epoch's model, by validation accuracy
+                            predictions.csv one line an evaluated image; examples/ has small copies of mistakes
                             summary.json    written last: the stage is finished
 
 Every file but the two logs of lines is replaced as a whole or not at all. A lock on the output folder (`.lock`) is held from
@@ -33,7 +34,18 @@ from p3b.train.distributed import gather
 WAIT_FOR_LOCK = 10.0
 """Seconds: the data workers of a killed run hold its lock until they notice that it is gone."""
 LINE_FILES = ("metrics.jsonl", "blocks.jsonl")
-_OWN_FILES = ("config.json", "log.txt", *LINE_FILES, "checkpoints", "best.pth", "summary.json", "benefit.*", "keep_ratio.*")
+_OWN_FILES = (
+    "config.json",
+    "log.txt",
+    *LINE_FILES,
+    "checkpoints",
+    "best.pth",
+    "summary.json",
+    "benefit.*",
+    "keep_ratio.*",
+    "predictions.csv",
+    "examples",
+)
 _PRODUCT_FILES = ("config.json*", "model.safetensors")
 
 

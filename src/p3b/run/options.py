@@ -232,6 +232,8 @@ class MachineOptions:
     """Share the evaluation among processes; off: every process evaluates all images."""
     figure_format: Literal["png", "svg"] = "png"
     """Format of the figures."""
+    report: bool = True
+    """Write report.html at the end of a run: result, figures, classes, diagnosis; `p3b report` makes it at any time."""
     verbose: bool = False
     """Show details of the run too (-v); log.txt always has them."""
     quiet: bool = False

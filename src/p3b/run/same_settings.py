@@ -17,6 +17,7 @@ _ON_THIS_MACHINE = {
     "output_dir",
     "device",
     "figure_format",
+    "report",
     "checkpoint_minutes",
     "timeout_minutes",
     "num_workers",

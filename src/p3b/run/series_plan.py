@@ -58,7 +58,7 @@ def config_of(config: CompareConfig, run: Run) -> TrainConfig | PruneConfig:
     """
     assert config.run.output_dir is not None
     folder = config.run.output_dir / "runs" / run.name
-    options = RunOptions(**{**_fields(config.run), "output_dir": folder}, resume=True, seed=run.seed)
+    options = RunOptions(**{**_fields(config.run), "output_dir": folder, "report": False}, resume=True, seed=run.seed)
     if not is_pruned(run.row):
         model = config.model
         if run.row == SMALLER:  # its start brings its shape along

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from timm.models.vision_transformer import VisionTransformer
@@ -29,7 +30,8 @@ from p3b.run.interruption import Interruption
 from p3b.run.machine import Machine, open_machine
 from p3b.run.option_checks import check
 from p3b.run.options import RunOptions, TrainConfig, to_plain
-from p3b.run.products import Products, products_of
+from p3b.run.predictions import write_predictions
+from p3b.run.products import PRODUCTS, Products, products_of
 from p3b.run.provenance import provenance
 from p3b.run.recipe import Recipe, open_recipe
 from p3b.run.records import Records
@@ -59,6 +61,7 @@ class Stage:
         provenance: of the models and of the summary.
         opening: lines about model, data and weights.
         opened_at: seconds since the epoch.
+        with_report: whether report.html is written at the end.
     """
 
     name: str
@@ -80,6 +83,7 @@ class Stage:
     provenance: dict[str, Any]
     opening: tuple[str, ...]
     opened_at: float
+    with_report: bool
 
     def begin(self) -> dict[str, Any] | None:
         """Claim the folder and say what will be done.
@@ -121,8 +125,17 @@ class Stage:
             self.folder.cut_lines(found.content["progress"]["lines"])
         self.screen.log_to(self.folder.path / "log.txt")
 
-    def write_summary(self, content: dict[str, Any]) -> dict[str, Any]:
-        """Write summary.json, the last file of the stage; returns it."""
+    def write_summary(self, content: dict[str, Any], dense_run: Path | None = None) -> dict[str, Any]:
+        """Write what the report is made of, and summary.json, the last file of the stage; returns the summary.
+
+        Args:
+            content: of the summary.
+            dense_run: output folder of a dense run to compare with.
+        """
+        if self.evaluation.answers is not None:
+            part, answers = self.evaluation.answers
+            images = self.evaluation.parts[part]
+            self.machine.on_main(lambda: write_predictions(self.folder.path, part, answers, images, dense_run))
         unreadable = count_unreadable(self.splits)
         seconds = time.time() - self.opened_at
         summary = {"stage": self.name, **content, "seconds": seconds, "unreadable_images": unreadable}
@@ -130,8 +143,16 @@ class Stage:
         if unreadable:
             self.screen.warn(f"{unreadable} unreadable image(s) were skipped")
         self.machine.on_main(lambda: self.folder.write_json("summary.json", summary))
+        if self.with_report:
+            self.machine.on_main(self._write_report)
         wait_for_all()
         return summary
+
+    def _write_report(self) -> None:
+        from p3b.report.run_report import REPORT_FILE, write_run_report  # matplotlib would slow down every start
+
+        report = write_run_report([self.folder.root], self.folder.root / REPORT_FILE)
+        self.screen.say(f"report:  {report}")
 
 
 def finished_summary(run: RunOptions, name: str) -> dict[str, Any] | None:
@@ -223,6 +244,7 @@ def _open(config: TrainConfig, name: str, machine: Machine, folder: StageFolder)
         provenance=origin,
         opening=_opening(config, name, splits, cache, opened, recipe, machine),
         opened_at=opened_at,
+        with_report=run.report and name in PRODUCTS,
     )
 
 
@@ -238,6 +260,7 @@ def _settings(
     resolved = {
         "params": count_parameters(opened.model),
         "classes": len(splits.class_names),
+        "class_names": list(splits.class_names),
         "preprocessing": opened.preprocessing.to_dict(),
         "global_batch": recipe.global_batch,
         "steps_per_epoch": recipe.steps_per_epoch,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +23,31 @@ class Accuracy:
     images: int
 
 
+@dataclass
+class Answers:
+    """What a model said of each image, in the order in which the images were seen: class indices, and the probability of the
+    predicted class, in [0, 1]."""
+
+    target: list[int] = field(default_factory=list)
+    predicted: list[int] = field(default_factory=list)
+    probability: list[float] = field(default_factory=list)
+
+    def add(self, logits: Tensor, targets: Tensor) -> None:
+        """Take in a batch: logits (S, classes) float32, targets (S,)."""
+        probability, predicted = logits.softmax(dim=1).max(dim=1)
+        self.target += targets.tolist()
+        self.predicted += predicted.tolist()
+        self.probability += probability.tolist()
+
+
 @torch.no_grad()
-def evaluate(model: nn.Module, batches: Batches, precision: Precision, reduce_sum: Callable[[Tensor], Tensor]) -> Accuracy:
+def evaluate(
+    model: nn.Module,
+    batches: Batches,
+    precision: Precision,
+    reduce_sum: Callable[[Tensor], Tensor],
+    answers: Answers | None = None,
+) -> Accuracy:
     """Evaluate in evaluation mode; the model's mode is restored afterwards.
 
     Args:
@@ -32,6 +55,7 @@ def evaluate(model: nn.Module, batches: Batches, precision: Precision, reduce_su
         batches: this rank's share of (images, targets).
         precision: autocast of the forward pass.
         reduce_sum: sum of a tensor over all ranks that share the images; the identity where each rank sees all of them.
+        answers: takes in what the model says of this rank's images, where wanted.
     """
     was_training = model.training
     model.eval()
@@ -40,6 +64,8 @@ def evaluate(model: nn.Module, batches: Batches, precision: Precision, reduce_su
         with precision.autocast():
             logits = model(images)
         logits = logits.float()
+        if answers is not None:
+            answers.add(logits, targets)
         best = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]
         loss = nn.functional.cross_entropy(logits, targets, reduction="sum")
         sums += torch.stack([best[:, 0].sum(), best.sum(), loss, torch.tensor(len(targets), device=loss.device)]).double()

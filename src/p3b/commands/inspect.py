@@ -1,0 +1,55 @@
+"""`p3b inspect`: the architecture of a saved model, read from its config without loading a weight."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from p3b.run.look_options import InspectConfig
+from p3b.storage import saved_model
+
+_SHOWN_CLASSES = 10
+
+
+def inspect(config: InspectConfig) -> Mapping[str, Any]:
+    """Print what the model is; returns its config.
+
+    Raises:
+        WeightsError: nothing is there, or what is there is damaged or of another origin.
+    """
+    found = saved_model.read_config(config.model)
+    arguments, console = found["architecture"]["arguments"], Console(highlight=False)
+    dense_width, dense_heads = arguments["embed_dim"], arguments["num_heads"]
+    width = found.get("stream", dense_width)
+    say = partial(console.print, soft_wrap=True, markup=False)
+    say(f"{found['architecture'].get('name', 'VisionTransformer')}: {found['params']:,} parameters, schema {found['schema']}")
+    say(f"width {width}" + (f" of {dense_width}" if width != dense_width else "") + f", depth {arguments['depth']}")
+    classes = found["class_names"] or []
+    more = f" and {len(classes) - _SHOWN_CLASSES:,} more" if len(classes) > _SHOWN_CLASSES else ""
+    say(f"classes: {arguments['num_classes']:,} ({', '.join(classes[:_SHOWN_CLASSES]) or 'names unknown'}{more})")
+    preprocessing = found["preprocessing"]
+    known = "unknown" if preprocessing is None else ", ".join(f"{key} {value}" for key, value in preprocessing.items())
+    say(f"preprocessing: {known}")
+    console.print(_blocks(found, width, dense_heads))
+    for key, value in (found["provenance"] or {}).items():
+        say(f"{key}: {value}")
+    return found
+
+
+def _blocks(config: Mapping[str, Any], width: int, dense_heads: int) -> Table:
+    """One row a block: how much it reads, its inner width, how much it writes."""
+    table = Table()
+    for position, name in enumerate(("block", "form", "reads", "heads", "inner width", "writes")):
+        table.add_column(name, justify="left" if position < 2 else "right")
+    for block in config["blocks"]:
+        form = block["form"]
+        inside = form in ("whole", "small")
+        heads = block.get("heads", dense_heads) if block["name"].endswith("attn") and inside else ""
+        reads = (len(block["inputs"]) or width) if inside else ""
+        writes = "" if form == "gone" else len(block["outputs"]) or width
+        table.add_row(block["name"], form, *map(str, (reads, heads, block["inner"] if inside else "", writes)))
+    return table
