@@ -97,6 +97,7 @@ def test_the_first_published_command_prunes(pruned: Path) -> None:
 
 def test_the_second_published_command_fine_tunes_what_the_first_has_left(pruned: Path, published: dict[str, str]) -> None:
     before = everything_in(pruned)
+    del before["report.html"]  # shows all stages
     launch(FINETUNE, published, "--epochs", "2")
     after = everything_in(pruned)
     assert {name: after[name] for name in before} == before, "each stage has its own place"

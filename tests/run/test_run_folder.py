@@ -64,7 +64,7 @@ def test_prune_leaves_its_run_folder(pruned_run: Path) -> None:
     stage = pruned_run / "prune"
     assert {file.name for file in stage.iterdir()} == {
         "config.json", "log.txt", "metrics.jsonl", "blocks.jsonl", "checkpoints", "best.pth", "summary.json",
-        "benefit.png", "keep_ratio.png",
+        "benefit.png", "keep_ratio.png", "predictions.csv", "examples",
     }  # fmt: skip
     assert {file.name for file in pruned_run.iterdir()} == {".lock", "prune", "pruned", "first_sparse_checkpoint.pth"}
     log = (stage / "log.txt").read_text()
@@ -193,7 +193,7 @@ def test_train_leaves_its_run_folder_and_the_best_epoch(data: Path, tmp_path: Pa
     assert run("train", *flags(data, tmp_path, "--epochs", "3", "--lr", "0.1")) == 0
     assert {file.name for file in tmp_path.iterdir()} == {".lock", "train", "dense"}
     assert {file.name for file in (tmp_path / "train").iterdir()} == {
-        "config.json", "log.txt", "metrics.jsonl", "checkpoints", "best.pth", "summary.json"
+        "config.json", "log.txt", "metrics.jsonl", "checkpoints", "best.pth", "summary.json", "predictions.csv", "examples"
     }  # fmt: skip
     metrics, summary = lines(tmp_path / "train" / "metrics.jsonl"), read(tmp_path / "train" / "summary.json")
     assert summary["accuracy"]["val"]["top1"] == max(line["val_top1"] for line in metrics)
