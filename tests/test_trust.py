@@ -270,7 +270,7 @@ def test_the_machines_errors_are_explained(error: OSError | RuntimeError, said: 
 
 def test_mistakes_of_ours_are_not_explained_away(tmp_path: Path) -> None:
     mine, other = (FileNotFoundError(2, "No such file or directory", str(place / "file")) for place in (tmp_path, Path("/")))
-    assert "its last checkpoint stays" in str(explain(mine, tmp_path))
+    assert "keeps its last checkpoint" in str(explain(mine, tmp_path))
     assert explain(other, tmp_path) is None and explain(mine) is None
     assert explain(RuntimeError("mat1 and mat2 shapes cannot be multiplied (4x24 and 25x24)")) is None
     assert lost_process(ValueError("timeout")) is None

@@ -93,8 +93,8 @@ def test_methods_that_can_share_a_warm_up_and_come_out_as_alone(data: Path, tmp_
     assert run("compare", *flags(data, tmp_path, *given)) == 0
     assert [folder.name for folder in (tmp_path / "warm-ups").iterdir()] == ["plain-seed0"]
     for name in ("uniform-0.5-seed0", "random-0.5-seed0"):
-        assert "is taken from" in (tmp_path / "runs" / name / "prune" / "log.txt").read_text()
-    assert "is taken from" not in (tmp_path / "runs" / "block_benefit-0.5-seed0" / "prune" / "log.txt").read_text()
+        assert "was taken from" in (tmp_path / "runs" / name / "prune" / "log.txt").read_text()
+    assert "was taken from" not in (tmp_path / "runs" / "block_benefit-0.5-seed0" / "prune" / "log.txt").read_text()
     command = shlex.split(runs_of(tmp_path)[-1]["command"])[2:]
     command[command.index("--output-dir") + 1] = str(tmp_path / "alone")
     assert run("prune", *command) == 0
@@ -137,7 +137,7 @@ def test_interrupted_and_continued_is_as_never_interrupted(
     stop_at("smaller", p3b.run.records.Records, "log_epoch", signal.SIGTERM)
     stop_at("block_benefit", p3b.run.stage.Stage, "write_summary", signal.SIGINT)
     assert run("compare", *given) == STOPPED
-    assert "the same command goes on" in capsys.readouterr().err
+    assert "run the same command again" in capsys.readouterr().err
     assert [line["name"] for line in runs_of(tmp_path)] == NAMES[:1]
     assert "| dense |" in (tmp_path / "compare.md").read_text(), "what is done has its table"
     assert run("compare", *given) == STOPPED

@@ -161,7 +161,7 @@ def test_interrupted_and_continued_is_as_never_interrupted(
     asked = flags(data, tmp_path, *TWO)
     for done in (1, 2):
         assert run("sweep", *asked) == STOPPED
-        assert "the same command goes on" in capsys.readouterr().err
+        assert "run the same command again" in capsys.readouterr().err
         assert names(tmp_path) == NAMES[:done]
     assert run("sweep", *asked) == 0
     assert told(tmp_path) == told(swept)
@@ -265,7 +265,7 @@ def test_torchrun_sweeps_on_all_ranks_from_one_warm_up(data: Path, tmp_path: Pat
     assert [(line["name"], line["processes"]) for line in of_kind(tmp_path, "run")] == [(name, 2) for name in NAMES]
     for name in NAMES[1:]:
         log = (tmp_path / "runs" / name / "prune" / "log.txt").read_text()
-        assert log.count("the warm-up of 4 steps is taken from") == 1
+        assert log.count("the warm-up of 4 steps was taken from") == 1
 
 
 def test_a_dense_run_of_other_epochs_is_told_beside_the_table(data: Path, swept: Path, tmp_path: Path) -> None:

@@ -29,19 +29,19 @@ class Command:
         settings: class of its settings, "module:class"; loaded when the command runs, as the target is.
         purpose: what it is for, in a few words.
         target: function that carries it out, "module:function".
-        goes_on: how it is continued after a stop.
+        to_continue: how it is continued after a stop.
         reads_file: whether `--config FILE` gives settings.
     """
 
     settings: str
     purpose: str
     target: str
-    goes_on: str = "--resume goes on"
+    to_continue: str = "continue with --resume"
     reads_file: bool = False
 
 
 _OPTIONS, _LOOK, _HERE = "p3b.run.options", "p3b.run.look_options", "p3b.commands"
-_AGAIN = "the same command goes on"
+_AGAIN = "run the same command again to continue"
 
 COMMANDS: dict[str, Command] = {
     "demo": Command(f"{_OPTIONS}:DemoConfig", "the whole job on embedded data, in minutes", f"{_HERE}.demo:run_demo"),
@@ -114,10 +114,10 @@ def run_command(name: str, flags: Sequence[str], prog: str) -> int:
         return USER_ERROR
     except Stopped as stop:
         if int(os.environ.get("RANK", 0)) == 0:
-            print(f"p3b {name}: {stop}; {command.goes_on}.", file=sys.stderr, flush=True)
+            print(f"p3b {name}: {stop}; {command.to_continue}.", file=sys.stderr, flush=True)
         return STOPPED
     except KeyboardInterrupt:
-        print(f"p3b {name}: interrupted; the last checkpoint is kept, {command.goes_on}.", file=sys.stderr, flush=True)
+        print(f"p3b {name}: interrupted; the last checkpoint is kept; {command.to_continue}.", file=sys.stderr, flush=True)
         return INTERRUPTED
     return 0
 

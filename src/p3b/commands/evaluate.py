@@ -100,7 +100,7 @@ def _claimed(folder: StageFolder | None, config: EvaluateConfig, machine: Machin
         yield
         return
     overwrite = config.run.overwrite
-    folder.claim_for_all(machine.is_main, screen.say, resume=False, overwrite=overwrite)
+    folder.claim_for_all(machine.is_main, screen.warn, resume=False, overwrite=overwrite)
     try:
         machine.on_main(lambda: folder.begin(to_plain(config), overwrite))
         screen.log_to(folder.path / "log.txt")
@@ -132,7 +132,7 @@ def _tell(
 ) -> None:
     rows = [(name, f"{a.top1:.2f}", f"{a.top5:.2f}", f"{a.loss:.4f}", f"{a.images:,}") for name, a in accuracies.items()]
     screen.table(title, ("part", "top-1 %", "top-5 %", "loss", "images"), rows)
-    screen.warn(
+    screen.result(
         f"{figures.params:,} parameters, {figures.macs / 1e6:,.1f} M MACs, {figures.images_per_second or 0:,.0f} images/s on "
         f"{machine.device} in the layout {summary['layout']}"
     )

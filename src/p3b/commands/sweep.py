@@ -181,14 +181,14 @@ def _report(series: Series, config: SweepConfig) -> list[Path]:
                 series.add(answer)
             told = sentences(answer)
         else:
-            told = ["The search has not come to its end; the same command goes on."]
+            told = ["The search is not finished; run the same command again to continue."]
         # The search looks at validation images alone, and so does its table.
         lines = [_on_validation(line) for line in lines]
     told = [*told, *_unequal_epochs(lines)]
     written = write_report(out, config.run.figure_format, "sweep", lines, told)
     show_tables(lines, written, "sweep", series.screen)
     for sentence in told:
-        series.screen.say(sentence)
+        series.screen.result(sentence)
     return written
 
 

@@ -51,11 +51,11 @@ def explain(error: OSError | RuntimeError, folder: Path | None = None) -> UserEr
         return cause
     if isinstance(error, torch.OutOfMemoryError) or _OUT_OF_MEMORY.search(str(error)):
         return TrainingError(
-            f"The memory is full ({str(error).splitlines()[0][:200]}). Lower --batch-size and raise --grad-accum-steps by as "
-            "much: the steps stay the same. --resume needs the same settings, so start again with --overwrite."
+            f"Out of memory ({str(error).splitlines()[0][:200]}). Lower --batch-size and raise --grad-accum-steps by the "
+            "same factor: the steps stay the same. --resume needs the same settings, so start again with --overwrite."
         )
     if isinstance(error, OSError) and (error.errno in _DISK_ERRORS or _lies_in(error.filename, folder)):
-        return RunFolderError(f"{error}. The run stops; its last checkpoint stays. Mend that, then --resume goes on.")
+        return RunFolderError(f"{error}. The run stops and keeps its last checkpoint. Fix this, then continue with --resume.")
     return None
 
 

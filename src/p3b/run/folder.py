@@ -90,7 +90,7 @@ class StageFolder:
                 "--output-dir."
             ) from error
         except NotImplementedError:
-            say(f"{self.root} lies on a file system without locks: see to it that no other run writes there")
+            say(f"{self.root} is on a file system without locks: make sure that no other run writes there")
         except OSError as error:
             raise RunFolderError(f"{self.root} cannot be written: {error}. Choose another --output-dir.") from error
 
@@ -143,7 +143,7 @@ class StageFolder:
         if self.has_begun and not resume and not overwrite:
             state = "a finished run" if self.finished else "an unfinished run"
             raise RunFolderError(
-                f"{self.path} holds {state} of this stage. Give --resume to go on with it, --overwrite to replace it, or "
+                f"{self.path} holds {state} of this stage. Give --resume to continue it, --overwrite to replace it, or "
                 "another --output-dir."
             )
 

@@ -296,7 +296,7 @@ class CompareOptions:
 
 @dataclass(frozen=True)
 class CompareConfig:
-    """Methods x prune ratios x seeds on one data set, beside a dense and a smaller model; the same command goes on."""
+    """Methods x prune ratios x seeds on one data set, beside a dense and a smaller model; run it again to continue."""
 
     compare: CompareOptions = field(default_factory=CompareOptions)
     data: DataOptions = field(default_factory=DataOptions)
@@ -331,7 +331,7 @@ class SweepOptions:
 
 @dataclass(frozen=True)
 class SweepConfig:
-    """Several budgets from one warm-up, or the largest that loses at most so many points; the same command goes on."""
+    """Several budgets from one warm-up, or the largest that loses at most so many points; run it again to continue."""
 
     sweep: SweepOptions = field(default_factory=SweepOptions)
     data: DataOptions = field(default_factory=DataOptions)

@@ -57,7 +57,11 @@ class Screen:
         self._show(line, Level.VERBOSE)
 
     def warn(self, line: str) -> None:
-        """A line that is always shown."""
+        """A line that nobody should miss; it is always shown."""
+        self._show(line, Level.QUIET)
+
+    def result(self, line: str) -> None:
+        """A line of what came out in the end; it is always shown."""
         self._show(line, Level.QUIET)
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -67,7 +71,7 @@ class Screen:
             table.add_column(column, justify="left" if position == 0 else "right")
         for row in rows:
             table.add_row(*row)
-        self.warn(title)
+        self.result(title)
         self.console.print(table)
         plain = Console(width=120, color_system=None, file=None, record=True, quiet=False, force_terminal=False)
         with plain.capture() as text:

@@ -181,7 +181,9 @@ class Series:
             dist.all_gather_object(messages, None if failure is None else str(failure), group=self._group)
         if len({message is None for message in messages}) > 1:
             told = "; ".join(f"rank {rank}: {message}" for rank, message in enumerate(messages) if message is not None)
-            raise TrainingError(f"A run failed on some processes and not on others ({told}). The same command goes on.")
+            raise TrainingError(
+                f"A run failed on some processes and not on others ({told}). Run the same command again to continue."
+            )
         return messages[0]
 
     def add(self, line: dict[str, Any]) -> None:
@@ -243,7 +245,7 @@ def open_series(
         require(processes, lines)
         require_comparable(comparable(config, processes.world_size), before, out)
         screen = open_screen(config.run, processes.is_main)
-        folder.claim_for_all(processes.is_main, screen.say, resume=True, overwrite=False)
+        folder.claim_for_all(processes.is_main, screen.warn, resume=True, overwrite=False)
         try:
             yield Series(config, name, shared, commands, processes, device, screen)
         finally:

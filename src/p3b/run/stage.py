@@ -96,7 +96,7 @@ class Stage:
             WeightsError: all checkpoints are damaged.
         """
         found: Checkpoint | None = None
-        self.folder.claim_for_all(self.machine.is_main, self.screen.say, resume=self.resume, overwrite=self.overwrite)
+        self.folder.claim_for_all(self.machine.is_main, self.screen.warn, resume=self.resume, overwrite=self.overwrite)
         if self.resume and self.folder.has_begun:
             self.settings.require_same(self.folder.read_json("config.json"))
             found = newest_for_all(self.checkpoints)
@@ -217,6 +217,7 @@ def _open(config: TrainConfig, name: str, machine: Machine, folder: StageFolder)
     )
     origin = provenance(machine, stage=name, model=config.model.model, data=splits.description, seed=run.seed)
     saying = {"class_names": splits.class_names, "preprocessing": opened.preprocessing.to_dict(), "provenance": origin}
+    title = f"{name}: {config.model.model}, {count_parameters(opened.model):,} parameters, seed {run.seed}"
     return Stage(
         name=name,
         settings=_settings(config, splits, opened, recipe, machine, workers),
@@ -242,7 +243,7 @@ def _open(config: TrainConfig, name: str, machine: Machine, folder: StageFolder)
         records=Records(folder, screen, machine, recipe.steps_per_epoch),
         products=Products(folder.root, name, saying, machine),
         provenance=origin,
-        opening=_opening(config, name, splits, cache, opened, recipe, machine),
+        opening=_opening(title, splits, cache, opened.notes(config.model, splits.class_names), recipe, machine),
         opened_at=opened_at,
         with_report=run.report and name in PRODUCTS,
     )
@@ -273,21 +274,15 @@ def _settings(
 
 
 def _opening(
-    config: TrainConfig,
-    name: str,
-    splits: DataSplits,
-    cache: str,
-    opened: OpenedModel,
-    recipe: Recipe,
-    machine: Machine,
+    title: str, splits: DataSplits, cache: str, weights: list[str], recipe: Recipe, machine: Machine
 ) -> tuple[str, ...]:
     """What is said at the beginning."""
     processes = machine.processes.world_size
     return (
-        f"{name}: {config.model.model}, {count_parameters(opened.model):,} parameters, seed {config.run.seed}",
+        title,
         f"data: {splits.description}",
         cache,
-        *opened.notes(config.model, splits.class_names),
+        *weights,
         f"{processes} process{'es' if processes > 1 else ''} on {machine.device}, {machine.number_format}, "
         f"{recipe.global_batch} images per step, {recipe.steps_per_epoch} steps per epoch",
     )

@@ -130,9 +130,7 @@ class WarmUp:
     def __init__(self, folder: Path) -> None:
         self._stage = StageFolder(folder, WARM_UP)
         if not self._stage.finished:
-            raise RunFolderError(
-                f"{folder} holds no finished warm-up to go on from; the command that writes it trains it first."
-            )
+            raise RunFolderError(f"{folder} holds no finished warm-up; the command that needs it trains it first.")
 
     def require(self, terms: Mapping[str, Any]) -> None:
         """Refuse to go on from a state that the run would not have come to by itself.
@@ -179,7 +177,7 @@ class WarmUp:
         stage.machine.on_main(lambda: stage.folder.take_lines(self._stage, lines))
         if not keeps_method:
             content["pruner"] = {**content["pruner"], "method": pruner.state_dict()["method"]}
-        stage.screen.say(f"the warm-up of {content['progress']['place']['step']} steps is taken from {self._stage.path}")
+        stage.screen.say(f"the warm-up of {content['progress']['place']['step']} steps was taken from {self._stage.path}")
         return content
 
 

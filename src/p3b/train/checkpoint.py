@@ -68,8 +68,8 @@ class Checkpoints:
         except (OSError, RuntimeError) as error:  # torch tells of a full disk by a RuntimeError
             unnamed.unlink(missing_ok=True)
             raise RunFolderError(
-                f"A checkpoint cannot be written to {self._folder}: {error}. The run stops; those before it stay. Make room "
-                "there, then --resume goes on."
+                f"A checkpoint cannot be written to {self._folder}: {error}. The run stops and keeps the earlier ones. Make "
+                "room there, then continue with --resume."
             ) from error
         for _, old in files[: len(files) + 1 - self._keep]:
             old.unlink(missing_ok=True)

@@ -118,7 +118,7 @@ def require_agreement(what: str, digest: str) -> None:
         found = ", ".join(f"rank {rank}: {value[:12]}" for rank, value in enumerate(digests))
         raise TrainingError(
             f"The processes disagree on {what} ({found}); the run stops and keeps its last checkpoint. They must run the same "
-            "code on the same kind of device; --resume goes on from the checkpoint."
+            "code on the same kind of device; --resume continues from the checkpoint."
         )
 
 
@@ -143,7 +143,7 @@ def lost_process(error: BaseException) -> TrainingError | None:
     cause = told.splitlines()[0][:200] if told else type(error).__name__
     return TrainingError(
         f"Another process of this run is gone or did not answer in time ({cause}). Its own message says why. The run stops and "
-        "keeps its last checkpoint: --resume goes on, or start it with torchrun --max-restarts, which does so by itself."
+        "keeps its last checkpoint: continue with --resume, or start it with torchrun --max-restarts, which does so by itself."
     )
 
 
