@@ -220,6 +220,20 @@ def test_finalizing_before_the_last_epoch_leaves_the_rest_to_fine_tuning(data: P
     assert metrics[1]["lr"] == 5e-4 * 4 / 512 and metrics[2]["lr"] == pytest.approx((0.1 * 4 / 512 + 1e-5) / 2)
 
 
+def test_quiet_shows_the_final_table_alone_and_the_log_has_everything(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = flags(data, tmp_path, "--epochs", "1", "--prune-start-epoch", "0", *CALM)
+    assert run("prune", *given, "-q") == 0
+    shown, log = capsys.readouterr().out, (tmp_path / "prune" / "log.txt").read_text()
+    assert "images per second" in shown and "epoch" not in shown and "came back" not in shown
+    assert "images per second" in log and "epoch   1/1" in log and "pruned elements that came back: " in log
+    assert run("prune", *given, "-v", "--overwrite") == 0
+    assert "pruned elements that came back: " in capsys.readouterr().out
+    assert run("prune", *given, "-v", "--quiet") == 2
+    assert "--verbose and --quiet contradict each other" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("start", "sparse", "final", "schedule"),
     [

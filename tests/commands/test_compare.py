@@ -93,8 +93,8 @@ def test_methods_that_can_share_a_warm_up_and_come_out_as_alone(data: Path, tmp_
     assert run("compare", *flags(data, tmp_path, *given)) == 0
     assert [folder.name for folder in (tmp_path / "warm-ups").iterdir()] == ["plain-seed0"]
     for name in ("uniform-0.5-seed0", "random-0.5-seed0"):
-        assert "was taken from" in (tmp_path / "runs" / name / "prune" / "log.txt").read_text()
-    assert "was taken from" not in (tmp_path / "runs" / "block_benefit-0.5-seed0" / "prune" / "log.txt").read_text()
+        assert "is taken from" in (tmp_path / "runs" / name / "prune" / "log.txt").read_text()
+    assert "is taken from" not in (tmp_path / "runs" / "block_benefit-0.5-seed0" / "prune" / "log.txt").read_text()
     command = shlex.split(runs_of(tmp_path)[-1]["command"])[2:]
     command[command.index("--output-dir") + 1] = str(tmp_path / "alone")
     assert run("prune", *command) == 0

@@ -265,7 +265,7 @@ def test_torchrun_sweeps_on_all_ranks_from_one_warm_up(data: Path, tmp_path: Pat
     assert [(line["name"], line["processes"]) for line in of_kind(tmp_path, "run")] == [(name, 2) for name in NAMES]
     for name in NAMES[1:]:
         log = (tmp_path / "runs" / name / "prune" / "log.txt").read_text()
-        assert log.count("the warm-up of 4 steps was taken from") == 1
+        assert log.count("the warm-up of 4 steps is taken from") == 1
 
 
 def test_a_dense_run_of_other_epochs_is_told_beside_the_table(data: Path, swept: Path, tmp_path: Path) -> None:

@@ -69,7 +69,7 @@ def test_going_on_from_a_warm_up_is_as_training_it(data: Path, tmp_path: Path, s
         prune(config_of(data, tmp_path / "alone", *given, "--prune-ratio", "0.6"))
         prune(config_of(data, tmp_path / "shared", *given, "--prune-ratio", "0.6"), tmp_path / "warm")
     assert same_runs(tmp_path / "alone", tmp_path / "shared")
-    assert "was taken from" in (tmp_path / "shared" / "prune" / "log.txt").read_text()
+    assert "is taken from" in (tmp_path / "shared" / "prune" / "log.txt").read_text()
 
 
 def test_a_warm_up_serves_every_alignment(data: Path, tmp_path: Path) -> None:
@@ -138,7 +138,7 @@ def test_a_warm_up_that_kept_its_images_elsewhere_is_the_same(data: Path, plain_
     given = ("--prune-method", "uniform", "--prune-start-epoch", WITHIN_AN_EPOCH, "--cache", "off")
     with brief():
         prune(config_of(data, tmp_path, *given), plain_warm_up)
-    assert "was taken from" in (tmp_path / "prune" / "log.txt").read_text()
+    assert "is taken from" in (tmp_path / "prune" / "log.txt").read_text()
 
 
 def test_a_warm_up_that_is_not_there_is_refused(data: Path, tmp_path: Path) -> None:

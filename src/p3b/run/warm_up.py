@@ -177,7 +177,7 @@ class WarmUp:
         stage.machine.on_main(lambda: stage.folder.take_lines(self._stage, lines))
         if not keeps_method:
             content["pruner"] = {**content["pruner"], "method": pruner.state_dict()["method"]}
-        stage.screen.say(f"the warm-up of {content['progress']['place']['step']} steps was taken from {self._stage.path}")
+        stage.screen.say(f"the warm-up of {content['progress']['place']['step']} steps is taken from {self._stage.path}")
         return content
 
 
