@@ -1,19 +1,17 @@
-"""Where the time of a training run goes, as the code is and as it was.
+"""Where does the time of a training run go?
 
-    python benchmarks/clock.py run --before ../old/src        # all entries; a few minutes on 2 cores that do nothing else
-    python benchmarks/clock.py run --only animals-train-fp32  # one entry, as the code is
-    python benchmarks/clock.py table                          # the generated part of docs/clock.md from the JSON lines
+    python benchmarks/clock.py run                            # everything: a few minutes on 2 cores that do nothing else
+    python benchmarks/clock.py run --only animals-train-fp32  # one measurement
+    python benchmarks/clock.py table                          # the tables of docs/clock.md from the JSON lines
 
-A step of the real loop is taken apart: what its parts take is measured around them, each without those it calls.
-Every measurement is a process of its own; the two sides take turns, and a figure is the median over rounds of processor time,
-so that other work on the machine counts little. Photos are made by the tool itself: JPEGs of 500 x 375 pixels.
+Every figure is processor time of one core, so that other work on the machine counts little, the median over rounds. What
+changes torch or p3b to be measured runs in a process of its own. Photos are made by the tool itself: JPEGs of 500 x 375 pixels.
+Some lines also have a side "before": an earlier revision, measured in turns with the one of the line (`commit_before`).
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
-import json
 import os
 import resource
 import statistics
@@ -21,286 +19,158 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from datetime import datetime, timezone
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from p3b.storage.files import write_atomically
-from records import RESULTS, ROOT, circumstances, machine_of, packages_of, read_lines, replace_part, revision_of, versions
+import numpy as np
+import torch
+from PIL import Image
 
-LINES = RESULTS / "clock.jsonl"
-PAGE = ROOT / "docs" / "clock.md"
-BEGIN = "<!-- made from docs/results/clock.jsonl by `python benchmarks/clock.py table`; do not edit -->"
-END = "<!-- end of what is made from the lines -->"
+import p3b
+from harness.command import Bench, Given, main
+from harness.pages import Part, counted, how_it_was_run, table
+from harness.records import RESULTS, ROOT, Line
+from harness.turns import CPU, take_turns
+from step_parts import measure_step
+from training import Shape, preloaded
 
 ANIMALS = "data/cifar10-animals-train.tar"
-TINY = {"model": "vit_tiny_patch16_224", "img_size": 32, "patch_size": 4, "embed_dim": 128, "num_heads": 4}
-SHAPES: dict[str, dict[str, Any]] = {
-    "animals": {"title": "32 px, width 128, depth 12", "batch": 16, "images": 160, **TINY},
-    "shallow": {"title": "32 px, width 128, depth 3", "batch": 16, "depth": 3, **TINY},
-    "photos": {
-        "title": "photos at 224 px, DeiT-Tiny",
-        "batch": 4,
-        "images": 20,
-        "model": "deit_tiny_patch16_224",
-        "img_size": 224,
-    },
-    "attention": {
-        "sizes": [(16, 4, 17, 16), (64, 4, 65, 32), (16, 3, 197, 64), (8, 6, 197, 64), (4, 6, 577, 64), (2, 6, 1370, 64)]
-    },
+TINY = {"img_size": 32, "patch_size": 4, "embed_dim": 128, "num_heads": 4}
+SHAPES: Mapping[str, Shape] = {
+    "animals": Shape("32 px, width 128, depth 12", "vit_tiny_patch16_224", 16, 3, TINY),
+    "shallow": Shape("32 px, width 128, depth 3", "vit_tiny_patch16_224", 16, 7, {**TINY, "depth": 3}, classes=6),
+    "photos": Shape("photos at 224 px, DeiT-Tiny", "deit_tiny_patch16_224", 4, 3, {}),
 }
-STEPS = 3
-"""Steps that are timed, after one that is not."""
+IMAGES = {"animals": 160, "photos": 20}
+ATTENTION = ((16, 4, 17, 16), (64, 4, 65, 32), (16, 3, 197, 64), (8, 6, 197, 64), (4, 6, 577, 64), (2, 6, 1370, 64))
+"""(images, heads, tokens, channels of a head)"""
 START_UP = {
     "import p3b": "import p3b",
     "p3b --help": "from p3b.commands.command_line import main; main(['--help'])",
     "p3b train --help": "from p3b.commands.command_line import main; main(['train', '--help'])",
     "the commands and all that they import": "import p3b.commands.prune",
 }
-ENTRIES: dict[str, dict[str, Any]] = {
-    "animals-train-fp32": {"kind": "step", "shape": "animals", "precision": "fp32", "prune": False},
-    "animals-prune-bf16": {"kind": "step", "shape": "animals", "precision": "bf16", "prune": True},
-    "photos-train-fp32": {"kind": "step", "shape": "photos", "precision": "fp32", "prune": False},
-    "attention": {"kind": "attention", "shape": "attention"},
-    "start-up": {"kind": "start"},
-    "compile": {"kind": "compile", "shape": "shallow"},
-    "channels-last": {"kind": "layout", "shape": "photos"},
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One measurement: its kind, and the model where there is one; `precision` and `prune` are those of a step."""
+
+    kind: str
+    shape: str | None = None
+    precision: str = "fp32"
+    prune: bool = False
+
+
+ENTRIES: Mapping[str, Entry] = {
+    "animals-train-fp32": Entry("step", "animals"),
+    "animals-prune-bf16": Entry("step", "animals", "bf16", prune=True),
+    "photos-train-fp32": Entry("step", "photos"),
+    "attention": Entry("attention"),
+    "start-up": Entry("start"),
+    "compile": Entry("compile", "shallow"),
+    "channels-last": Entry("layout", "photos"),
 }
 
 
-class Clock:
-    """Processor seconds by part; time in an inner part does not count for the outer one."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self.calls: dict[str, int] = {}
-        self._parts = ["the rest"]
-        self._since = time.process_time()
-
-    @contextmanager
-    def part(self, name: str) -> Iterator[None]:
-        """Count what happens within for this part."""
-        self._turn()
-        self._parts.append(name)
-        self.calls[name] = self.calls.get(name, 0) + 1
-        try:
-            yield
-        finally:
-            self._turn()
-            self._parts.pop()
-
-    def begin(self) -> None:
-        """Forget what was measured, and begin."""
-        self.seconds, self.calls, self._since = {}, {}, time.process_time()
-
-    def end(self, steps: int) -> dict[str, Any]:
-        """Milliseconds and calls a step, by part."""
-        self._turn()
-        return {
-            "ms": {name: 1000 * seconds / steps for name, seconds in self.seconds.items()},
-            "calls": {name: calls / steps for name, calls in self.calls.items()},
-        }
-
-    def around(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function, counted."""
-
-        def counted(*args: Any, **kwargs: Any) -> Any:
-            with self.part(name):
-                return function(*args, **kwargs)
-
-        return counted
-
-    def _turn(self) -> None:
-        now = time.process_time()
-        self.seconds[self._parts[-1]] = self.seconds.get(self._parts[-1], 0.0) + now - self._since
-        self._since = now
+def measure(name: str, given: Given) -> dict[str, Any]:
+    entry = ENTRIES[name]
+    repeated = entry.kind in ("step", "start")  # each round in new processes
+    rounds = given.rounds if repeated else 1
+    with tempfile.TemporaryDirectory() as folder:
+        photos, animals = make_photos(Path(folder) / "photos"), given.shared / ANIMALS
+        data = str(photos) if entry.shape == "photos" else str(animals) if animals.exists() else "DIGITS"
+        found = [_measured(entry, data, photos, Path(folder)) for _ in range(rounds)]
+    told = (
+        ("photos" if entry.shape == "photos" else "digits" if data == "DIGITS" else "animals") if entry.kind == "step" else ""
+    )
+    return {"kind": entry.kind, "shape": entry.shape, "data": told, "rounds": rounds, "sides": {"now": _medians(found)}}
 
 
-def measure_step(shape: Mapping[str, Any], precision: str, prune: bool, data: str) -> dict[str, Any]:
-    """A step of `train_epoch`, and the evaluation of as many images, taken apart: milliseconds and calls by part."""
-    import timm
-    import torch
-    from timm.utils import ModelEmaV3
-
-    import p3b.core.finite
-    import p3b.data
-    import p3b.data.images
-    import p3b.data.loaders
-    import p3b.pruner
-    import p3b.scoring.trained
-    import p3b.train.loop
-    from p3b.train.evaluate import evaluate
-    from p3b.train.losses import TrainingLoss
-    from p3b.train.optim import Precision, build_optimizer
-
-    clock, cpu = Clock(), torch.device("cpu")
-    torch.manual_seed(0)
-    size = shape["img_size"]
-    splits = p3b.data.open_data(*_data_set(data), val_share=0.2, max_train_images=shape["images"])
-    keep = getattr(p3b.data, "keep_decoded", None)  # a revision before it decodes each time
-    if keep is not None:
-        keep(splits, "auto")
-    preprocessing = p3b.data.Preprocessing((3, size, size), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-    options = {"batch_size": shape["batch"], "num_workers": 0, "device": cpu}
-    batches = p3b.data.train_batches(splits.train, preprocessing, p3b.data.Augmentation(repeats=1), seed=0, **options)
-    samples = batches._loader.loader._loader.dataset
-    samples._transform = clock.around("data: augment", samples._transform)
-    samples._read = clock.around("data: read and decode", samples._read)
-    model = timm.create_model(
-        shape["model"], num_classes=len(splits.class_names), drop_path_rate=0.1, **_arguments(shape)
-    ).train()
-    chosen = Precision.choose(precision, cpu)
-    if importlib.util.find_spec("p3b.vit.attention"):  # a revision before it trains the fused form
-        importlib.import_module("p3b.vit.attention").choose_attention(model, cpu, chosen.dtype)
-    optimizer, ema = build_optimizer(model, "adamw", 1e-4, 0.05), ModelEmaV3(model, decay=0.99)
-    pruner: Any = p3b.train.loop.NoPruning("train", 0)
-    if prune:
-        schedule = p3b.Schedule(start=0, sparse=1, final=10**6, update_every=3)
-        pruner = p3b.Pruner(model, 0.5, schedule=schedule, estimator="linear")
-    pruner.step, pruner.loss = clock.around("method", pruner.step), clock.around("method", pruner.loss)
-    optimizer.step = clock.around("optimizer", optimizer.step)  # type: ignore[method-assign]
-    ema.update = clock.around("moving average", ema.update)  # type: ignore[method-assign]
-    for module in (p3b.train.loop, p3b.pruner, p3b.scoring.trained):
-        module.all_finite = clock.around("finite?", module.all_finite)  # type: ignore[attr-defined]
-    torch.Tensor.backward = clock.around("backward", torch.Tensor.backward)  # type: ignore[method-assign]
-    loss = TrainingLoss(torch.nn.functional.cross_entropy)
-    learner = p3b.train.loop.Learner(model, optimizer, loss, chosen, chosen.scaler(), pruner, ema=ema)
-    forward, model.forward = model.forward, clock.around("forward", model.forward)
-    endless = _Endless(batches, clock)
-    for _ in p3b.data.eval_batches(splits.train, preprocessing, **options):  # an epoch has gone by
-        pass
-    endless.steps = 4 if prune else 1  # soft masks are in place
-
-    def go() -> None:
-        progress = p3b.train.loop.EpochProgress("train", cpu)
-        p3b.train.loop.train_epoch(learner, endless, progress, lambda *_: None, lambda: None)
-
-    go()
-    endless.steps = STEPS
-    clock.begin()
-    go()
-    found = clock.end(STEPS)
-    model.forward, clock.seconds = forward, {}
-    began = time.process_time()
-    some = splits.val.subset(range(min(len(splits.val), 2 * shape["batch"])))
-    accuracy = evaluate(model, p3b.data.eval_batches(some, preprocessing, **options), chosen, lambda sums: sums)
-    found["evaluation"] = 1000 * (time.process_time() - began) / accuracy.images * shape["batch"]
-    return found
+def _measured(entry: Entry, data: str, photos: Path, folder: Path) -> dict[str, Any]:
+    if entry.kind == "start":
+        return measure_start(photos)
+    if entry.shape is None:
+        return measure_attention()
+    shape = SHAPES[entry.shape]
+    act = {
+        "step": partial(measure_step, shape, IMAGES.get(entry.shape, 0), entry.precision, entry.prune, data),
+        "compile": partial(measure_compile, shape, folder),
+        "layout": partial(measure_layout, shape),
+    }[entry.kind]
+    with preloaded().Pool(1) as pool:
+        return pool.apply(act)
 
 
-class _Endless:
-    """So many batches, epoch after epoch; making one is counted."""
-
-    def __init__(self, batches: Any, clock: Clock) -> None:
-        self._batches, self._clock, self.steps = batches, clock, 1
-        self._epoch, self._coming = 0, iter(batches)  # goes on from call to call: one batch is always made ahead
-
-    def __len__(self) -> int:
-        return self.steps
-
-    def __iter__(self) -> Iterator[Any]:
-        for _ in range(self.steps):
-            with self._clock.part("data: collate, normalise, erase"):
-                batch = next(self._coming, None)
-                if batch is None:
-                    self._epoch += 1
-                    self._batches.set_epoch(self._epoch)
-                    self._coming = iter(self._batches)
-                    batch = next(self._coming)
-            yield batch
-
-
-def measure_compile(shape: Mapping[str, Any]) -> dict[str, Any]:
+def measure_compile(shape: Shape, folder: Path) -> dict[str, Any]:
     """Forward and backward, compiled and not, plain and with soft gates: milliseconds of each, in turns; seconds to compile."""
-    import timm
-    import torch
-
-    import p3b
-
+    torch.set_num_threads(1)
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "compiled")  # what was compiled earlier does not count
+    torch._dynamo.config.skip_nnmodule_hook_guards = False
     sides: dict[str, Callable[[], None]] = {}
     seconds: dict[str, float] = {}
-    torch._dynamo.config.skip_nnmodule_hook_guards = False
     for gated in (False, True):
         for how in ("eager", "compiled"):
-            torch.manual_seed(0)
-            model = timm.create_model(shape["model"], num_classes=6, drop_path_rate=0.1, **_arguments(shape)).train()
+            model = shape.build()
             if gated:
                 pruner = p3b.Pruner(model, keep_ratios=[0.5] * 2 * len(model.blocks), schedule=p3b.Schedule(0, 1, 10**6, 1))
-                masks = {name: torch.rand(len(mask)) for name, mask in pruner.gates.masks.items()}
-                pruner.gates.set(masks)
+                pruner.gates.set({name: torch.rand(len(mask)) for name, mask in pruner.gates.masks.items()})
             module = torch.compile(model) if how == "compiled" else model
-            images = torch.randn(shape["batch"], 3, *model.patch_embed.img_size)
+            images = torch.randn(shape.cpu_batch, 3, *model.patch_embed.img_size)
 
             def step(module: Any = module, images: torch.Tensor = images, model: torch.nn.Module = model) -> None:
                 module(images).square().mean().backward()
                 model.zero_grad()
 
-            name = f"{'gated' if gated else 'plain'}, {how}"
-            began = time.monotonic()
+            name, began = f"{'gated' if gated else 'plain'}, {how}", time.monotonic()
             step()
             seconds[name], sides[name] = time.monotonic() - began, step
-            step()
-    taken: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in range(7):
-        for name, step in sides.items():
-            taken[name].append(_processor(step))
-    return {
-        "ms": {name: 1000 * statistics.median(values) for name, values in taken.items()},
-        "first_step_seconds": seconds,
-    }
+    return {**_in_turns(sides, shape.rounds), "first_step_seconds": seconds}
 
 
-def measure_layout(shape: Mapping[str, Any]) -> dict[str, Any]:
+def measure_layout(shape: Shape) -> dict[str, Any]:
     """The patch embedding, forward and backward, with images and weights in both memory formats: milliseconds, in turns."""
-    import torch
-
+    torch.set_num_threads(1)
     sides = {}
     for name, layout in (("contiguous", torch.contiguous_format), ("channels last", torch.channels_last)):
         embed = torch.nn.Conv2d(3, 192, 16, 16).to(memory_format=layout)
-        images = torch.randn(shape["batch"], 3, shape["img_size"], shape["img_size"])
+        images = torch.randn(shape.cpu_batch, 3, 224, 224)
 
         def step(embed: Any = embed, images: torch.Tensor = images, layout: Any = layout) -> None:
             embed(images.to(memory_format=layout)).flatten(2).transpose(1, 2).square().mean().backward()
 
-        step()
         sides[name] = step
-    taken: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in range(25):
-        for name, step in sides.items():
-            taken[name].append(_processor(step))
-    return {"ms": {name: 1000 * statistics.median(values) for name, values in taken.items()}}
+    return _in_turns(sides, 25)
 
 
-def measure_attention(shape: Mapping[str, Any]) -> dict[str, Any]:
-    """Attention of several sizes (images, heads, tokens, channels of a head), forward and backward: milliseconds, in turns."""
-    import torch
-
-    def fused(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.scaled_dot_product_attention(q, k, v)
+def measure_attention() -> dict[str, Any]:
+    """Attention of several sizes, fused and plain, forward and backward: milliseconds, in turns."""
 
     def plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         return ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)).softmax(-1) @ v
 
+    forms = {"fused": torch.nn.functional.scaled_dot_product_attention, "plain": plain}
     found = {}
-    for size in shape["sizes"]:
+    for size in ATTENTION:
         for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
             inputs = [torch.randn(size, dtype=dtype, requires_grad=True) for _ in range(3)]
-            taken: dict[str, list[float]] = {"fused": [], "plain": []}
-            for _ in range(8):
-                for form, attend in (("fused", fused), ("plain", plain)):
-                    with torch.autocast("cpu", torch.bfloat16, enabled=name == "bf16"):
-                        taken[form].append(_processor(lambda: attend(*inputs).sum().backward()))  # noqa: B023
+
+            def act(form: str, inputs: Any = inputs, autocast: bool = name == "bf16") -> None:
+                with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                    forms[form](*inputs).sum().backward()
+
             images, heads, tokens, width = size
-            for form, values in taken.items():
-                title = f"{images} images, {heads} heads of {width}, {tokens} tokens"
-                found[f"{title} | {name} | {form}"] = 1000 * statistics.median(values[1:])
+            title = f"{images} images, {heads} heads of {width}, {tokens} tokens | {name}"
+            taken = _in_turns({form: partial(act, form) for form in forms}, 7)["ms"]
+            found |= {f"{title} | {form}": ms for form, ms in taken.items()}
     return {"ms": found}
 
 
-def measure_start(source: Path, photos: Path) -> dict[str, Any]:
-    """Processor and wall seconds of each start-up, each a process of its own."""
+def measure_start(photos: Path) -> dict[str, Any]:
+    """Processor time of each start-up, each a process of its own."""
     with tempfile.TemporaryDirectory() as work:
         flags = [
             "train", "--data-path", str(photos), "--val-share", "0.1", "--max-train-images", "8", "--batch-size", "8",
@@ -310,20 +180,15 @@ def measure_start(source: Path, photos: Path) -> dict[str, Any]:
         scripts = {**START_UP, "a run of one step": f"from p3b.commands.command_line import main; main({flags!r})"}
         found = {}
         for name, script in scripts.items():
-            before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
-            environment = {**os.environ, "PYTHONPATH": str(source)}
-            subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, env=environment)
+            before = resource.getrusage(resource.RUSAGE_CHILDREN)
+            subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
             after = resource.getrusage(resource.RUSAGE_CHILDREN)
-            processor = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-            found[name] = [processor, time.monotonic() - began]
-    return {"ms": {name: 1000 * processor for name, (processor, _) in found.items()}}
+            found[name] = 1000 * (after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    return {"ms": found}
 
 
-def make_photos(root: Path, classes: int = 4, images: int = 8) -> None:
+def make_photos(root: Path, classes: int = 4, images: int = 8) -> Path:
     """JPEGs of 500 x 375 pixels in class folders: smooth noise with grain."""
-    import numpy as np
-    from PIL import Image
-
     noise = np.random.default_rng(0)
     for name in range(classes):
         folder = root / f"class{name}"
@@ -332,171 +197,11 @@ def make_photos(root: Path, classes: int = 4, images: int = 8) -> None:
             smooth = Image.fromarray(noise.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize((500, 375))
             grain = np.asarray(smooth).astype(int) + noise.integers(-12, 13, (375, 500, 3))
             Image.fromarray(grain.clip(0, 255).astype(np.uint8)).save(folder / f"{image}.jpg", quality=90)
+    return root
 
 
-def main(
-    arguments: Sequence[str] | None = None,
-    *,
-    entries: Mapping[str, Mapping[str, Any]] = ENTRIES,
-    shapes: Mapping[str, Mapping[str, Any]] = SHAPES,
-    lines: Path = LINES,
-    page: Path = PAGE,
-) -> int:
-    """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("action", choices=("run", "table", "measure"))
-    parser.add_argument("--only", choices=list(entries), help="this entry alone")
-    parser.add_argument("--before", type=Path, help="src folder of another checkout: measured in turns with this one")
-    parser.add_argument("--shared", type=Path, default=Path("../shared"), help="folder that may hold the animals")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--asked", help=argparse.SUPPRESS)
-    given = parser.parse_args(arguments)
-    if given.action == "measure":
-        import torch
-
-        torch.set_num_threads(1)
-        asked = json.loads(given.asked)
-        measures = {
-            "step": measure_step,
-            "compile": measure_compile,
-            "layout": measure_layout,
-            "attention": measure_attention,
-        }
-        measure = measures[asked.pop("kind")]
-        print(json.dumps(measure(**asked)))
-        return 0
-    if given.action == "run":
-        with tempfile.TemporaryDirectory() as folder:
-            photos = Path(folder) / "photos"
-            make_photos(photos)
-            for name, entry in entries.items():
-                if given.only in (None, name):
-                    line = record(name, entry, shapes, given, photos, lines)
-                    print(f"{name}: {json.dumps(line['sides'])}", flush=True)
-    replace_part(page, BEGIN, END, tables(read_lines(lines), shapes))
-    return 0
-
-
-def record(
-    name: str, entry: Mapping[str, Any], shapes: Mapping[str, Mapping[str, Any]], given: Any, photos: Path, lines: Path
-) -> dict[str, Any]:
-    """Measure one entry; its line, which is returned, replaces the one of that name."""
-    made_by, began = circumstances(), time.monotonic()
-    comparable = given.before is not None and entry["kind"] in ("step", "start")
-    sources = {"before": given.before.resolve()} if comparable else {}
-    sources["now"] = ROOT / "src"
-    found: dict[str, list[dict[str, Any]]] = {side: [] for side in sources}
-    rounds = given.rounds if entry["kind"] in ("step", "start") else 1
-    for number in range(rounds):
-        for side in list(sources)[:: -1 if number % 2 else 1]:
-            found[side].append(_measured(entry, shapes, sources[side], given.shared, photos))
-    data = "none"
-    if entry["kind"] == "step":
-        data = "photos" if entry["shape"] == "photos" else "animals" if (given.shared / ANIMALS).exists() else "digits"
-    line = {
-        "name": name,
-        "kind": entry["kind"],
-        "shape": entry.get("shape"),
-        "data": data,
-        "sides": {side: _medians(results) for side, results in found.items()},
-        "rounds": rounds,
-        "commit_before": _commit_of(given.before) if comparable else None,
-        "command": f"python benchmarks/clock.py run --only {name}" + (" --before ../before/src" if comparable else ""),
-        **made_by,
-        "versions": versions("torch", "timm", "torchvision", "pillow"),
-        "seconds": round(time.monotonic() - began, 1),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }
-    others = [old for old in read_lines(lines) if old["name"] != name]
-    in_order = sorted([*others, line], key=lambda each: [*ENTRIES, each["name"]].index(each["name"]))
-    text = "".join(json.dumps(each) + "\n" for each in in_order)
-    lines.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(lines, lambda file: file.write_text(text))
-    return line
-
-
-def tables(lines: Sequence[Mapping[str, Any]], shapes: Mapping[str, Mapping[str, Any]] = SHAPES) -> str:
-    """All tables, made from the lines alone."""
-    text: list[str] = []
-    for line in lines:
-        sides = line["sides"]
-        now, before = sides["now"], sides.get("before")
-        if line["kind"] == "step":
-            shape = shapes[line["shape"]]
-            text += [f"### {line['name']}: {shape['title']} ({line['data']}), batches of {shape['batch']}", ""]
-            for side, found in sides.items():
-                largest = sorted(found["ms"], key=found["ms"].__getitem__, reverse=True)[:3]
-                told = ", ".join(f"{part} {found['ms'][part]:.1f} ms" for part in largest)
-                text.append(f"- The three largest costs, {side}: {told}.")
-            text += ["", "| part of a step | before (ms) | now (ms) | calls before | calls now |", "|---|---:|---:|---:|---:|"]
-            parts = sorted(
-                {part for found in sides.values() for part in found["ms"]}, key=lambda part: -now["ms"].get(part, 0.0)
-            )
-            for part in parts:
-                cells = [_number(found and found["ms"].get(part, 0.0)) for found in (before, now)]
-                cells += [_number(found and found["calls"].get(part), 0) for found in (before, now)]
-                text.append(f"| {part} | {' | '.join(cells)} |")
-            totals = [_number(found and sum(found["ms"].values())) for found in (before, now)]
-            text.append(f"| **the whole step** | {totals[0]} | {totals[1]} | | |")
-            evaluation = [_number(found and found["evaluation"]) for found in (before, now)]
-            text += [f"| evaluation of as many images | {evaluation[0]} | {evaluation[1]} | | |", ""]
-        elif line["kind"] == "start":
-            text += ["### Start-up", "", "| | before (s) | now (s) |", "|---|---:|---:|"]
-            for name in now["ms"]:
-                cells = [_number(found and found["ms"][name] / 1000, 2) for found in (before, now)]
-                text.append(f"| {name} | {' | '.join(cells)} |")
-            text.append("")
-        elif line["kind"] == "compile":
-            text += [f"### `--compile`: {shapes[line['shape']]['title']}, batches of {shapes[line['shape']]['batch']}", ""]
-            text += [
-                "| forward and backward | eager (ms) | compiled (ms) | eager / compiled | first step (s) |",
-                "|---|---:|---:|---:|---:|",
-            ]
-            for kind in ("plain", "gated"):
-                eager, quick = now["ms"][f"{kind}, eager"], now["ms"][f"{kind}, compiled"]
-                first = now["first_step_seconds"][f"{kind}, compiled"]
-                text.append(f"| {kind} | {eager:.1f} | {quick:.1f} | {eager / quick:.2f} | {first:.0f} |")
-            text.append("")
-        elif line["kind"] == "attention":
-            text += ["### Attention", "", "| forward and backward | | fused (ms) | plain (ms) | fused / plain |"]
-            text.append("|---|---|---:|---:|---:|")
-            for case in dict.fromkeys(name.rpartition(" | ")[0] for name in now["ms"]):
-                fused, plain = (now["ms"][f"{case} | {form}"] for form in ("fused", "plain"))
-                text.append(f"| {case} | {fused:.2f} | {plain:.2f} | {fused / plain:.2f} |")
-            text.append("")
-        else:
-            text += ["### Patch embedding, channels last", "", "| forward and backward | ms |", "|---|---:|"]
-            text += [f"| {name} | {value:.2f} |" for name, value in now["ms"].items()] + [""]
-    if not lines:
-        return "No run is recorded.\n"
-    text += ["### How it was run", ""]
-    for line in lines:
-        before = f", before: commit {line['commit_before'][:12]}" if line["commit_before"] else ""
-        text.append(
-            f"- `{line['command']}`: {line['date'][:10]}, {revision_of(line)}{before}, {line['rounds']} rounds "
-            f"in {line['seconds']:.0f} s on {machine_of(line)}; {packages_of(line)}"
-        )
-    return "\n".join(text) + "\n"
-
-
-def _measured(
-    entry: Mapping[str, Any], shapes: Mapping[str, Mapping[str, Any]], source: Path, shared: Path, photos: Path
-) -> dict[str, Any]:
-    """One measurement in a process of its own, with the code of `source`."""
-    if entry["kind"] == "start":
-        return measure_start(source, photos)
-    asked = {**entry, "shape": shapes[entry["shape"]]}
-    if entry["kind"] == "step":
-        animals = shared / ANIMALS
-        asked["data"] = str(photos) if entry["shape"] == "photos" else str(animals) if animals.exists() else "DIGITS"
-    command = [sys.executable, __file__, "measure", "--asked", json.dumps(asked)]
-    environment = {**os.environ, "PYTHONPATH": str(source), "OMP_NUM_THREADS": "1"}
-    if entry["kind"] == "compile":  # what was compiled for an earlier measurement does not count
-        environment["TORCHINDUCTOR_CACHE_DIR"] = str(photos.parent / "compiled")
-    result: dict[str, Any] = json.loads(
-        subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
-    )
-    return result
+def _in_turns(sides: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, Any]:
+    return {"ms": {name: 1000 * side["seconds"] for name, side in take_turns(CPU, sides, rounds).items()}}
 
 
 def _medians(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -510,28 +215,93 @@ def _medians(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _processor(act: Callable[[], object]) -> float:
-    began = time.process_time()
-    act()
-    return time.process_time() - began
+# --- tables
 
 
-def _arguments(shape: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: shape[key] for key in ("img_size", "patch_size", "embed_dim", "depth", "num_heads") if key in shape}
+def tables(lines: Sequence[Line]) -> list[str]:
+    """All tables, made from the lines alone."""
+    order = list(ENTRIES)
+    lines = sorted(lines, key=lambda line: order.index(line["name"]))
+    makers = {
+        "step": _step_table,
+        "attention": _attention_table,
+        "start": _start_table,
+        "compile": _compile_table,
+        "layout": _layout_table,
+    }
+    text = [each for line in lines for each in makers[line["kind"]](line)]
+    return text + how_it_was_run(lines, *(counted(line["rounds"], "round") + _before(line) for line in lines))
 
 
-def _data_set(data: str) -> tuple[str, str | None]:
-    return ("DIGITS", None) if data == "DIGITS" else ("FOLDER", data)
+def _before(line: Line) -> str:
+    return f", before: commit {line['commit_before'][:12]}" if line.get("commit_before") else ""
 
 
-def _commit_of(source: Path) -> str:
-    command = ["git", "--no-optional-locks", "rev-parse", "HEAD"]
-    return subprocess.run(command, cwd=source, capture_output=True, text=True, check=True).stdout.strip()
+def _step_table(line: Line) -> list[str]:
+    shape, sides = SHAPES[line["shape"]], line["sides"]
+    now = sides["now"]["ms"]
+    parts = sorted({part for found in sides.values() for part in found["ms"]}, key=lambda part: -now.get(part, 0.0))
+    text = [f"### {line['name']}: {shape.title} ({line['data']}), batches of {shape.cpu_batch}", ""]
+    for side, found in sides.items():
+        largest = sorted(found["ms"], key=found["ms"].__getitem__, reverse=True)[:3]
+        told = ", ".join(f"{part} {found['ms'][part]:.1f} ms" for part in largest)
+        text.append(f"- The three largest costs, {side}: {told}.")
+    rows = [
+        [
+            part,
+            *(_number(found["ms"].get(part, 0.0)) for found in sides.values()),
+            *(_number(found["calls"].get(part), 0) for found in sides.values()),
+        ]
+        for part in parts
+    ]
+    blank = [""] * len(sides)
+    rows.append(["**the whole step**", *(_number(sum(found["ms"].values())) for found in sides.values()), *blank])
+    rows.append(["evaluation of as many images", *(_number(found["evaluation"]) for found in sides.values()), *blank])
+    head = ["part of a step", *(f"{side} (ms)" for side in sides), *(f"calls {side}" for side in sides)]
+    return [*text, "", *table(head, rows)]
+
+
+def _start_table(line: Line) -> list[str]:
+    sides = line["sides"]
+    rows = [[name, *(_number(found["ms"][name] / 1000, 2) for found in sides.values())] for name in sides["now"]["ms"]]
+    return ["### Start-up", "", *table(["", *(f"{side} (s)" for side in sides)], rows)]
+
+
+def _compile_table(line: Line) -> list[str]:
+    shape, now, rows = SHAPES[line["shape"]], line["sides"]["now"], []
+    for kind in ("plain", "gated"):
+        eager, quick = now["ms"][f"{kind}, eager"], now["ms"][f"{kind}, compiled"]
+        first = now["first_step_seconds"][f"{kind}, compiled"]
+        rows.append([kind, f"{eager:.1f}", f"{quick:.1f}", f"{eager / quick:.2f}", f"{first:.0f}"])
+    head = ["forward and backward", "eager (ms)", "compiled (ms)", "eager / compiled", "first step (s)"]
+    return [f"### `--compile`: {shape.title}, batches of {shape.cpu_batch}", "", *table(head, rows)]
+
+
+def _attention_table(line: Line) -> list[str]:
+    now, rows = line["sides"]["now"]["ms"], []
+    for case in dict.fromkeys(name.rpartition(" | ")[0] for name in now):
+        fused, plain = (now[f"{case} | {form}"] for form in ("fused", "plain"))
+        rows.append([*case.split(" | "), f"{fused:.2f}", f"{plain:.2f}", f"{fused / plain:.2f}"])
+    head = ["forward and backward", "precision", "fused (ms)", "plain (ms)", "fused / plain"]
+    return ["### Attention", "", *table(head, rows, text=2)]
+
+
+def _layout_table(line: Line) -> list[str]:
+    rows = [[name, f"{value:.2f}"] for name, value in line["sides"]["now"]["ms"].items()]
+    return ["### Patch embedding, channels last", "", *table(["forward and backward", "ms"], rows)]
 
 
 def _number(value: float | None, digits: int = 1) -> str:
     return "" if value is None else f"{value:,.{digits}f}"
 
 
+def _flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--shared", type=Path, default=Path("../shared"), help="folder that may hold the animals")
+    parser.add_argument("--rounds", type=int, default=3, help="of what is measured in processes of its own")
+
+
+PART = Part("clock.py", RESULTS / "clock.jsonl", ROOT / "docs" / "clock.md", tables)
+BENCH = Bench(__doc__, PART, tuple(ENTRIES), measure, _flags, ("torch", "timm", "torchvision", "pillow"))
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(BENCH))

@@ -1,31 +1,27 @@
-"""How well cheap estimators of block benefit stand in for the paper's probes.
+"""How well do cheap estimators of block benefit stand in for the paper's probes?
 
     python benchmarks/estimators.py run                          # all that is not in the record yet; resumable
     python benchmarks/estimators.py run --only animals-watch-    # those whose name begins so
     python benchmarks/estimators.py table                        # the part of docs/performance.md made from the JSON lines
 
-Three numbers judge an estimator on real transfer (CIFAR-10's vehicles to its animals; printed letters to handwritten digits):
+Three figures judge an estimator on real transfer (CIFAR-10's vehicles to its animals; printed letters to handwritten digits):
 
-- watch: one run in which the paper's probes decide and all others look at the same features and decide nothing. Spearman's
+- watch: one run in which the paper's probes decide and all others observe the same features and decide nothing. Spearman's
   rank correlation over blocks between an estimator's benefits and the paper's, for every interval between two mask updates.
 - top-1 on the test part after pruning by it to 50 % and 75 %, with the same seeds, data and recipe.
-- speed: the time of a step against a plain step, side by side.
+- speed: the time of a step against a plain step, in turns.
 
-Each adds a JSON line to docs/results/estimators.jsonl: command, commit, seed, hardware, seconds, results. One that is in the
-file already is not run again; one that was interrupted goes on where it stopped.
+A run that is in docs/results/estimators.jsonl already is not made again; one that was interrupted is resumed.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import statistics
 import sys
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -34,19 +30,17 @@ import tyro
 from torch import Tensor
 
 from animals import MODEL, NORMALIZATION, RECIPE
-from bench import CYCLES, Machine, Shape, Training, take_turns
+from harness.command import Bench, Given, main
+from harness.pages import Part, how_it_was_run, table
+from harness.records import RESULTS, ROOT, Line, add_line, read_lines, write_lines
+from harness.turns import CPU, take_turns
 from p3b.commands.demo import demo_configs
 from p3b.commands.prune import prune
 from p3b.core.masks import rank_scores
 from p3b.run.options import DemoConfig, PruneConfig
 from p3b.scoring.estimator import BenefitEstimator, Criterion
 from p3b.scoring.estimators import ESTIMATORS, ProbeSettings
-from records import RESULTS, ROOT, add_line, circumstances, read_lines, replace_part, versions
-
-LINES = RESULTS / "estimators.jsonl"
-PAGE = ROOT / "docs" / "performance.md"
-BEGIN = "<!-- made from docs/results/estimators.jsonl by `python benchmarks/estimators.py table`; do not edit -->"
-END = "<!-- end of what is made from these lines -->"
+from training import CYCLES, Shape, Training
 
 JUDGED = ("paper", "linear", "ridge", "low_rank", "subsampled")
 SEEDS, RATIOS = (0, 1), (0.5, 0.75)
@@ -86,7 +80,7 @@ TRANSFERS: Mapping[str, Transfer] = {
 
 
 class Panel:
-    """Estimators that look at the same stream at the same steps; the first one's benefits count, the others only watch.
+    """Estimators that observe the same stream at the same steps; only the first one's benefits are used.
 
     A `BenefitEstimator`. What all of them found is added, step by step, to a file of JSON lines.
     """
@@ -124,26 +118,7 @@ class Panel:
         for name, member in self._members.items():
             member.load_state_dict(state["panel"][name])
         self._steps_done = int(state["panel_steps"])
-        kept = [line for line in read_lines(self._record) if line["step"] < self._steps_done]
-        self._record.write_text("".join(json.dumps(line) + "\n" for line in kept))
-
-
-def main(arguments: Sequence[str] | None = None, *, lines: Path = LINES, page: Path = PAGE) -> int:
-    """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("action", choices=("run", "table"))
-    parser.add_argument("--only", default="", metavar="NAME", help="runs whose name begins so, e.g. digits-, animals-watch-")
-    parser.add_argument("--shared", type=Path, default=Path("../shared"), help="folder that holds data/ with the images")
-    parser.add_argument("--work", type=Path, default=Path("runs/estimators"), help="folder for the run folders")
-
-    given = parser.parse_args(arguments)
-    if given.action == "run":
-        for name in names():
-            if name.startswith(given.only) and name not in {line["name"] for line in read_lines(lines)}:
-                print(f"== {name}", flush=True)
-                run(name, given.shared / "data", given.work, lines)
-    replace_part(page, BEGIN, END, tables(read_lines(lines)))
-    return 0
+        write_lines(self._record, [line for line in read_lines(self._record) if line["step"] < self._steps_done])
 
 
 def names() -> list[str]:
@@ -155,31 +130,21 @@ def names() -> list[str]:
     return found
 
 
-def run(name: str, shared: Path, work: Path, lines: Path) -> None:
-    """Make one run and add its line."""
-    made_by, began = circumstances(), time.monotonic()
+def measure(name: str, given: Given) -> dict[str, Any]:
+    """Make one run."""
+    shared, work = given.shared / "data", given.work
     data, *rest = name.split("-")
     if rest == ["speed"]:
         result = _speed(TRANSFERS[data].shape)
     elif rest[0] == "watch":
-        result = _watch(name, _config(data, shared, work / name, 0.5, "paper", int(rest[1])), work / f"{name}.jsonl")
+        result = _watch(_config(data, shared, work / name, 0.5, "paper", int(rest[1])), work / f"{name}.jsonl")
     else:
         result = _top1(_config(data, shared, work / name, int(rest[0]) / 100, rest[1], int(rest[2])))
-    line = {
-        "name": name,
-        "command": f"python benchmarks/estimators.py run --only {name}",
-        **made_by,
-        "threads": torch.get_num_threads(),
-        "versions": versions("torch", "timm"),
-        "result": result,
-        "seconds": round(time.monotonic() - began, 1),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }
-    add_line(lines, line)
+    return {"threads": torch.get_num_threads(), "result": result}
 
 
 def _config(data: str, shared: Path, folder: Path, ratio: float, estimator: str, seed: int) -> PruneConfig:
-    """Settings of a run of `p3b prune`; it goes on where it was interrupted."""
+    """Settings of a run of `p3b prune`; an interrupted one is resumed."""
     if data == "digits":
         _, config = demo_configs(DemoConfig(output_dir=folder, prune_ratio=ratio, seed=seed))
     else:
@@ -198,8 +163,8 @@ def _top1(config: PruneConfig) -> dict[str, Any]:
     return {"top1": model["top1"], "params": model["params"]}
 
 
-def _watch(name: str, config: PruneConfig, record: Path) -> dict[str, Any]:
-    """Prune by the paper's probes with all others watching; no fine-tuning, nobody watches that."""
+def _watch(config: PruneConfig, record: Path) -> dict[str, Any]:
+    """Prune by the paper's probes while all others watch; without fine-tuning, where there is nothing to watch."""
 
     def panel(settings: ProbeSettings) -> Panel:
         return Panel({member: ESTIMATORS[member](settings) for member in JUDGED}, record)
@@ -221,11 +186,11 @@ def agreement(steps: Sequence[Mapping[str, Any]], edges: Sequence[int]) -> dict[
     """Spearman's correlation with the paper's benefits over blocks, interval by interval.
 
     Args:
-        steps: one line a step: "step" and, by estimator, (2, B) benefits; an estimator that did not look is absent.
+        steps: one line a step: "step" and, by estimator, (2, B) benefits where it observed that step.
         edges: steps at whose end an interval ends; the first one is of the length of the second.
 
     Returns:
-        By estimator: "cls" and "patch", one correlation for each interval in which it looked.
+        By estimator: "cls" and "patch", one correlation for each interval in which it observed a step.
     """
     length = edges[1] - edges[0] if len(edges) > 1 else edges[0]
     found: dict[str, dict[str, list[float]]] = {name: {"cls": [], "patch": []} for name in JUDGED if name != "paper"}
@@ -249,57 +214,50 @@ def _mean(benefits: Sequence[Any]) -> Tensor | None:
 
 
 def _speed(shape: Shape) -> dict[str, Any]:
-    machine = Machine(torch.device("cpu"))
-    sides = {"plain": Training(shape, machine, "bf16")}
-    sides |= {name: Training(shape, machine, "bf16", {"prune_ratio": 0.5, "estimator": name}) for name in JUDGED}
-    return {"sides": take_turns(machine, {name: side.step for name, side in sides.items()}, shape.rounds, CYCLES)}
+    sides = {name: Training(shape, CPU, "bf16", shape.prune_options(name)) for name in ("plain", *JUDGED)}
+    return {"sides": take_turns(CPU, {name: side.step for name, side in sides.items()}, shape.rounds, CYCLES)}
 
 
-def tables(lines: Sequence[dict[str, Any]]) -> str:
+# --- tables
+
+
+def tables(lines: Sequence[Line]) -> list[str]:
     """One table for each transfer, made from the lines alone."""
     by_name = {line["name"]: line for line in lines}
+    head = ["estimator", "rank correlation, class token", "patches"]
+    head += [*(f"test top-1 at {ratio:.0%} (%)" for ratio in RATIOS), "step, relative to a plain one"]
     text: list[str] = []
     for data, transfer in TRANSFERS.items():
-        if not any(name.startswith(data) for name in by_name):
-            continue
-        columns = ["estimator", "rank correlation, class token", "patches"]
-        columns += [f"test top-1 at {ratio:.0%} (%)" for ratio in RATIOS] + ["a step against a plain one"]
-        text += [f"### {transfer.title.capitalize()}", "", f"| {' | '.join(columns)} |", "|---|" + "---:|" * (len(columns) - 1)]
-        for name in JUDGED:
-            cells = [_correlations(by_name, data, name, kind) for kind in ("cls", "patch")]
-            cells += [_accuracies(by_name, f"{data}-{ratio:.0%}-{name}".replace("%", "")) for ratio in RATIOS]
-            speed = by_name.get(f"{data}-speed")
-            cells.append(f"{speed['result']['sides'][name]['ratio']:.2f}" if speed else "")
-            text.append(f"| {name} | " + " | ".join(cells) + " |")
-        text.append("")
-    if not text:
-        return "No run is recorded.\n"
-    text += ["### How the estimators were judged", ""]
-    commits = sorted({line["commit"][:12] + (" and changes" if line["changed_since"] else "") for line in lines})
+        if any(name.startswith(data) for name in by_name):
+            rows = [_row(by_name, data, name) for name in JUDGED]
+            text += [f"### {transfer.title[0].upper()}{transfer.title[1:]}", "", *table(head, rows)]
     hours = sum(line["seconds"] for line in lines) / 3600
-    hardware, packages = lines[-1]["hardware"], lines[-1]["versions"]
-    text.append(
-        f"- {len(lines)} of {len(names())} runs of `python benchmarks/estimators.py run`, {hours:.1f} hours on "
-        f"{hardware['cores']} cores {hardware['machine']}, seeds {', '.join(map(str, SEEDS))}; commit {', '.join(commits)}; "
-        + ", ".join(f"{package} {version}" for package, version in packages.items())
-    )
-    return "\n".join(text) + "\n"
+    text += [f"{len(lines)} of {len(names())} runs, {hours:.1f} hours, seeds {', '.join(map(str, SEEDS))}.", ""]
+    return text + how_it_was_run(lines)
 
 
-def _correlations(by_name: Mapping[str, dict[str, Any]], data: str, estimator: str, kind: str) -> str:
-    """Median over the intervals of all seeds, and the least."""
-    if estimator == "paper":
-        return "1"
-    watched = [by_name[f"{data}-watch-{seed}"] for seed in SEEDS if f"{data}-watch-{seed}" in by_name]
-    found = [value for line in watched for value in line["result"][estimator][kind]]
-    return f"{statistics.median(found):.2f} (least {min(found):.2f})" if found else ""
+def _row(by_name: Mapping[str, Line], data: str, estimator: str) -> list[str]:
+    def of_seeds(name: str) -> Iterator[Any]:
+        return (by_name[f"{name}-{seed}"]["result"] for seed in SEEDS if f"{name}-{seed}" in by_name)
+
+    cells = [estimator]
+    for kind in ("cls", "patch"):
+        found = [value for result in of_seeds(f"{data}-watch") for value in result.get(estimator, {}).get(kind, ())]
+        cells.append(f"{statistics.median(found):.2f} (least {min(found):.2f})" if found else "1" * (estimator == "paper"))
+    for ratio in RATIOS:
+        top1 = [result["top1"] for result in of_seeds(f"{data}-{100 * ratio:.0f}-{estimator}")]
+        cells.append(f"{statistics.mean(top1):.2f} ({', '.join(f'{value:.2f}' for value in top1)})" if top1 else "")
+    speed = by_name.get(f"{data}-speed")
+    return [*cells, f"{speed['result']['sides'][estimator]['ratio']:.2f}" if speed else ""]
 
 
-def _accuracies(by_name: Mapping[str, dict[str, Any]], beginning: str) -> str:
-    """Mean over the seeds, and the values."""
-    found = [by_name[f"{beginning}-{seed}"]["result"]["top1"] for seed in SEEDS if f"{beginning}-{seed}" in by_name]
-    return f"{statistics.mean(found):.2f} ({', '.join(f'{value:.2f}' for value in found)})" if found else ""
+def _flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--shared", type=Path, default=Path("../shared"), help="folder that holds data/ with the images")
+    parser.add_argument("--work", type=Path, default=Path("runs/estimators"), help="folder for the run folders")
 
+
+PART = Part("estimators.py", RESULTS / "estimators.jsonl", ROOT / "docs" / "performance.md", tables)
+BENCH = Bench(__doc__, PART, names(), measure, _flags, keeps=True)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(BENCH))

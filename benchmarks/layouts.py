@@ -1,11 +1,11 @@
-"""What the layout of a small model costs: each layout against the dense model, in one run.
+"""How much faster than the dense model is a small one, in each layout?
 
     OMP_NUM_THREADS=2 python benchmarks/layouts.py run                    # all of it: hours, since every network is compiled
-    OMP_NUM_THREADS=2 python benchmarks/layouts.py run --model animals --runtime fp32
+    OMP_NUM_THREADS=2 python benchmarks/layouts.py run --only animals-fp32-
     python benchmarks/layouts.py table                                    # the tables of docs/layouts.md from the JSON lines
 
-A measurement is one network, prune ratio, runtime and batch size; all its models take turns, round by round. It adds one line
-to docs/results/layouts.jsonl and replaces an earlier one of the same measurement. The small networks are made by masks of
+A measurement is one network, runtime, prune ratio and batch size (NETWORK-RUNTIME-PERCENT-BATCH); all its models take turns,
+round by round. Its line in docs/results/layouts.jsonl replaces an earlier one. The small networks are made by masks of
 random scores, with the keep ratios that water-filling gives to an importance drawn by seed between 0.4 and 1.2 for each block;
 weights are random. There are three of each: with widths as they come; aligned, with every head as thin as its block's share
 makes it; and aligned with whole heads cut where heads would be thin, which is what `p3b prune --align` makes.
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import logging
 import sys
 import tempfile
@@ -23,6 +22,7 @@ import time
 import warnings
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -31,21 +31,19 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from harness.command import Bench, Given, main
+from harness.pages import Part, folded, how_it_was_run, table
+from harness.records import RESULTS, ROOT, Line
 from p3b.core.allocation import keep_ratios
 from p3b.deploy.choice import CANDIDATES, with_layout
 from p3b.deploy.layouts import LAYOUTS
 from p3b.deploy.speed import images_per_second
 from p3b.methods.base import BlockShares
-from p3b.storage.files import write_atomically
 from p3b.vit.attention import choose_attention
 from p3b.vit.compact import apply_cuts, plan_cuts
 from p3b.vit.cost import count_macs, count_parameters, dense_params
 from p3b.vit.layout import DEFAULT_DIMS, read_layout
-from records import RESULTS, ROOT, circumstances, packages_of, read_lines, revision_of, versions
 
-LINES = RESULTS / "layouts.jsonl"
-PAGE = ROOT / "docs" / "layouts.md"
-BEGIN, END = "<!-- begin: made by benchmarks/layouts.py table -->", "<!-- end -->"
 SEED = 0
 DENSE, DENSE_PLAIN = "dense", "dense, plain attention"
 """The dense model as timm makes it; and with the attention that a layout has under bf16, to tell what of the gain is that."""
@@ -74,36 +72,11 @@ THIN_HEADS: Widths = (ALIGN, False)
 WIDTHS: tuple[Widths, ...] = (AS_KEPT, THIN_HEADS, (ALIGN, True))
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 GOAL = 0.9
-Key = tuple[str, float, str, int]
-
-
-def main(arguments: Sequence[str] | None = None, *, lines: Path = LINES, page: Path = PAGE) -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("action", choices=("run", "table"))
-    parser.add_argument("--model", choices=tuple(MODELS), help="this one alone")
-    parser.add_argument("--prune-ratio", type=float, choices=PRUNE_RATIOS, help="this one alone")
-    parser.add_argument("--runtime", choices=tuple(RUNTIMES), help="this one alone")
-    parser.add_argument("--batch-size", type=int, choices=BATCHES, help="this one alone")
-    parser.add_argument("--rounds", type=int, default=15, help="rounds of a measurement at most")
-    parser.add_argument(
-        "--clock",
-        choices=tuple(CLOCKS),
-        default="wall",
-        help="cpu: the processor's seconds, for OMP_NUM_THREADS=1 on a busy machine",
-    )
-    parser.add_argument("--seconds", type=float, default=60.0, help="that the rounds of a measurement may take, about")
-    given = parser.parse_args(arguments)
-    if given.action == "run":
-        for name in [given.model] if given.model else MODELS:
-            for prune_ratio in [given.prune_ratio] if given.prune_ratio else PRUNE_RATIOS:
-                dense = dense_model(name)
-                small = {widths: small_model(dense, prune_ratio, *widths) for widths in WIDTHS}
-                for runtime in [given.runtime] if given.runtime else RUNTIMES:
-                    for batch_size in [given.batch_size] if given.batch_size else BATCHES:
-                        key = (name, prune_ratio, runtime, batch_size)
-                        replace_line(lines, key, measure(key, dense, small, given.rounds, given.seconds, given.clock))
-    write_page(page, read_lines(lines))
+"""Share of the MACs ratio that a speed-up should reach."""
+NAMES = {
+    f"{network}-{runtime}-{100 * ratio:.0f}-{batch}": (network, ratio, runtime, batch)
+    for runtime, network, ratio, batch in product(RUNTIMES, MODELS, PRUNE_RATIOS, BATCHES)
+}
 
 
 def dense_model(name: str) -> VisionTransformer:
@@ -136,12 +109,11 @@ def layouts_of(runtime: str, widths: Widths) -> Sequence[str]:
     return tuple(LAYOUTS) if eager and widths == AS_KEPT else CANDIDATES
 
 
-def measure(
-    key: Key, dense: VisionTransformer, small: Mapping[Widths, VisionTransformer], rounds: int, seconds: float, clock: str
-) -> dict[str, Any]:
-    """One measurement: all models of a network, prune ratio, runtime and batch size side by side."""
-    name, prune_ratio, runtime, batch_size = key
-    made_by = circumstances()
+def measure(name: str, given: Given) -> dict[str, Any]:
+    """All models of a network, prune ratio, runtime and batch size side by side."""
+    network, prune_ratio, runtime, batch_size = NAMES[name]
+    dense = dense_model(network)
+    small = {widths: small_model(dense, prune_ratio, *widths) for widths in WIDTHS}
     size = tuple(dense.patch_embed.img_size)
     eager: dict[tuple[str, Widths], nn.Module] = {(DENSE, AS_KEPT): dense}
     if runtime == "bf16":
@@ -150,47 +122,36 @@ def measure(
         for widths, model in small.items():
             for layout in layouts_of(runtime, widths):
                 eager[layout, widths] = with_layout(model, layout)
-    images = torch.rand(batch_size, 3, *size)
     with tempfile.TemporaryDirectory() as folder:
-        if runtime == "compile":
-            models = [_compiled(model) for model in eager.values()]
-        elif runtime == "onnx":
-            models = [OnnxModel(model, images, Path(folder) / f"{place}.onnx") for place, model in enumerate(eager.values())]
-        else:
-            models = list(eager.values())
+        models = [_carried_out(model, runtime, torch.rand(batch_size, 3, *size), Path(folder)) for model in eager.values()]
         with _number_format(runtime):
             speeds = images_per_second(
-                models, (3, *size), batch_size=batch_size, device=torch.device("cpu"), rounds=rounds,
-                seconds_per_round=0.05, seconds=seconds, clock=CLOCKS[clock],
+                models, (3, *size), batch_size=batch_size, device=torch.device("cpu"), rounds=given.rounds,
+                seconds_per_round=0.05, seconds=given.seconds, clock=CLOCKS[given.clock],
             )  # fmt: skip
     rows = []
-    for (layout, widths), speed in zip(eager, speeds, strict=True):
-        compact = dense if layout in (DENSE, DENSE_PLAIN) else small[widths]
-        align, whole_heads = widths
-        rows.append(
-            {
-                "layout": layout,
-                "align": align,
-                "heads": whole_heads,
-                "images_per_second": speed,
-                "params": count_parameters(compact),
-                "macs": count_macs(compact, size),
-            }
-        )
-    print(f"{name}, {prune_ratio:.0%}, {runtime}, batch {batch_size}: {_best(rows)}", flush=True)
+    for (layout, (align, whole_heads)), speed in zip(eager, speeds, strict=True):
+        compact = dense if layout in (DENSE, DENSE_PLAIN) else small[align, whole_heads]
+        costs = {"params": count_parameters(compact), "macs": count_macs(compact, size)}
+        rows.append({"layout": layout, "align": align, "heads": whole_heads, "images_per_second": speed, **costs})
     return {
-        "network": name,
+        "network": network,
         "prune_ratio": prune_ratio,
         "runtime": runtime,
         "batch_size": batch_size,
-        "command": "python benchmarks/layouts.py run" + (" --clock cpu" if clock == "cpu" else ""),
-        "clock": clock,
-        **made_by,
+        "clock": given.clock,
         "seed": SEED,
         "threads": torch.get_num_threads(),
-        "versions": versions("torch", "timm", "onnx", "onnxruntime"),
         "rows": rows,
     }
+
+
+def _carried_out(model: nn.Module, runtime: str, images: Tensor, folder: Path) -> nn.Module:
+    if runtime == "compile":
+        # All models share timm's code, which is what compiled forms are kept with: past the limit the rest would run eagerly.
+        torch._dynamo.config.recompile_limit = 64
+        return torch.compile(model, dynamic=False)  # type: ignore[return-value]
+    return OnnxModel(model, images, Path(tempfile.mkdtemp(dir=folder)) / "model.onnx") if runtime == "onnx" else model
 
 
 def _number_format(runtime: str) -> contextlib.AbstractContextManager[Any]:
@@ -219,59 +180,59 @@ class OnnxModel(nn.Module):
         return self.session.run(None, {self.input: images.numpy()})
 
 
-def _compiled(model: nn.Module) -> nn.Module:
-    # All models share timm's code, which is what compiled forms are kept with: past the limit the rest would run eagerly.
-    torch._dynamo.config.recompile_limit = 64
-    compiled: nn.Module = torch.compile(model, dynamic=False)
-    return compiled
+# --- tables
 
 
-def replace_line(file: Path, key: Key, line: dict[str, Any]) -> None:
-    """Write a measurement in the place of an earlier one of the same key."""
-    kept = [*(other for other in read_lines(file) if _key(other) != key), line]
-    order = [(m, p, r, b) for r in RUNTIMES for m in MODELS for p in PRUNE_RATIOS for b in BATCHES]
-    kept.sort(key=lambda other: order.index(_key(other)))
-    text = "".join(json.dumps(other) + "\n" for other in kept)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(file, lambda path: path.write_text(text))
-
-
-def write_page(page: Path, lines: Sequence[dict[str, Any]]) -> None:
-    """Put the tables between the markers of the page; what is written around them stays."""
-    before, _, rest = page.read_text().partition(BEGIN)
-    _, _, after = rest.partition(END)
-    text = f"{before}{BEGIN}\n\n{tables(lines)}\n{END}{after}"
-    write_atomically(page, lambda path: path.write_text(text))
-
-
-def tables(lines: Sequence[dict[str, Any]]) -> str:
-    """A table for each runtime, made from the lines alone: speed-up over dense, and in brackets its share of the MACs ratio."""
-    text: list[str] = []
+def tables(lines: Sequence[Line]) -> list[str]:
+    """For each runtime what layouts bring, and folded every layout; made from the lines alone."""
+    lines = sorted(lines, key=lambda line: list(NAMES.values()).index(_key(line)))
+    text = [
+        "Speed-up over the dense model, and in brackets as a share of the MACs ratio. `index` is the model as saved; the best",
+        f"layout is the quickest of all, with widths as kept and with `--align {ALIGN}`.",
+        "",
+    ]
     for runtime, title in RUNTIMES.items():
-        group = [line for line in lines if line["runtime"] == runtime]
-        if not group:
-            text += [f"### {title}", "", "No run is recorded.", ""]
-            continue
-        columns = list(dict.fromkeys(_column(row) for line in group for row in line["rows"][1:]))
-        text += [f"### {title}", "", f"| network | pruned | batch | MACs ratio | {' | '.join(columns)} |"]
-        text.append("|---|---:|---:|" + "---:|" * (1 + len(columns)))
-        for line in group:
-            dense, *rows = line["rows"]
-            of = {_column(row): row for row in rows}
-            ratio = dense["macs"] / of["index"]["macs"]
-            cells = [_cell(dense, of[column]) if column in of else "" for column in columns]
-            text.append(
-                f"| {line['network']} | {line['prune_ratio']:.0%} | {line['batch_size']} | {ratio:.2f} | {' | '.join(cells)} |"
-            )
-        measured = [ratio for ratio in PRUNE_RATIOS if any(line["prune_ratio"] == ratio for line in group)]
-        text += ["", f"With the best layout: {'; '.join(_met(group, ratio) for ratio in measured)}.", ""]
-    if lines:
-        text += ["### How it was run", ""]
-        text += [f"- {told}" for told in dict.fromkeys(map(_certificate, lines))]
-    return "\n".join(text) + "\n"
+        if group := [line for line in lines if line["runtime"] == runtime]:
+            ratios = [ratio for ratio in PRUNE_RATIOS if any(line["prune_ratio"] == ratio for line in group)]
+            text += [f"### {title}", "", *_best_layouts(group), f"{' '.join(_met(group, ratio) for ratio in ratios)}", ""]
+            text += folded(f"Every layout, {title}", _all_layouts(group))
+    return text + how_it_was_run(lines, *(f"seed {line['seed']}, {_CLOCKS[line['clock']]}" for line in lines))
 
 
-def _met(group: Sequence[Mapping[str, Any]], prune_ratio: float) -> str:
+_CLOCKS = {"wall": "wall clock", "cpu": "processor time"}
+
+
+def _best_layouts(group: Sequence[Line]) -> list[str]:
+    rows = []
+    for line in group:
+        dense, *_ = line["rows"]
+        kinds = {aligned: [row for row in _small(line["rows"]) if (row["align"] > 1) == aligned] for aligned in (False, True)}
+        index = next(row for row in kinds[False] if row["layout"] == "index")
+        best = [max(found, key=lambda row: row["images_per_second"]) if found else None for found in kinds.values()]
+        told = ["" if row is None else f"{row['layout']}: {_cell(dense, row)}" for row in best]
+        rows.append([*_place(line), _cell(dense, index), *told])
+    return table([*PLACE, "index", "best layout", f"best layout, align {ALIGN}"], rows)
+
+
+def _all_layouts(group: Sequence[Line]) -> list[str]:
+    columns = list(dict.fromkeys(_column(row) for line in group for row in line["rows"][1:]))
+    rows = []
+    for line in group:
+        dense, *others = line["rows"]
+        of = {_column(row): row for row in others}
+        rows.append([*_place(line), *(_cell(dense, of[column]) if column in of else "" for column in columns)])
+    return table([*PLACE, *columns], rows)
+
+
+PLACE = ("network", "pruned", "batch", "MACs ratio")
+
+
+def _place(line: Line) -> list[str]:
+    dense, index = line["rows"][0], next(row for row in line["rows"] if row["layout"] == "index")
+    return [line["network"], f"{line['prune_ratio']:.0%}", str(line["batch_size"]), f"{dense['macs'] / index['macs']:.2f}"]
+
+
+def _met(group: Sequence[Line], prune_ratio: float) -> str:
     """How many of the measurements at a prune ratio are as they should be."""
     many, single = (
         [line for line in group if line["prune_ratio"] == prune_ratio and line["batch_size"] == size]
@@ -280,17 +241,17 @@ def _met(group: Sequence[Mapping[str, Any]], prune_ratio: float) -> str:
     met = sum(_share(line["rows"]) >= GOAL for line in many)
     slower = sum(_speedup(line["rows"]) < 1 for line in single)
     return (
-        f"at {prune_ratio:.0%}, {met} of {len(many)} measurements at batch {max(BATCHES)} reach {GOAL} of the MACs ratio, and "
-        f"{slower} of {len(single)} at batch {min(BATCHES)} are slower than dense"
+        f"At {prune_ratio:.0%}, {met} of {len(many)} measurements at batch {max(BATCHES)} reach {GOAL} of the MACs ratio, and "
+        f"{slower} of {len(single)} at batch {min(BATCHES)} are slower than dense."
     )
 
 
-def _key(line: Mapping[str, Any]) -> Key:
+def _key(line: Line) -> tuple[str, float, str, int]:
     return line["network"], line["prune_ratio"], line["runtime"], line["batch_size"]
 
 
 def _column(row: Mapping[str, Any]) -> str:
-    """Layout and widths of a row; lines from before whole heads went under alignment say nothing of them: all were kept."""
+    """Layout and widths of a row; the oldest lines say nothing of whole heads: all were kept."""
     aligned = "" if row["align"] == 1 else f", align {row['align']}"
     return f"{row['layout']}{aligned}{', whole heads' if row.get('heads', False) else ''}"
 
@@ -315,19 +276,14 @@ def _share(rows: Sequence[Mapping[str, Any]]) -> float:
     return float(best / (dense["images_per_second"] * dense["macs"]))
 
 
-def _best(rows: Sequence[Mapping[str, Any]]) -> str:
-    best = max(_small(rows), key=lambda row: row["images_per_second"])
-    return f"{_column(best)}: {_cell(rows[0], best)}"
+def _flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--rounds", type=int, default=15, help="rounds of a measurement at most")
+    parser.add_argument("--seconds", type=float, default=60.0, help="that the rounds of a measurement may take, about")
+    parser.add_argument("--clock", choices=tuple(CLOCKS), default="wall", help="cpu: processor time, for OMP_NUM_THREADS=1")
 
 
-def _certificate(line: Mapping[str, Any]) -> str:
-    hardware = line["hardware"]
-    return (
-        f"`{line['command']}`: {revision_of(line)}, seed {line['seed']}, {line['threads']} threads on "
-        f"{hardware['cores']} cores {hardware['machine']} that may have done other work too, "
-        f"{'wall clock' if line['clock'] == 'wall' else 'seconds of the processor'}; {packages_of(line)}"
-    )
-
+PART = Part("layouts.py", RESULTS / "layouts.jsonl", ROOT / "docs" / "layouts.md", tables)
+BENCH = Bench(__doc__, PART, tuple(NAMES), measure, _flags, ("torch", "timm", "onnx", "onnxruntime"), key=_key)
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(BENCH))

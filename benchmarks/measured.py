@@ -23,15 +23,18 @@ import math
 import shlex
 import statistics
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import tyro
 from timm.models.vision_transformer import VisionTransformer
 
-from animals import AUGMENTATION, MODEL, NORMALIZATION
+from animals import AUGMENTATION, MODEL, NORMALIZATION, TARS
+from harness.pages import Part, Tables, folded, how_it_was_run
+from harness.records import RESULTS, Line, add_line, read_lines
 from p3b.commands.command_line import STOPPED, USER_ERROR
 from p3b.commands.prune import prune
 from p3b.commands.train import train
@@ -46,15 +49,12 @@ from p3b.run.series import Commands, open_series
 from p3b.run.series_plan import SMALLER, Run, config_of, shared_warm_ups
 from p3b.run.series_speed import SPEED_BATCHES
 from p3b.storage import saved_model as artifact
-from p3b.storage.files import write_atomically
 from p3b.train.distributed import Processes
 from p3b.vit.cost import count_macs, count_parameters
-from records import RESULTS, add_line, read_lines
 
 P3B = "block_benefit"
 SEEDS = (0, 1)
 IMAGES, PRUNE_EPOCHS, FINETUNE_EPOCHS = 10_000, 2, 1
-TARS = "--data-path SHARED/cifar10-animals-train.tar --test-path SHARED/cifar10-animals-test.tar"
 DATA = f"--data-set FOLDER {TARS} --val-share 0.05 --max-train-images {IMAGES} --num-workers 0"
 RECIPE = f"--batch-size 32 --lr 8e-3 {AUGMENTATION}"
 PHASES = f"--epochs {PRUNE_EPOCHS} --finetune-epochs {FINETUNE_EPOCHS} --prune-start-epoch 1 --prune-steps-update-mask 30"
@@ -66,8 +66,6 @@ TOLERANCE = 0.001
 TOLERANCE_OF_SMALLER = 0.02
 """By which a smaller model may miss its number of parameters: its widths are whole heads (`p3b.vit.smaller`)."""
 
-Line = Mapping[str, Any]
-
 
 @dataclass(frozen=True)
 class Study:
@@ -77,21 +75,25 @@ class Study:
         name: of the tool, `benchmarks/<name>.py`, and of its files.
         about: what the tool says of itself.
         runs: from the settings that all runs share to the runs in their order.
-        page: the page from the lines and, where there is one, the name of the figure.
-        draw: draws the figure of the page from the lines, where it has one.
+        tables: the part of the page that is made from the lines.
+        draw: draws the figure of the page, <name>.png, from the lines, where it has one.
         borrows: record of another study whose lines are taken over where a run is the same.
     """
 
     name: str
     about: str
     runs: Callable[[CompareConfig], list[Run]]
-    page: Callable[[Sequence[Line], str | None], str]
+    tables: Tables
     draw: Callable[[Sequence[Line], Path], object] | None = None
     borrows: Path | None = None
 
     @property
     def record(self) -> Path:
         return RESULTS / f"{self.name}.jsonl"
+
+    def part(self, record: Path) -> Part:
+        """The page is beside the record."""
+        return Part(f"{self.name}.py", record, record.with_suffix(".md"), self.tables)
 
 
 def main(study: Study, arguments: Sequence[str] | None = None, *, flags: str = SETTINGS) -> int:
@@ -120,7 +122,7 @@ def main(study: Study, arguments: Sequence[str] | None = None, *, flags: str = S
         print(f"{study.name}: {error}", file=sys.stderr)
         status = USER_ERROR
     except Stopped as stop:
-        print(f"{study.name}: {stop}; the same command goes on.", file=sys.stderr)
+        print(f"{study.name}: {stop}; the same command resumes.", file=sys.stderr)
         status = STOPPED
     if status == 0 or read_lines(given.record):
         write_page(study, given.record)
@@ -186,7 +188,6 @@ def carry_out(study: Study, config: CompareConfig, only: str, record: Path, comm
                 if found["status"] == "done":
                     line = line_of(run, found, config, references[0].to(series.device))
                     add_line(record, {**line, "command": again(study, run), "p3b": command(run)})
-                    write_page(study, record)
                 else:
                     wrong.append(run.name)
             except BudgetError as error:
@@ -251,8 +252,12 @@ def again(study: Study, run: Run) -> str:
 
 def plain_command(run: Run, flags: str = SETTINGS) -> str:
     """The `p3b train` or `p3b prune` that a run is, with SHARED for the folder of the images and WORK for that of the runs."""
-    config = settings(Path("SHARED"), Path("WORK"), flags=flags)
-    return command_line(run.stage, config_of(config, run), leave_out=("resume",))
+    return command_line(run.stage, config_of(_published(flags), run), leave_out=("resume",))
+
+
+@cache
+def _published(flags: str) -> CompareConfig:
+    return settings(Path("SHARED"), Path("WORK"), flags=flags)
 
 
 def _speed(model: VisionTransformer, dense: VisionTransformer, batch_size: int, layout: str) -> dict[str, Any]:
@@ -319,71 +324,45 @@ def spread_cell(lines: Sequence[Line]) -> str:
 
 
 DIFFERENCES = (
-    "The difference is that of top-1 to P3B over the seeds that both have, with its standard error: the binomial one of two "
-    "rows on so many test images, which no seed makes smaller, and that of the mean over the seeds, taken together. `*`: more "
-    "than two standard errors; without it the two are not told apart. ± at top-1 is the standard deviation over the seeds; one "
-    "seed has none."
+    '"vs. P3B" is the difference in top-1 to P3B over the seeds that both have, ± its standard error: the binomial one of '
+    "two rows on so many test images, which no seed makes smaller, and that of the mean over the seeds, taken together. `*`: "
+    "more than two standard errors; without it the two cannot be told apart. ± at top-1 is the standard deviation over the "
+    "seeds; one seed has none."
 )
-NOTHING_YET = "No run is recorded yet: `python benchmarks/{}.py run` makes them, one after the other."
 
 
-def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """A table whose first column is text and whose others are numbers, and an empty line."""
-    return [f"| {' | '.join(head)} |", "|---|" + "---:|" * (len(head) - 1), *(f"| {' | '.join(row)} |" for row in rows), ""]
-
-
-def how_it_was_made(lines: Sequence[Line]) -> list[str]:
-    """The end of every page: recipe, command and circumstances of each run."""
-    text = ["## How the runs were made", ""]
-    text += [
-        f"Data: {lines[0]['data']}. {PRUNE_EPOCHS + FINETUNE_EPOCHS} epochs for every row: a pruned one "
-        "trains the first as a dense model, loses its parameters in the second and is fine-tuned in the third. SAViT prunes "
-        "once, at the end of the first, and is fine-tuned in the other two. The best epoch is chosen on the validation images. "
-        "Settings: `SETTINGS` in `benchmarks/measured.py`.",
-        "",
-        "Any run is made again, from nothing and beside this record, by its one command:",
-        "",
-        *(f"    {line['command']}" for line in lines),
-        "",
-        "Underneath these are (SHARED is the folder with the images, WORK that of `--work`; what a smaller model starts "
-        "from is cut by the tool):",
-        "",
-        *(f"    {line['p3b']}" for line in lines),
-        "",
+def circumstances(lines: Sequence[Line]) -> list[str]:
+    """The end of every page: recipe, and folded the commands of each run."""
+    facts = [
+        f"{line['seconds'] / 60:.0f} minutes with evaluation, {line['epochs']} epochs, {line['precision']}" for line in lines
     ]
-    for line in lines:
-        hardware, packages = line["hardware"], line["versions"]
-        text.append(
-            f"- {line['name']}: {line['date']}, commit {_commit(line)}, {line['seconds'] / 60:.0f} minutes with evaluation, "
-            f"{line['epochs']} epochs, on {hardware['threads']} of {hardware['cores']} cores {hardware['machine']}, "
-            f"{hardware['accelerator'] or 'no accelerator'}, {line['precision']}; "
-            + ", ".join(f"{package} {version}" for package, version in packages.items())
-        )
-    return text
+    text = [
+        f"Data: {lines[0]['data']}. {PRUNE_EPOCHS + FINETUNE_EPOCHS} epochs for every row: a pruned model is trained dense in "
+        "the first, pruned in the second and fine-tuned in the third. SAViT prunes once, at the end of the first, and is "
+        "fine-tuned in the other two. The best epoch is chosen on the validation images. Settings: `SETTINGS` in "
+        "`benchmarks/measured.py`.",
+        "",
+        "Each command below repeats one run from nothing, beside this record.",
+        "",
+        *how_it_was_run([{key: line[key] for key in line.keys() - {"seconds"}} for line in lines], *facts),
+    ]
+    commands = [f"    {line['p3b']}" for line in lines]
+    return text + folded(
+        "The `p3b` command of each run (SHARED: the folder with the images, WORK: that of `--work`)", [*commands, ""]
+    )
 
 
-def in_order(runs: Sequence[Run], lines: Sequence[Line]) -> list[Line]:
-    """Lines in the order of the runs; those of other seeds come last, and of a run that stands twice the last one counts."""
+def in_order(runs: Callable[[CompareConfig], Sequence[Run]], lines: Sequence[Line]) -> list[Line]:
+    """Lines in the order of the runs; other names come last, and of a run that stands twice the last one counts."""
     by_name = {line["name"]: line for line in lines}
-    place = {run.name: number for number, run in enumerate(runs)}
+    planned = runs(settings(Path("SHARED"), Path("WORK"), sorted({line["seed"] for line in lines})))
+    place = {run.name: number for number, run in enumerate(planned)}
     return sorted(by_name.values(), key=lambda line: place.get(line["name"], len(place)))
 
 
-def write_page(study: Study, record: Path) -> Path:
+def write_page(study: Study, record: Path) -> None:
     """Write the page of a record beside it, and its figure."""
-    lines, figure = read_lines(record), None
+    lines = read_lines(record)
     if lines and study.draw is not None:
-        figure = record.with_suffix(".png")
-        study.draw(lines, figure)
-    page = record.with_suffix(".md")
-    page.parent.mkdir(parents=True, exist_ok=True)
-    text = study.page(lines, None if figure is None else figure.name)
-    write_atomically(page, lambda file: file.write_text(text))
-    return page
-
-
-def _commit(line: Line) -> str:
-    commit = line["commit"]
-    return (
-        "unknown" if commit is None else commit[:12] + (" with changes that were not committed" if commit.endswith("+") else "")
-    )
+        study.draw(lines, record.with_suffix(".png"))
+    study.part(record).write()

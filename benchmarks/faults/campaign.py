@@ -1,4 +1,4 @@
-"""The campaign of faults: laws on random examples, other numbers of processes, damaged files, killed runs.
+"""What breaks it? Laws on random examples, other numbers of processes, damaged files, and killed runs.
 
     python benchmarks/faults/campaign.py run                        # all parts at full size; a quarter of an hour on 2 cores
     python benchmarks/faults/campaign.py run --part laws            # one part
@@ -17,10 +17,8 @@ import importlib
 import json
 import shutil
 import sys
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from datetime import datetime, timezone
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,25 +26,13 @@ ROOT = Path(__file__).resolve().parents[2]
 if __name__ == "__main__":  # a script finds its own folder only, not its package and not the builders of the tests
     sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests")]
 
-from p3b.storage.files import write_atomically  # noqa: E402
-from records import (  # noqa: E402 (the path comes first)
-    RESULTS,
-    add_line,
-    circumstances,
-    machine_of,
-    packages_of,
-    read_lines,
-    replace_part,
-    revision_of,
-    versions,
-)
+from harness.pages import Part as PagePart  # noqa: E402 (the path comes first)
+from harness.pages import cell, folded, how_it_was_run, table  # noqa: E402
+from harness.records import RESULTS, Line, add_line, certified, read_lines, write_lines  # noqa: E402
 
-LINES = RESULTS / "faults.jsonl"
-PAGE = ROOT / "docs" / "reliability.md"
-BEGIN = "<!-- made from docs/results/faults.jsonl by `python benchmarks/faults/campaign.py table`; do not edit -->"
-END = "<!-- end of what is made from the lines -->"
 MOST_GROUPS = 40
-"""A table of kinds has at most so many rows; a part of more is told in the first table alone."""
+"""A part with more kinds of cases than this has no table of them."""
+NO_RUN = "no run is recorded"
 
 
 @dataclass(frozen=True)
@@ -69,16 +55,17 @@ class Part:
 
 
 PARTS: Mapping[str, Part] = {
-    "laws": Part("faults.laws", 10_000, 100, "Laws of the mathematics and of shrinking", "random examples"),
+    "laws": Part("faults.laws", 10_000, 40, "Laws of the mathematics and of shrinking", "random examples"),
     "ranks": Part("faults.ranks", 12, 3, "The same run in 1, 2 and 4 processes"),
     "damage": Part("faults.damage", 200, 20, "Damaged files and folders"),
     "kills": Part("faults.kills", 50, 3, "Runs killed and resumed", "runs"),
 }
 
 
-def main(
-    arguments: Sequence[str] | None = None, *, parts: Mapping[str, Part] = PARTS, lines: Path = LINES, page: Path = PAGE
-) -> int:
+PAGE = PagePart("faults/campaign.py", RESULTS / "faults.jsonl", ROOT / "docs" / "reliability.md", lambda lines: tables(lines))
+
+
+def main(arguments: Sequence[str] | None = None, *, parts: Mapping[str, Part] = PARTS, page: PagePart = PAGE) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", choices=("run", "table"))
@@ -87,87 +74,76 @@ def main(
     parser.add_argument("--seed", type=int, default=0, help="of everything that is drawn")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "faults", help="folder for the runs")
     given = parser.parse_args(arguments)
-    failed: list[dict[str, Any]] = []
+    failed: list[Line] = []
     if given.action == "run":
-        record = given.work / "faults.jsonl" if given.small else lines
+        record = given.work / "faults.jsonl" if given.small else page.lines
         for name in [given.part] if given.part else parts:
-            failed += run_part(name, parts[name], given.small, given.seed, given.work, record)
+            failed += run_part(name, parts[name], given.small, given.seed, given.work.resolve(), record)
     if not given.small:
-        write_page(page, read_lines(lines), parts)
+        replace(page, tables=lambda lines: tables(lines, parts)).write()
     for line in failed:
         print(f"FAILED {line['part']}: {line['case']}: {line['detail']}", file=sys.stderr)
     return 1 if failed else 0
 
 
-def run_part(name: str, part: Part, small: bool, seed: int, work: Path, record: Path) -> list[dict[str, Any]]:
+def run_part(name: str, part: Part, small: bool, seed: int, work: Path, record: Path) -> list[Line]:
     """Run one part, replace its lines in the record, and return the cases that failed."""
-    folder, so_far = work.resolve() / name, work.resolve() / f"{name}.jsonl"
+    folder, so_far = work / name, work / f"{name}.jsonl"
     if folder.exists():
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
     so_far.unlink(missing_ok=True)
-    made_by = circumstances()  # before the run: whoever works on in the meantime does not change what has run
-    began = time.monotonic()
-    for case in importlib.import_module(part.module).cases(part.small if small else part.full, seed, folder):
-        told = json.loads(json.dumps(case).replace(str(folder), "WORK").replace(str(ROOT), "HERE"))  # no paths of this machine
-        add_line(so_far, told)
-        print(f"{'ok    ' if told['ok'] else 'FAILED'} {name}: {told['case']}: {told['detail']}"[:200], flush=True)
-    certificate = {
-        "command": f"python benchmarks/faults/campaign.py run --part {name}" + (" --small" if small else ""),
-        "seed": seed,
-        **made_by,
-        "versions": versions("torch", "timm", "numpy", "hypothesis"),
-        "seconds": round(time.monotonic() - began, 1),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }
-    add_line(so_far, {"part": name, "certificate": certificate})
-    fresh = read_lines(so_far)
-    kept = [line for line in read_lines(record) if line["part"] != name]
-    text = "".join(json.dumps(line) + "\n" for line in kept + fresh)
-    write_atomically(record, lambda file: file.write_text(text))
+
+    def run() -> dict[str, Any]:
+        for case in importlib.import_module(part.module).cases(part.small if small else part.full, seed, folder):
+            text = json.dumps(case).replace(str(folder), "WORK").replace(str(ROOT), "HERE")  # no paths of this machine
+            told = json.loads(text)
+            add_line(so_far, told)
+            print(f"{'ok    ' if told['ok'] else 'FAILED'} {name}: {told['case']}: {told['detail']}"[:200], flush=True)
+        return {"seed": seed}
+
+    command = f"python benchmarks/faults/campaign.py run --part {name}" + (" --small" if small else "")
+    certificate = certified(run, command, "torch", "timm", "numpy", "hypothesis")
+    fresh = [*read_lines(so_far), {"part": name, "certificate": certificate}]
+    write_lines(record, [*(line for line in read_lines(record) if line["part"] != name), *fresh])
     so_far.unlink()
     return [line for line in fresh if not line.get("ok", True)]
 
 
-def write_page(page: Path, lines: Sequence[dict[str, Any]], parts: Mapping[str, Part] = PARTS) -> None:
-    """Put the tables between the markers of the page; what is written around them stays."""
-    replace_part(page, BEGIN, END, tables(lines, parts))
-
-
-def tables(lines: Sequence[dict[str, Any]], parts: Mapping[str, Part] = PARTS) -> str:
-    """All tables, made from the lines alone."""
+def tables(lines: Sequence[Line], parts: Mapping[str, Part] = PARTS) -> list[str]:
+    """The result of each part, and folded what it is made of; from the lines alone."""
     cases = {name: [line for line in lines if line["part"] == name and "certificate" not in line] for name in parts}
     certificates = {line["part"]: line["certificate"] for line in lines if "certificate" in line}
-    text = ["| what is tried | cases | failures | what was seen |", "|---|---:|---:|---|"]
+    rows = []
     for name, part in parts.items():
-        if name in certificates:
-            tried, failures = _tried(cases[name]), sum(not line["ok"] for line in cases[name])
-            text.append(f"| {part.title} | {tried:,} {part.unit} | {failures} | {_seen(cases[name])} |")
-        else:
-            text.append(f"| {part.title} | | | no run is recorded |")
+        told = [_seen(cases[name]), f"{_tried(cases[name]):,} {part.unit}", _failures(cases[name])]
+        rows.append([part.title, *(told if name in certificates else [NO_RUN, "", ""])])
+    text = table(["what is tried", "result", "cases", "failures"], rows, text=2)
+    failed = [line for name in parts for line in cases[name] if not line["ok"]]
+    if failed:
+        told = [f"- {parts[line['part']].title}: {cell(line['case'])}: {cell(line['detail'])}" for line in failed]
+        text += ["### What failed", "", *told, ""]
     for name, part in parts.items():
-        groups: dict[str, list[dict[str, Any]]] = {}
+        groups: dict[str, list[Line]] = {}
         for line in cases[name]:
             groups.setdefault(line.get("kind", line["case"]), []).append(line)
         if groups and len(groups) <= MOST_GROUPS:
-            text += ["", f"### {part.title}", "", f"| what was tried | {part.unit} | failures |", "|---|---:|---:|"]
-            for kind, members in groups.items():
-                text.append(f"| {_cell(kind)} | {_tried(members):,} | {sum(not line['ok'] for line in members)} |")
-    failed = [line for name in parts for line in cases[name] if not line["ok"]]
-    if failed:
-        text += ["", "### What failed", ""]
-        text += [f"- {parts[line['part']].title}: {_cell(line['case'])}: {_cell(line['detail'])}" for line in failed]
-    text += ["", "### How it was run", ""]
-    text += [f"- {_certificate(certificates[name])}" for name in parts if name in certificates]
-    return "\n".join(text) + "\n"
+            rows = [[cell(kind), f"{_tried(members):,}", _failures(members)] for kind, members in groups.items()]
+            text += folded(part.title, table(["what was tried", part.unit, "failures"], rows))
+    shown = [certificates[name] for name in parts if name in certificates]
+    return text + how_it_was_run(shown, *(f"seed {line['seed']}" for line in shown))
 
 
-def _tried(cases: Sequence[dict[str, Any]]) -> int:
+def _failures(cases: Sequence[Line]) -> str:
+    return str(sum(not line["ok"] for line in cases))
+
+
+def _tried(cases: Sequence[Line]) -> int:
     """A line of the laws stands for many examples, any other for one case."""
     return sum(line.get("cases", 1) for line in cases)
 
 
-def _seen(cases: Sequence[dict[str, Any]]) -> str:
+def _seen(cases: Sequence[Line]) -> str:
     """The figures that the lines carry beside what every line has, each summed up by its type."""
     figures: dict[str, list[Any]] = {}
     for line in cases:
@@ -179,7 +155,7 @@ def _seen(cases: Sequence[dict[str, Any]]) -> str:
     if laws:
         held = sum(not line["violations"] for line in laws)
         told.insert(0, f"{held} of {len(laws)} laws held")
-    return _cell("; ".join(told))
+    return cell("; ".join(told))
 
 
 def _summed_up(name: str, values: Sequence[Any]) -> str:
@@ -194,18 +170,6 @@ def _summed_up(name: str, values: Sequence[Any]) -> str:
         return f"{name}: {sum(map(len, values)):,} in all"
     kinds = {str(value): values.count(value) for value in values}
     return f"{name}: " + ", ".join(f"{kind} ({count})" for kind, count in kinds.items())
-
-
-def _certificate(made_by: Mapping[str, Any]) -> str:
-    return (
-        f"`{made_by['command']}`: {made_by['date'][:10]}, {revision_of(made_by)}, seed {made_by['seed']}, "
-        f"{made_by['seconds'] / 60:.1f} minutes on {machine_of(made_by)}; {packages_of(made_by)}"
-    )
-
-
-def _cell(text: str) -> str:
-    """Text for one cell of a table."""
-    return " ".join(text.split()).replace("|", "\\|")
 
 
 if __name__ == "__main__":

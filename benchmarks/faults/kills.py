@@ -1,4 +1,4 @@
-"""Runs that are killed and resumed: what comes out must be, bit for bit, what an undisturbed run leaves.
+"""Does a run that is killed and resumed end, bit for bit, as an undisturbed one?
 
 Each case is a short pruning run with fine-tuning, full of randomness (augmentation, mixup, stochastic depth, random erasing,
 moving average, accumulated gradients), killed by SIGKILL once to three times: at random moments, in the middle of writing a

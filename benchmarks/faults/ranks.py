@@ -1,6 +1,4 @@
-"""The same run in 1, 2 and 4 processes: their number changes neither what is pruned nor how many images are counted.
-
-    python benchmarks/faults/campaign.py run --part ranks
+"""Does the number of processes change what is pruned, or how many images are counted? The same run in 1, 2 and 4 of them.
 
 Three kinds of cases. `pruning`: a random small model is pruned over the same global batches, with accumulated gradients and
 torch's distributed wrapper. `evaluation`: data sets that the processes cannot share out evenly. `command`: `p3b prune` with
@@ -9,13 +7,10 @@ one process of 8 images and two of 4. The processes speak gloo and are forked fr
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import random
 import socket
-import subprocess
-import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -38,7 +33,6 @@ from p3b.train.optim import Precision
 from runs import CALM, PHASES, colour_folders, flags, lines, run
 from tiny import images, labels, tiny_vit
 
-ROOT = Path(__file__).resolve().parents[2]
 WORLDS = (1, 2, 4)
 GLOBAL_BATCH = 8
 SMALL_BUCKET = 0.01
@@ -58,7 +52,7 @@ Results = dict[int, list[Any]]
 
 
 def cases(count: int, seed: int, work: Path) -> Iterator[dict[str, Any]]:
-    """Try `count` cases, in a process of their own whose threads and settings are nobody else's.
+    """Try `count` cases.
 
     Args:
         count: of all kinds together; three are one of each.
@@ -68,19 +62,9 @@ def cases(count: int, seed: int, work: Path) -> Iterator[dict[str, Any]]:
     Yields:
         Per case: part, kind, case, ok, detail, seconds, and the largest difference between keep ratios.
     """
-    command = [sys.executable, "-m", "faults.ranks", str(count), str(seed), str(work)]
-    paths = [str(ROOT / "benchmarks"), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
-    told = 0
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if line.startswith("{"):
-                told += 1
-                yield json.loads(line)
-    if process.returncode or told != count:
-        detail = f"ended with status {process.returncode} after {told} of {count} cases"
-        yield {"part": "ranks", "kind": "all", "case": "the script itself", "ok": False, "detail": detail}
+    torch.set_num_threads(1)  # before the first fork: threads do not survive one
+    for number in range(count):
+        yield one_case(number, seed, work.resolve())
 
 
 def one_case(number: int, seed: int, work: Path) -> dict[str, Any]:
@@ -372,14 +356,3 @@ def in_processes(size: int, act: Callable[[Processes], Any], work: Path, *, grou
         said = " / ".join(file.with_suffix(".txt").read_text()[-400:] for file in files)
         raise GroupError(f"{size} processes ended with {codes} (None: had to be stopped): {said}")
     return [torch.load(file, weights_only=True) for file in files]
-
-
-def main(count: int, seed: int, work: Path) -> None:
-    """Print one JSON line per case."""
-    torch.set_num_threads(1)
-    for number in range(count):
-        print(json.dumps(one_case(number, seed, work.resolve())), flush=True)
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))

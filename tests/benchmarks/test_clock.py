@@ -1,28 +1,21 @@
-"""The page of the clock says what its lines say, and a step is taken apart without losing time."""
+"""A step is taken apart without losing time, and lines with an earlier revision keep its column."""
 
 from __future__ import annotations
 
-import sys
+import multiprocessing
 import time
-from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-
 import clock
-from records import read_lines
-
-
-def test_the_page_is_made_from_the_lines() -> None:
-    lines = read_lines(clock.LINES)
-    made = clock.PAGE.read_text().partition(clock.BEGIN)[2].partition(clock.END)[0]
-    assert lines and made.strip() == clock.tables(lines).strip()
-    assert {line["name"] for line in lines} <= set(clock.ENTRIES)
+from harness.records import read_lines
+from step_parts import Clock, measure_step
+from tiny import VIT
+from training import Shape
 
 
 def test_an_inner_part_does_not_count_for_the_outer_one() -> None:
-    watch = clock.Clock()
+    watch = Clock()
     watch.begin()
     began = time.process_time()
     with watch.part("outer"), watch.part("inner"):
@@ -34,23 +27,9 @@ def test_an_inner_part_does_not_count_for_the_outer_one() -> None:
 
 
 def test_a_step_is_taken_apart_into_its_parts() -> None:
-    shape = {
-        "batch": 4,
-        "images": 12,
-        "model": "vit_tiny_patch16_224",
-        "img_size": 16,
-        "patch_size": 8,
-        "embed_dim": 24,
-        "depth": 1,
-    }
-    asked = {**clock.SHAPES, "tiny": {"title": "tiny", "num_heads": 3, **shape}}
-    found = clock._measured(
-        {"kind": "step", "shape": "tiny", "precision": "bf16", "prune": True},
-        asked,
-        clock.ROOT / "src",
-        Path("nowhere"),
-        Path("nowhere"),
-    )
+    shape = Shape("tiny", VIT, 4, 1, {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 3})
+    with multiprocessing.get_context("fork").Pool(1) as pool:  # it wraps functions of torch for good
+        found = pool.apply(measure_step, (shape, 12, "bf16", True, "DIGITS"))
     parts = {"forward", "backward", "optimizer", "moving average", "method", "finite?", "data: augment"}
     assert parts < set(found["ms"]) and found["evaluation"] > 0
     assert {name: found["calls"][name] for name in ("forward", "backward", "optimizer", "moving average")} == {
@@ -59,5 +38,19 @@ def test_a_step_is_taken_apart_into_its_parts() -> None:
         "optimizer": 1.0,
         "moving average": 1.0,
     }
-    assert found["calls"]["finite?"] == 2, "one look at the model's gradients, one at the probes'"
+    assert found["calls"]["finite?"] == 2, "the model's gradients once, and the probes' once"
     assert found["calls"]["data: augment"] == pytest.approx(4)
+
+
+def test_a_line_without_an_earlier_revision_has_one_column() -> None:
+    old = next(line for line in read_lines(clock.BENCH.part.lines) if line["kind"] == "step" and "before" in line["sides"])
+    new = {**old, "sides": {"now": old["sides"]["now"]}, "commit_before": None}
+    assert "| part of a step | before (ms) | now (ms) | calls before | calls now |" in clock.tables([old])
+    assert "| part of a step | now (ms) | calls now |" in clock.tables([new])
+
+
+def test_attention_is_measured_in_both_forms(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clock, "ATTENTION", ((1, 2, 3, 4),))
+    found = clock.measure_attention()["ms"]
+    assert all(value > 0 for value in found.values())
+    assert list(found)[:2] == [f"1 images, 2 heads of 4, 3 tokens | bf16 | {form}" for form in ("fused", "plain")]

@@ -1,4 +1,4 @@
-"""The laws of `benchmarks/faults/laws.py` with few examples each; the campaign tries thousands."""
+"""The laws of `tests/laws` with few examples each; the campaign tries thousands."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 from hypothesis import strategies as st
 
-from faults.laws import FULL, LAWS, Law, cases, demand, examples_of_each, try_law
+from faults.laws import cases, examples_of_each, try_law
+from laws import LAWS
+from laws.law import FULL, Law, demand
 
 FEW = 15
 

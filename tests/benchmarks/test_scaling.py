@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
+import multiprocessing
+from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,35 +16,20 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+import cost_model as cost
+import projection
 import scaling
-from bench import Entry, Machine, Shape, Training
-from cost_model import (
-    ESTIMATED,
-    TRAINED,
-    Rates,
-    Size,
-    Wire,
-    Work,
-    fit,
-    gates,
-    memory_gates,
-    memory_plain,
-    memory_probes,
-    plain,
-    probes,
-    update,
-    wire,
-    wire_gradients,
-)
+import training
+from harness.records import read_lines
+from harness.turns import CPU
 from p3b.scoring.ridge import SOLVE_EVERY
-from records import ROOT, read_lines
 from tiny import VIT, in_ranks
+from training import Entry, Shape, Training, measure_memory
 
-CPU = Machine(torch.device("cpu"))
 ATEN = torch.ops.aten
 IN_PLACE = {op: lambda _into, a, b, **_: 2 * math.prod(a) * b[-1] for op in (ATEN.addmm_, ATEN.baddbmm_)}
 """What torch's counter does not know of itself."""
-SIDES = ("plain", "gated", *ESTIMATED)
+SIDES = scaling.SIDES
 
 
 def _shape(depth: int = 2, classes: int = 7) -> Shape:
@@ -120,14 +105,14 @@ def _estimator(trained: Training) -> Any:
 @pytest.mark.parametrize("shape", [_shape(1, 7), _shape(2, 40)], ids=lambda shape: shape.title)
 def test_products_are_what_torch_counts(side: str, shape: Shape) -> None:
     trained = _settled(side, shape)
-    for block in trained._model.blocks:
+    for block in trained.model.blocks:
         block.attn.fused_attn = False  # the counter does not know the fused kernel of a CPU
     size = replace(scaling.size_of(shape, 4), fused=False)
     with FlopCounterMode(display=False, custom_mapping=IN_PLACE) as counter:
         trained.step()
     work = scaling.predicted(side, size)
     assert counter.get_total_flops() == 2 * (work.macs + work.macs64)
-    assert plain(replace(size, fused=True)).macs > plain(size).macs
+    assert cost.plain(replace(size, fused=True)).macs > cost.plain(size).macs
 
 
 @pytest.mark.parametrize("side", SIDES)
@@ -146,26 +131,26 @@ def test_what_autograd_keeps_is_what_the_model_says(side: str) -> None:
     shape = _shape()
     size = scaling.size_of(shape, 4)
     trained = _settled(side, shape)
-    held = list(trained._model.parameters())
-    if side in ESTIMATED:
+    held = list(trained.model.parameters())
+    if side in cost.ESTIMATED:
         held += _estimator(trained).probes.parameters()
     with _kept_for_backward(held) as kept:
         trained.step()
-    expected = scaling.predicted_bytes(side, size) - size.parameters * TRAINED
-    expected -= memory_probes(side, size).held if side in ESTIMATED else 0
+    expected = scaling.predicted_bytes(side, size) - size.parameters * cost.TRAINED
+    expected -= cost.memory_probes(side, size).held if side in cost.ESTIMATED else 0
     if side == "linear":  # its tokens are held by name, and by autograd those of one probe alone
         expected -= (size.places - 2) * size.batch * size.width * size.feature_bytes
-    assert sum(p.numel() for p in trained._model.parameters()) == size.parameters
+    assert sum(p.numel() for p in trained.model.parameters()) == size.parameters
     assert kept.most == pytest.approx(expected, rel=2e-3)  # targets and drop path are left out
-    assert memory_gates(size) > 0 and memory_plain(size) > size.parameters * TRAINED
+    assert cost.memory_gates(size) > 0 and cost.memory_plain(size) > size.parameters * cost.TRAINED
 
 
-@pytest.mark.parametrize("estimator", ESTIMATED)
+@pytest.mark.parametrize("estimator", cost.ESTIMATED)
 def test_what_an_estimator_holds_is_what_the_model_says(estimator: str) -> None:
     shape = _shape()
     trained = _settled(estimator, shape)
     size = scaling.size_of(shape, 4)
-    memory = memory_probes(estimator, size)
+    memory = cost.memory_probes(estimator, size)
     if estimator == "ridge":
         assert memory.held == sum(tensor.nbytes for tensor in _estimator(trained)._state.values())
         assert memory.passing < memory.held
@@ -173,10 +158,10 @@ def test_what_an_estimator_holds_is_what_the_model_says(estimator: str) -> None:
     numbers = sum(parameter.numel() for parameter in _estimator(trained).probes.parameters())
     states = _estimator(trained)._optimizer.state_dict()["state"].values()
     moments = sum(tensor.nbytes for state in states for name, tensor in state.items() if name != "step")
-    assert memory.held == numbers * TRAINED == 2 * moments
+    assert memory.held == numbers * cost.TRAINED == 2 * moments
 
 
-@pytest.mark.parametrize("estimator", ESTIMATED)
+@pytest.mark.parametrize("estimator", cost.ESTIMATED)
 def test_what_ranks_average_is_what_the_model_says(estimator: str) -> None:
     shape = _shape()
     size = scaling.size_of(shape, 4)
@@ -198,37 +183,37 @@ def test_what_ranks_average_is_what_the_model_says(estimator: str) -> None:
             found[name] = sum(tensor.nbytes for tensor in asked)
         return found
 
-    expected = wire(estimator, size)
+    expected = cost.wire(estimator, size)
     assert in_ranks(2, rank) == 2 * [{"step": expected.step, "update": expected.update}]
-    assert wire(None, size).step == 4
-    assert wire_gradients(size) == 4 * size.parameters
-    assert Wire.sent(100, 2) == 100 and Wire.sent(100, 1) == 0
+    assert cost.wire(None, size).step == 4
+    assert cost.wire_gradients(size) == 4 * size.parameters
+    assert cost.Wire.sent(100, 2) == 100 and cost.Wire.sent(100, 1) == 0
 
 
 def test_rates_that_made_the_times_are_found_again() -> None:
     sizes = [scaling.size_of(shape, 8) for shape in scaling.SHAPES.values()]
-    true = Rates(2e-11, 4e-11, 1e-10, 2e-5)
-    found = fit([(plain(size), true.seconds(plain(size))) for size in sizes])
+    true = cost.Rates(2e-11, 4e-11, 1e-10, 2e-5)
+    found = cost.fit([(cost.plain(size), true.seconds(cost.plain(size))) for size in sizes])
     assert (found.mac, found.mac64, found.byte, found.operator) == pytest.approx((2e-11, 4e-11, 1e-10, 2e-5), rel=1e-6)
-    without_traffic = [(plain(size), 3e-11 * plain(size).macs) for size in sizes]
-    assert fit(without_traffic).mac == pytest.approx(3e-11) and fit(without_traffic).operator < 1e-9
-    falling = [(Work(macs=1, traffic=1), 1.0), (Work(macs=2, traffic=1), 0.5), (Work(macs=3, traffic=2), 0.9)]
-    assert min(fit(falling).mac, fit(falling).byte, fit(falling).operator) >= 0
+    without_traffic = [(cost.plain(size), 3e-11 * cost.plain(size).macs) for size in sizes]
+    assert cost.fit(without_traffic).mac == pytest.approx(3e-11) and cost.fit(without_traffic).operator < 1e-9
+    falling = [(cost.Work(macs=1, traffic=1), 1.0), (cost.Work(macs=2, traffic=1), 0.5), (cost.Work(macs=3, traffic=2), 0.9)]
+    assert min(cost.fit(falling).mac, cost.fit(falling).byte, cost.fit(falling).operator) >= 0
 
 
-@pytest.mark.parametrize("estimator", ESTIMATED)
+@pytest.mark.parametrize("estimator", cost.ESTIMATED)
 def test_what_grows_with_classes_grows_linearly(estimator: str) -> None:
-    few, many, more = (Size(3, 128, 2, 8, 8, classes, 8) for classes in (1_000, 2_000, 3_000))
-    for part in (lambda size: probes(estimator, size).traffic, lambda size: memory_probes(estimator, size).total):
+    few, many, more = (cost.Size(3, 128, 2, 8, 8, classes, 8) for classes in (1_000, 2_000, 3_000))
+    for part in (lambda size: cost.probes(estimator, size).traffic, lambda size: cost.memory_probes(estimator, size).total):
         assert part(more) - part(many) == pytest.approx(part(many) - part(few)) and part(many) > part(few)
-    assert gates(many).traffic - gates(few).traffic == 4 * (many.parameters - few.parameters)
-    assert update(many) == update(few)
+    assert cost.gates(many).traffic - cost.gates(few).traffic == 4 * (many.parameters - few.parameters)
+    assert cost.update(many) == cost.update(few)
 
 
 def test_a_projection_is_the_arithmetic_of_its_assumptions() -> None:
-    low, high = (scaling.project(None, scaling.DATA[1], share) for share in scaling.GPU.share)
-    size = scaling.deit_base(1_000)
-    assert low.plain_step == pytest.approx(2 * plain(size).macs / (0.30 * 312e12))
+    low, high = (projection.project(None, projection.DATA[1], share) for share in projection.GPU.share)
+    size = projection.deit_base(1_000)
+    assert low.plain_step == pytest.approx(2 * cost.plain(size).macs / (0.30 * 312e12))
     assert low.epoch == pytest.approx(1_281_167 // 512 * low.plain_step / 3600)
     assert low.epoch / high.epoch == pytest.approx(0.45 / 0.30)
     assert low.finetuning == pytest.approx(300 * 0.5 * low.epoch)
@@ -236,54 +221,45 @@ def test_a_projection_is_the_arithmetic_of_its_assumptions() -> None:
     assert size.parameters == 86_567_656  # DeiT-Base, as timm counts it
 
 
-def test_entries_become_lines_and_rows(tmp_path: Path) -> None:
-    shapes = {"depth-2": _shape(2), "classes-40": _shape(2, 40)}
-    entries = {
-        "time-depth-2": Entry("time", "depth-2", "fp32", scaling.measure_time, {}),
-        "time-classes-40": Entry("time", "classes-40", "fp32", scaling.measure_time, {}),
-    }
-    lines, page = tmp_path / "scaling.jsonl", tmp_path / "page.md"
-    page.write_text(f"Before.\n{scaling.BEGIN}\nreplaced\n{scaling.END}\nAfter.\n")
-    for only in ("time-", "time-depth-2"):
-        assert (
-            scaling.main(["run", "--only", only, "--rounds", "1"], entries=entries, shapes=shapes, lines=lines, page=page) == 0
-        )
-    assert [line["name"] for line in read_lines(lines)] == ["time-classes-40", "time-depth-2"]
-    assert set(read_lines(lines)[0]["result"]["sides"]) == {*SIDES, "update"}
-    assert all(side["ratio"] > 0 for side in read_lines(lines)[0]["result"]["sides"].values())
-    text = page.read_text()
-    assert text.startswith("Before.") and text.endswith("After.\n") and "replaced" not in text and "\n| 40 |" in text
-    with pytest.raises(SystemExit):
-        scaling.main(["run", "--only", "nonsense"], entries=entries, lines=lines, page=page)
+def test_a_measurement_becomes_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = {"depth-1": _shape(1), "classes-40": _shape(1, 40)}
+    entries = {f"time-{name}": Entry("time", name, "fp32", scaling.measure_time) for name in shapes}
+    monkeypatch.setattr(scaling, "SHAPES", shapes)
+    monkeypatch.setattr(scaling, "ENTRIES", entries)
+    made_by = {"command": "c", "commit": "0" * 40, "hardware": {"machine": "m", "cores": 2, "accelerator": None}}
+    given = Namespace(device="cpu", threads=1, rounds=1)
+    lines = [{"name": name, **scaling.measure(name, given), **made_by} for name in entries]
+    sides = lines[0]["result"]["sides"]
+    assert set(sides) == {*SIDES, "update"} and all(side["ratio"] > 0 for side in sides.values())
+    text = "\n".join(scaling.tables(lines))
+    assert "\n| 40 |" in text and "\n| 1 |" in text and "### Memory" not in text
 
 
-def test_processes_of_their_own_tell_their_peaks_and_what_they_average() -> None:
-    shape = _shape()
-    peaks = scaling.measure_memory(shape, CPU, "fp32", rounds=1)["sides"]
-    assert set(peaks) == set(SIDES) and all(side["peak_bytes"] > 0 for side in peaks.values())
+def test_processes_of_their_own_tell_what_they_average(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Forked from this process, which has loaded everything already.
+    monkeypatch.setattr(scaling, "preloaded", lambda: multiprocessing.get_context("fork"))
+    shape = _shape(1)
     size = scaling.size_of(shape, 4)
     sides = scaling.measure_ranks(shape, CPU, "fp32", rounds=1, ranks=2)["sides"]
-    for name in ("gradients", "update", *ESTIMATED):
+    for name in ("gradients", "update", *cost.ESTIMATED):
         assert sides[name]["bytes"] == scaling.handed_over(name, size) and sides[name]["seconds"] > 0
 
 
-def test_the_page_says_what_the_lines_say(tmp_path: Path) -> None:
-    text = scaling.PAGE.read_text()
-    copy = tmp_path / "scaling.md"
-    copy.write_text(text)
-    scaling.write_page(copy, read_lines(scaling.LINES))
-    assert copy.read_text() == text, "docs/scaling.md and docs/results/scaling.jsonl differ: run `scaling.py table`"
-    assert text.count(scaling.BEGIN) == text.count(scaling.END) == 1
+def test_processes_of_their_own_tell_their_peaks(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Forked, too: so what this process has held before is inherited, and only what is much larger is sure to show.
+    monkeypatch.setattr(training, "preloaded", lambda: multiprocessing.get_context("fork"))
+    shape = _shape(1)
+    shape = replace(shape, arguments={**shape.arguments, "embed_dim": 384})
+    sides = {side: scaling.prune_options(side, shape) for side in ("plain", "paper")}
+    peaks = {name: side["peak_bytes"] for name, side in measure_memory(sides, shape, CPU, "fp32", 1)["sides"].items()}
+    assert peaks["paper"] > peaks["plain"] >= 0 and peaks["paper"] > 50 * 2**20
 
 
 def test_what_is_recorded_is_known_and_counted_as_the_model_counts() -> None:
-    lines = read_lines(scaling.LINES)
-    assert len({(line["name"], line["device"]) for line in lines}) == len(lines)
+    lines = read_lines(scaling.BENCH.part.lines)
     for line in lines:
-        assert line["name"] in scaling.ENTRIES
         assert {"command", "commit", "hardware", "versions", "seconds", "date", "result"} <= line.keys()
         if line["table"] == "ranks" and line["result"]["ranks"] > 1:
             size = scaling.size_of(scaling.SHAPES[line["shape"]], line["result"]["batch"])
             for name, side in line["result"]["sides"].items():
                 assert name == "plain" or side["bytes"] == scaling.handed_over(name, size)
-    assert str(ROOT) not in json.dumps(lines)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import p3b
-from faults.damage import sealed, weights_digest
+from hostile import sealed, weights_digest
 from p3b.errors import ModelError, RunFolderError, WeightsError
 from p3b.storage import saved_model as artifact
 from p3b.storage.saved_model import CONFIG_FILE, WEIGHTS_FILE, is_artifact, read_config, save_checkpoint

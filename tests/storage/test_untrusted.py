@@ -14,7 +14,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from faults.damage import HOSTILE, edited, fingerprint, open_any
+from faults.opening import fingerprint, open_any
+from hostile import HOSTILE, edited
 from p3b.errors import WeightsError
 from p3b.storage.pickles import TensorClaim
 from p3b.storage.untrusted import (

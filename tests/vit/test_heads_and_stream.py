@@ -18,7 +18,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import p3b
-from faults.damage import sealed
+from hostile import sealed
 from p3b import methods
 from p3b.deploy.layouts import LAYOUTS, apply_layout, plan_layout
 from p3b.errors import ConfigError, ModelError, WeightsError

@@ -1,0 +1,1 @@
+"""What all benchmarks share: records of what was measured, pages made from them, sides timed in turns, one command line."""
