@@ -45,17 +45,17 @@ def set_trap(trap: str) -> None:
     if kind == "none" or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
         return None
     if kind == "clock":
-        return _before(p3b.run.stage.Stage, "begin", 1, lambda: _kill_in(float(rest)))
+        return _at_call(p3b.run.stage.Stage, "begin", 1, lambda *_: _kill_in(float(rest)))
     if kind == "write":
-        return _before(p3b.storage.files, "flush_to_disk", 2 * int(rest) - 1, _halve_and_kill)
+        return _at_call(p3b.storage.files, "flush_to_disk", 2 * int(rest) - 1, _halve_and_kill)
     if kind == "rename":
-        return _before(Path, "replace", int(rest), _kill)
+        return _at_call(Path, "replace", int(rest), _kill)
     if kind == "renamed":
-        return _after(Path, "replace", int(rest), _kill)
+        return _at_call(Path, "replace", int(rest), _kill, after=True)
     if kind == "call":
         name, _, count = rest.partition(":")
         owner, _, function = name.rpartition(".")
-        return _before(_resolve(owner), function, int(count or 1), _kill)
+        return _at_call(_resolve(owner), function, int(count or 1), _kill)
     raise ValueError(f"'{trap}' is no trap")
 
 
@@ -67,35 +67,25 @@ def run(arguments: list[str]) -> int:
     return main(arguments)
 
 
-def _before(owner: Any, name: str, count: int, act: Callable[..., object]) -> None:
-    """Do something before the `count`-th call of a function, and let the call happen."""
+def _at_call(owner: Any, name: str, count: int, act: Callable[..., object], *, after: bool = False) -> None:
+    """Do something before (or after) the `count`-th call of a function, given its arguments, and let the call happen."""
     original, calls = getattr(owner, name), 0
 
     def counted(*given: Any, **more: Any) -> Any:
         nonlocal calls
         calls += 1
-        if calls == count:
-            act(*given) if act is _halve_and_kill else act()
-        return original(*given, **more)
-
-    setattr(owner, name, counted)
-
-
-def _after(owner: Any, name: str, count: int, act: Callable[[], object]) -> None:
-    original, calls = getattr(owner, name), 0
-
-    def counted(*given: Any, **more: Any) -> Any:
-        nonlocal calls
+        due = calls == count
+        if due and not after:
+            act(*given)
         result = original(*given, **more)
-        calls += 1
-        if calls == count:
-            act()
+        if due and after:
+            act(*given)
         return result
 
     setattr(owner, name, counted)
 
 
-def _kill() -> None:
+def _kill(*_: object) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 

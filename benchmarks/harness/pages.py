@@ -39,8 +39,9 @@ class Part:
         return f"<!-- made from docs/results/{self.lines.name} by `python benchmarks/{self.script} table`; do not edit -->"
 
     def text(self) -> str:
-        """The whole page with the part made anew."""
-        before, _, rest = self.page.read_text().partition(self.begin)
+        """The whole page with the part made anew; the part alone where there is no page yet."""
+        page = self.page.read_text() if self.page.exists() else ""
+        before, _, rest = page.partition(self.begin)
         _, _, after = rest.partition(END)
         lines = read_lines(self.lines)
         made = self.tables(lines) if lines else [NOTHING, ""]

@@ -171,7 +171,7 @@ def test_the_ablations_page_answers_what_has_been_run() -> None:
 
 @pytest.fixture
 def shared_folder(tmp_path: Path) -> Path:
-    colour_folders(tmp_path / "shared" / "data" / "colours", {"train": 3, "val": 1, "test": 1})
+    colour_folders(tmp_path / "shared" / "data" / "colours", {"train": 4, "val": 1, "test": 1})
     return tmp_path / "shared"
 
 
