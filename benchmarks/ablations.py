@@ -38,7 +38,7 @@ class Variant:
 
 
 QUESTIONS: Mapping[str, Sequence[Variant]] = {
-    "Does it pay to share the budget out by benefit?": (
+    "Does it pay to share the budget by benefit?": (
         Variant("by benefit (P3B)"),
         Variant("the same share of every block (uniform)", "uniform"),
     ),
@@ -56,7 +56,7 @@ QUESTIONS: Mapping[str, Sequence[Variant]] = {
         Variant("after 0.25", changed=(("prune_start_epoch", "0.25"),)),
         Variant("after 1.5", changed=(("prune_start_epoch", "1.5"),)),
     ),
-    "What do widths cost that are quick to compute?": (
+    "What do aligned widths cost?": (
         Variant("widths as they come (P3B, align 1)"),
         Variant("multiples of 8, and whole heads (align 8)", changed=(("align", 8),)),
     ),

@@ -12,13 +12,11 @@ Some lines also have a side "before": an earlier revision, measured in turns wit
 from __future__ import annotations
 
 import argparse
-import os
 import resource
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -29,7 +27,6 @@ import numpy as np
 import torch
 from PIL import Image
 
-import p3b
 from harness.command import Bench, Given, main
 from harness.pages import Part, counted, how_it_was_run, table
 from harness.records import RESULTS, ROOT, Line
@@ -71,9 +68,9 @@ ENTRIES: Mapping[str, Entry] = {
     "photos-train-fp32": Entry("step", "photos"),
     "attention": Entry("attention"),
     "start-up": Entry("start"),
-    "compile": Entry("compile", "shallow"),
-    "channels-last": Entry("layout", "photos"),
 }
+SETTLED = ("compile", "channels-last")
+"""Questions that were answered once: their lines stay, and the code that measured them is at the commit of each line."""
 
 
 def measure(name: str, given: Given) -> dict[str, Any]:
@@ -82,68 +79,21 @@ def measure(name: str, given: Given) -> dict[str, Any]:
     rounds = given.rounds if repeated else 1
     with tempfile.TemporaryDirectory() as folder:
         photos, animals = make_photos(Path(folder) / "photos"), given.shared / ANIMALS
-        data = str(photos) if entry.shape == "photos" else str(animals) if animals.exists() else "DIGITS"
-        found = [_measured(entry, data, photos, Path(folder)) for _ in range(rounds)]
-    told = (
-        ("photos" if entry.shape == "photos" else "digits" if data == "DIGITS" else "animals") if entry.kind == "step" else ""
-    )
-    return {"kind": entry.kind, "shape": entry.shape, "data": told, "rounds": rounds, "sides": {"now": _medians(found)}}
+        images = "photos" if entry.shape == "photos" else "animals" if animals.exists() else "digits"
+        source = {"photos": str(photos), "animals": str(animals), "digits": "DIGITS"}[images]
+        found = [_measured(entry, source, photos) for _ in range(rounds)]
+    data = images if entry.kind == "step" else "none"
+    return {"kind": entry.kind, "shape": entry.shape, "data": data, "rounds": rounds, "sides": {"now": _medians(found)}}
 
 
-def _measured(entry: Entry, data: str, photos: Path, folder: Path) -> dict[str, Any]:
+def _measured(entry: Entry, source: str, photos: Path) -> dict[str, Any]:
     if entry.kind == "start":
         return measure_start(photos)
     if entry.shape is None:
         return measure_attention()
-    shape = SHAPES[entry.shape]
-    act = {
-        "step": partial(measure_step, shape, IMAGES.get(entry.shape, 0), entry.precision, entry.prune, data),
-        "compile": partial(measure_compile, shape, folder),
-        "layout": partial(measure_layout, shape),
-    }[entry.kind]
     with preloaded().Pool(1) as pool:
-        return pool.apply(act)
-
-
-def measure_compile(shape: Shape, folder: Path) -> dict[str, Any]:
-    """Forward and backward, compiled and not, plain and with soft gates: milliseconds of each, in turns; seconds to compile."""
-    torch.set_num_threads(1)
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "compiled")  # what was compiled earlier does not count
-    torch._dynamo.config.skip_nnmodule_hook_guards = False
-    sides: dict[str, Callable[[], None]] = {}
-    seconds: dict[str, float] = {}
-    for gated in (False, True):
-        for how in ("eager", "compiled"):
-            model = shape.build()
-            if gated:
-                pruner = p3b.Pruner(model, keep_ratios=[0.5] * 2 * len(model.blocks), schedule=p3b.Schedule(0, 1, 10**6, 1))
-                pruner.gates.set({name: torch.rand(len(mask)) for name, mask in pruner.gates.masks.items()})
-            module = torch.compile(model) if how == "compiled" else model
-            images = torch.randn(shape.cpu_batch, 3, *model.patch_embed.img_size)
-
-            def step(module: Any = module, images: torch.Tensor = images, model: torch.nn.Module = model) -> None:
-                module(images).square().mean().backward()
-                model.zero_grad()
-
-            name, began = f"{'gated' if gated else 'plain'}, {how}", time.monotonic()
-            step()
-            seconds[name], sides[name] = time.monotonic() - began, step
-    return {**_in_turns(sides, shape.rounds), "first_step_seconds": seconds}
-
-
-def measure_layout(shape: Shape) -> dict[str, Any]:
-    """The patch embedding, forward and backward, with images and weights in both memory formats: milliseconds, in turns."""
-    torch.set_num_threads(1)
-    sides = {}
-    for name, layout in (("contiguous", torch.contiguous_format), ("channels last", torch.channels_last)):
-        embed = torch.nn.Conv2d(3, 192, 16, 16).to(memory_format=layout)
-        images = torch.randn(shape.cpu_batch, 3, 224, 224)
-
-        def step(embed: Any = embed, images: torch.Tensor = images, layout: Any = layout) -> None:
-            embed(images.to(memory_format=layout)).flatten(2).transpose(1, 2).square().mean().backward()
-
-        sides[name] = step
-    return _in_turns(sides, 25)
+        given = (SHAPES[entry.shape], IMAGES[entry.shape], entry.precision, entry.prune, source)
+        return pool.apply(measure_step, given)
 
 
 def measure_attention() -> dict[str, Any]:
@@ -220,7 +170,7 @@ def _medians(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def tables(lines: Sequence[Line]) -> list[str]:
     """All tables, made from the lines alone."""
-    order = list(ENTRIES)
+    order = [*ENTRIES, *SETTLED]
     lines = sorted(lines, key=lambda line: order.index(line["name"]))
     makers = {
         "step": _step_table,

@@ -1,15 +1,15 @@
 """What the measured table and the ablations share: one recipe, runs that are recorded once, and pages made of the record.
 
-A study is a list of runs of `p3b train` and `p3b prune` on real transfer: `source_vit`, trained on CIFAR-10's vehicles, moves
-to its six animals. They are carried out by the machinery of `p3b compare` (`p3b.run.series`) in one folder for all studies, so
-that a warm-up is trained once, a run that is done is not run again, and one that was interrupted goes on. Each adds one JSON
-line to the record of its study; a page is made of these lines alone. One process at a time works in the folder.
+A study is a list of runs of `p3b train` and `p3b prune` on real transfer: `source_vit`, trained on CIFAR-10's vehicles, is
+moved to its six animals. They are carried out by the machinery of `p3b compare` (`p3b.run.series`) in one folder for all
+studies, so that a warm-up is trained once, a finished run is not repeated, and an interrupted one is resumed. Each adds one
+JSON line to the record of its study; a page is made of these lines alone. One process at a time works in the folder.
 
 The choice of images and epochs: 10,000 of the training images, one epoch of dense training (shared by all runs that can
-share it), one in which the parameters go and one of fine-tuning, in batches of 32 so that an epoch has 312 steps. With 3,000
-and 6,000 images and 14 or 20 epochs, 75 % of the parameters could go at no visible loss, whoever chose them: what is cut away
-wrongly is learnt anew. A short recovery and a budget of 90 % tell methods apart. An image costs about 9 ms of one core in dense
-training (bf16), so a run takes 3 to 5 minutes of one core, and two series with other seeds and folders go side by side on two:
+share it), one of pruning and one of fine-tuning, in batches of 32 so that an epoch has 312 steps. With 3,000
+and 6,000 images and 14 or 20 epochs, 75 % of the parameters could be pruned without visible loss by any method: what is cut
+wrongly is learnt again. A short recovery and a budget of 90 % tell methods apart. An image costs about 9 ms of one core in
+dense training (bf16), so a run takes 3 to 5 minutes of one core. Two series with other seeds and folders can run at once:
 
     OMP_NUM_THREADS=1 python benchmarks/table.py run --seeds 0 --work runs/measured-0
     OMP_NUM_THREADS=1 python benchmarks/table.py run --seeds 1 --work runs/measured-1
