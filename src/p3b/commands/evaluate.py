@@ -48,6 +48,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         splits = _open_splits(config.data, run.seed, machine)
         opened = _open_trained(config.model, splits.class_names, run.seed)
         with _claimed(folder, config, machine, screen), explained(machine.processes, run.output_dir, lambda: True):
+            for note in opened.report.notes if opened.report is not None else ():
+                screen.say(note)
             with machine.precision.autocast():
                 model = machine.put(opened.model).eval()
                 model = with_layout(model, config.layout, batch_size=config.batch_size)

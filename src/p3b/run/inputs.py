@@ -7,21 +7,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models.vision_transformer import VisionTransformer
 
 from p3b.data import DataSplits, Preprocessing, default_num_workers, open_data
 from p3b.errors import ConfigError, WeightsError
 from p3b.run.options import DataOptions, ModelOptions
 from p3b.storage import saved_model
+from p3b.storage.hub_folder import NOTHING_SAID
+from p3b.storage.load_report import LoadReport
 from p3b.storage.models import build_model, parse_model_kwargs
-from p3b.storage.weights import LoadReport
+from p3b.storage.preparation import decide_preparation
+from p3b.storage.weights_file import Weights, open_weights
 from p3b.train.distributed import Processes, gather, wait_for_all
 from p3b.vit.layout import require_vision_transformer
-
-DEFAULT_CROP_PCT = 0.875
-"""256 resized, 224 cropped."""
-
 
 @dataclass(frozen=True)
 class OpenedModel:
@@ -105,30 +103,46 @@ def open_model(options: ModelOptions, num_classes: int, seed: int) -> OpenedMode
     size = options.input_size
     if size is not None and kwargs.setdefault("img_size", size) != size:
         raise ConfigError(f"--input-size {size} contradicts --model-kwargs img_size={kwargs['img_size']}.")
+    weights = path if path is None or saved is not None else open_weights(path)
     model, report = build_model(
         options.model,
         num_classes=num_classes,
         model_kwargs=kwargs,
         pretrained=options.model_pretrained,
-        weights=options.model_path,
+        weights=weights,
         drop_path=options.drop_path,
         seed=seed,
     )
     vit = require_vision_transformer(model)
     class_names = tuple(saved["class_names"]) if saved and saved["class_names"] else None
-    return OpenedModel(vit, report, _preprocessing(options, vit, saved), class_names)
+    preprocessing, line = _preprocessing(options, vit, saved, weights if isinstance(weights, Weights) else None)
+    if report is not None and line:
+        report = report.with_note(line)
+    return OpenedModel(vit, report, preprocessing, class_names)
 
 
-def _preprocessing(options: ModelOptions, model: VisionTransformer, saved: Mapping[str, Any] | None) -> Preprocessing:
-    """How images are prepared: as the flags say, else as the saved model says, else as timm says of the pretrained one."""
+def _preprocessing(
+    options: ModelOptions, model: VisionTransformer, saved: Mapping[str, Any] | None, weights: Weights | None
+) -> tuple[Preprocessing, str]:
+    """How images are prepared, and a line that says who says so, where that needs to be said."""
     height, width = model.patch_embed.img_size
-    size = (model.patch_embed.proj.in_channels, height, width)
-    of_saved = (saved or {}).get("preprocessing") or {}
-    known = of_saved or getattr(model, "pretrained_cfg", None) or {}
-    return Preprocessing(
-        input_size=size,
-        mean=tuple(options.mean or known.get("mean", IMAGENET_DEFAULT_MEAN)),
-        std=tuple(options.std or known.get("std", IMAGENET_DEFAULT_STD)),
-        interpolation="bicubic",
-        crop_pct=options.crop_pct or of_saved.get("crop_pct", DEFAULT_CROP_PCT),
+    channels = model.patch_embed.proj.in_channels
+    decided = decide_preparation(
+        channels=channels,
+        mean=options.mean,
+        std=options.std,
+        crop_pct=options.crop_pct,
+        saved=(saved or {}).get("preprocessing"),
+        facts=NOTHING_SAID if weights is None else weights.facts,
+        names=() if weights is None else weights.state,
+        timm_cfg=getattr(model, "pretrained_cfg", None),
+        is_given=options.model_path is not None,
     )
+    preprocessing = Preprocessing(
+        input_size=(channels, height, width),
+        mean=decided.mean,
+        std=decided.std,
+        interpolation=decided.interpolation,
+        crop_pct=decided.crop_pct,
+    )
+    return preprocessing, decided.line

@@ -13,6 +13,7 @@ import re
 import types
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
@@ -25,7 +26,14 @@ from torch import nn
 
 from p3b.errors import ConfigError, ModelError, WeightsError, unknown_name
 from p3b.storage import saved_model as artifact
-from p3b.storage.weights import LoadReport, first_line, is_head, load_weights, read_weights, shapes
+from p3b.storage.arithmetic import is_known_activation, same_activation
+from p3b.storage.fitting import is_head
+from p3b.storage.hub_folder import Facts
+from p3b.storage.load_report import LoadReport, shapes
+from p3b.storage.suggestions import unknown_model
+from p3b.storage.untrusted import first_line
+from p3b.storage.weights import load_weights
+from p3b.storage.weights_file import Weights, open_weights
 from p3b.vit.compact import ConstantBranch, NoBranch
 
 _BUILD_ERRORS = (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
@@ -37,7 +45,7 @@ def build_model(
     num_classes: int,
     model_kwargs: Mapping[str, object] | None = None,
     pretrained: bool = False,
-    weights: str | Path | None = None,
+    weights: str | Path | Weights | None = None,
     drop_path: float = 0.0,
     seed: int | None = None,
 ) -> tuple[nn.Module, LoadReport | None]:
@@ -48,9 +56,9 @@ def build_model(
         num_classes: classes of the head, >= 1; a head of another size in the weights is replaced by a new one.
         model_kwargs: arguments of `VisionTransformer` that differ from the named model's.
         pretrained: let timm download and load its weights for this name.
-        weights: a `.pth`, `.pt`, `.safetensors` or `.npz` file for this architecture, or a small model that p3b saved
-            (folder or sparse checkpoint). The latter is returned itself: its shape wins over that of `name`, and
-            `model_kwargs` may only repeat it.
+        weights: a file or a hub's folder with weights for this architecture, by any of the names that `load_weights` knows
+            (opened already, or its path); or a small model that p3b saved (folder or sparse checkpoint). The latter is
+            returned itself: its shape wins over that of `name`, and `model_kwargs` may only repeat it.
         drop_path: stochastic depth of the last block, in [0, 1); it grows linearly from 0 at the first.
         seed: seed of everything that is newly initialised, heads included; the global generator stays as it was.
 
@@ -78,13 +86,19 @@ def build_model(
     with torch.random.fork_rng(devices=[]) if seed is not None else nullcontext():
         if seed is not None:
             torch.default_generator.manual_seed(seed)
-        if weights is not None and artifact.is_artifact(weights):
+        if isinstance(weights, (str, Path)) and artifact.is_artifact(weights):
             return _open_artifact(Path(weights), num_classes, kwargs, drop_path)
         _check_kwargs(name, kwargs)
         # Read before building: a damaged file should not cost the seconds that a large model takes.
-        state = None if weights is None else read_weights(weights)
-        model = _build(name, kwargs, pretrained=pretrained, num_classes=num_classes, drop_path_rate=drop_path)
-    return model, None if state is None else load_weights(model, state, source=str(weights))
+        opened = open_weights(weights) if isinstance(weights, (str, Path)) else weights
+        implied = {} if opened is None else _implied(name, opened.facts, kwargs)
+        whole = {**kwargs, **implied}
+        model = _build(name, whole, pretrained=pretrained, num_classes=num_classes, drop_path_rate=drop_path)
+    if opened is None:
+        return model, None
+    report = load_weights(model, opened.state, source=opened.source, facts=opened.facts)
+    said = [f"{key}={value}, as {opened.facts.said_by} says" for key, value in implied.items()]
+    return model, replace(report, notes=(*opened.notes, *said, *report.notes))
 
 
 def parse_model_kwargs(items: Sequence[str]) -> dict[str, object]:
@@ -122,7 +136,7 @@ def parse_model_kwargs(items: Sequence[str]) -> dict[str, object]:
 def _require_known(name: str, pretrained: bool) -> None:
     architecture, tag = split_model_name_tag(name)
     if not timm.is_model(architecture):
-        raise ModelError(unknown_name("timm model", name, timm.list_models()))
+        raise ModelError(unknown_model(name))
     tagged = timm.list_models(f"{architecture}.*", pretrained=True)
     try:
         cfg = get_pretrained_cfg(name)
@@ -242,6 +256,15 @@ def _build(name: str, kwargs: Mapping[str, Any], *, pretrained: bool = False, **
             f"timm cannot build '{name}'{' with its pretrained weights' if pretrained else ''} from "
             f"{f'these arguments: {given}' if given else 'its own arguments'} ({first_line(error)})."
         ) from error
+
+
+def _implied(name: str, facts: Facts, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments that the weights need and nobody gave: the activation, where the model of that name has another one."""
+    if facts.activation is None or "act_layer" in kwargs or not is_known_activation(facts.activation):
+        return {}
+    with torch.device("meta"):
+        plain = _build(name, {})
+    return {} if same_activation(plain, facts.activation) else {"act_layer": facts.activation}
 
 
 # --------------------------------------------------------------------------------------------- small models of ours

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from p3b import __version__
 from p3b.errors import ModelError, RunFolderError, WeightsError
 from p3b.storage.files import flush_to_disk, write_atomically
+from p3b.storage.hub_folder import is_hub_folder
 from p3b.storage.pickles import Sketch, TensorClaim
 from p3b.storage.untrusted import (
     MOST_JSON,
@@ -160,7 +161,7 @@ def is_artifact(path: str | Path) -> bool:
     """Whether `load` is the one to read this path: a folder with our config.json, or a .pth that holds one."""
     path = Path(path)
     if path.is_dir():
-        return any((path / name).is_file() for name in (CONFIG_FILE, _NEW_CONFIG_FILE))
+        return any((path / name).is_file() for name in (CONFIG_FILE, _NEW_CONFIG_FILE)) and not is_hub_folder(path)
     if path.suffix not in (".pth", ".pt") or not path.is_file():
         return False
     try:
