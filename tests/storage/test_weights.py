@@ -444,8 +444,8 @@ def bad_file(kind: str, folder: Path) -> tuple[Path, str]:
         path.write_text("https://example.org/weights")
         return path, "damaged"
     if kind == "suffix":
-        torch.save(state, folder / "w.h5")
-        return folder / "w.h5", r"\.safetensors"
+        (folder / "w.xyz").write_bytes(b"something else")
+        return folder / "w.xyz", r"\.safetensors"
     if kind == "list":
         torch.save([1, 2], path)
         return path, "list"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,8 @@ class Opened:
 
     state: dict[str, Tensor]
     notes: tuple[str, ...] = ()
+    kind: str | None = None
+    """Name of the architecture, where a training script has left it."""
 
 
 def open_envelope(content: object, path: Path) -> Opened:
@@ -52,7 +55,7 @@ def open_envelope(content: object, path: Path) -> Opened:
     if tower is not None:
         others = {flat[prefix + tower.scheme.patch] for prefix in other_towers(flat, tower)} - {place}
         notes += [f"'{'.'.join(other)}' holds another copy of the model: not taken" for other in sorted(others)]
-    return Opened(found[place], tuple(notes))
+    return Opened(found[place], tuple(notes), _architecture(content))
 
 
 def _state_dicts(
@@ -66,6 +69,14 @@ def _state_dicts(
         for name, value in content.items():
             if isinstance(name, str) and isinstance(value, Mapping) and not name.lower().startswith(_NO_WEIGHTS):
                 yield from _state_dicts(value, (*place, name))
+
+
+def _architecture(content: Mapping[object, object]) -> str | None:
+    """timm's train.py leaves "arch", DeiT's and its like the options of their command line."""
+    args = content.get("args")
+    options = vars(args) if isinstance(args, Namespace) else args if isinstance(args, Mapping) else {}
+    names = (content.get("arch"), options.get("arch"), options.get("model"))
+    return next((name for name in names if isinstance(name, str)), None)
 
 
 def _joined(place: tuple[str, ...], name: str) -> str:

@@ -27,7 +27,7 @@ _TELLTALES: Mapping[str, str] = {
     "reparametrisation permanent (remove, remove_parametrizations), and save again",
     r"(qweight|qzeros|weight_scale|\.SCB|absmax|quant_state|_packed_params)": "quantised, and quantised weights cannot be "
     "pruned: give the ones they were made from",
-    r"relative_position|rel_pos": "of a model with relative positions (BEiT, data2vec, Swin, SAM), which a plain Vision "
+    r"relative_position_bias|rel_pos": "of a model with relative positions (BEiT, data2vec, Swin, SAM), which a plain Vision "
     "Transformer does not compute",
     r"attn\.[qv]_bias$": "of BEiT or EVA, which are built otherwise than a plain Vision Transformer",
     r"blocks_token_only\.|attn\.proj_l\.": "of CaiT, which is built otherwise than a plain Vision Transformer",
@@ -75,9 +75,14 @@ def foreign_family(state: Mapping[str, Tensor], names: Collection[str], facts: F
     return None
 
 
-def doubts(state: Mapping[str, Tensor], names: Collection[str]) -> tuple[str, ...]:
+def doubts(state: Mapping[str, Tensor], names: Collection[str], facts: Facts) -> tuple[str, ...]:
     """What cannot be told from the weights and is taken for the likelier, in words for the report."""
     told = []
+    if "norm_pre.weight" in state and facts.activation is None:
+        told.append(
+            "a guess: the activation is the model's own; some CLIP weights (OpenAI's, DFN's, MetaCLIP's) were trained with "
+            "quick GELU, others with GELU, and these do not say. Choose by act_layer=quick_gelu or a model called quickgelu"
+        )
     if _has_eva_scales(names):
         told.append(
             "a guess: layer scales called gamma_1 and gamma_2 are taken for DeiT-III's; RoPE-ViT calls them so too and has "

@@ -16,6 +16,11 @@ from torch import Tensor
 
 from p3b.errors import WeightsError
 
+_WITHOUT = {
+    "cls_token": "class_token=False with global_pool=avg, or a model such as SigLIP's that pools otherwise",
+    "dist_token": "for instance deit_tiny_patch16_224 in place of deit_tiny_distilled_patch16_224",
+    "reg_token": "reg_tokens=0, or as many as they have",
+}
 _Fitted = tuple[dict[str, Tensor], list[str]]
 
 
@@ -37,9 +42,10 @@ def fit_positions(state: Mapping[str, Tensor], model: VisionTransformer, label: 
     has, wants = _prefix_tokens(state), _prefix_tokens(model.state_dict())
     absent = dict.fromkeys(token[0] for token in wants if token not in has)
     if absent:
+        mend = _WITHOUT[next(iter(absent))]
         raise WeightsError(
-            f"{label} lack tokens that the model has ({', '.join(absent)}). Build a model without them (for instance "
-            "deit_tiny_patch16_224 in place of deit_tiny_distilled_patch16_224), or give weights that have them."
+            f"{label} lack tokens that the model has ({', '.join(absent)}). Build a model without them ({mend}), or give "
+            "weights that have them."
         )
     patches = model.patch_embed.num_patches
     counts = (math.prod(grid),) if grid else ()
@@ -88,7 +94,7 @@ def _fit_grid(fitted: dict[str, Tensor], model: VisionTransformer, notes: list[s
     before = fitted["pos_embed"]
     rows = model.pos_embed.shape[1] - model.patch_embed.num_patches
     fitted["pos_embed"] = resample_abs_pos_embed(before, new_size=list(new), old_size=list(old), num_prefix_tokens=rows)
-    taken = ", the checkpoint's taken for square" if old[0] == old[1] and math.prod(old) == math.prod(new) else ""
+    taken = ", the checkpoint's taken for square as timm does" if old[0] == old[1] and math.prod(old) == math.prod(new) else ""
     shown = f"checkpoint {tuple(before.shape)}, model {tuple(model.pos_embed.shape)}"
     how = f"{shown}: interpolated from a grid of {old[0]}x{old[1]} to {new[0]}x{new[1]}{taken}"
     return fitted, [*notes, f"pos_embed: {how}"]

@@ -34,7 +34,8 @@ def can_be_pruned(name: str) -> bool:
     """Whether timm's model of this name can be mapped, found by building it on the meta device."""
     try:
         with torch.device("meta"):
-            read_layout(timm.create_model(name))
+            model = timm.create_model(name)
+        read_layout(model)
     except (ModelError, RuntimeError, NotImplementedError, TypeError):
         return False
     return True

@@ -13,10 +13,11 @@ import io
 import json
 import math
 import pickle
+import re
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,8 @@ MOST_JSON = 8 << 20
 _MOST_DIRECTORY = 8 << 20  # bytes of a zip's list of contents: the largest ViTs' take 0.2 MB
 _MOST_PICKLE = 16 << 20
 _MOST_INFLATION = 20  # an archive of trained weights unpacks to 1.1 times its size, one of zeros to 1000 times
+# Where the classes of whole models come from; what else a pickle names lies beside the weights.
+_MODULES = re.compile(r"(timm\.(models|layers)|torch\.nn\.(modules|parallel)|torchvision\.models|transformers\.models)\.")
 _LEGACY_MAGIC = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)
 _KINDS = {
     "torch": "a file that torch.save wrote",
@@ -60,6 +63,10 @@ _SAFETENSORS_DTYPES = {
     "BOOL": torch.bool,
 }
 T = TypeVar("T")
+
+
+class _AnotherKindError(ValueError):
+    """The file is whole and of another kind; the argument says of which, and what to do."""
 
 
 @dataclass(frozen=True)
@@ -146,14 +153,15 @@ def _sketch_of(opened: io.BufferedReader) -> Sketch:
 
 
 def _sketch_of_zip(opened: io.BufferedReader) -> Sketch:
-    with closing(_listed(opened, (zipfile.ZIP_STORED,))) as archive:
+    with closing(_listed(opened, (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED))) as archive:
         entries = {entry.filename: entry for entry in archive.infolist()}
         folders = {name.partition("/")[0] for name in entries}
         top = folders.pop()
         if folders:
             raise ValueError("its entries lie in more than one folder")
-        if f"{top}/constants.pkl" in entries:
-            raise ValueError("it is a TorchScript program, not weights")
+        _refuse_programs(top, entries)
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries.values()):
+            raise ValueError("its entries are compressed")
         pickled = entries.get(f"{top}/data.pkl")
         if pickled is None:
             raise ValueError("its entry data.pkl is missing")
@@ -167,6 +175,18 @@ def _sketch_of_zip(opened: io.BufferedReader) -> Sketch:
             there = "is missing" if entry is None else f"has {entry.file_size} bytes"
             raise ValueError(f"storage {storage.key} of {storage.nbytes} bytes {there}")
     return _modest(found, opened)
+
+
+def _refuse_programs(top: str, names: Collection[str]) -> None:
+    if f"{top}/constants.pkl" in names:
+        raise _AnotherKindError(
+            "is a TorchScript program, not weights (torch.jit.save, OpenAI's CLIP files); programs are not run here. Save its "
+            "weights, if you trust it: torch.save(torch.jit.load(path, map_location='cpu').state_dict(), new_path)"
+        )
+    if f"{top}/archive_format" in names or f"{top}/models/model.json" in names:
+        raise _AnotherKindError(
+            "is a program of torch.export (.pt2), not weights. Save the weights of the model it was made from"
+        )
 
 
 def _sketch_of_legacy(opened: io.BufferedReader) -> Sketch:
@@ -376,6 +396,8 @@ def _opened(file: Path, kind: str, read: Callable[[io.BufferedReader], T]) -> T:
             return read(opened)
     except (NotPlainError, pickle.UnpicklingError) as error:
         _refuse_objects(file, error)
+    except _AnotherKindError as error:
+        raise WeightsError(f"'{file}' {error}.") from error
     except READ_ERRORS as error:
         raise WeightsError(
             f"'{file}' is damaged or not {_KINDS[kind]} ({first_line(error)}). Fetch or save it again."
@@ -384,6 +406,11 @@ def _opened(file: Path, kind: str, read: Callable[[io.BufferedReader], T]) -> T:
 
 def _refuse_objects(file: Path, error: Exception) -> NoReturn:
     found = f" ({error})" if isinstance(error, NotPlainError) else ""
+    if _MODULES.match(str(error)):
+        raise WeightsError(
+            f"'{file}' is a whole pickled model{found}, not weights; pickles are only read in weights-only mode, which runs no "
+            "code. Save its weights, if you trust it: torch.save(torch.load(path, weights_only=False).state_dict(), new_path)."
+        ) from error
     raise WeightsError(
         f"'{file}' holds objects that are not weights{found}; pickles are only read in weights-only mode, which runs no code. "
         "Save the weights alone, with torch.save(model.state_dict(), path) or as safetensors."

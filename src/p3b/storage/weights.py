@@ -25,7 +25,7 @@ from p3b.storage.arithmetic import require_same_arithmetic, set_epsilon
 from p3b.storage.families import doubts, foreign_family
 from p3b.storage.fitting import anatomy, fit, is_head
 from p3b.storage.hub_folder import NOTHING_SAID, Facts
-from p3b.storage.load_report import LoadReport, shapes
+from p3b.storage.load_report import LoadReport, first, shapes
 from p3b.storage.naming import Renamed, to_timm_names
 from p3b.storage.untrusted import READ_ERRORS, first_line
 from p3b.storage.weights_file import open_weights
@@ -82,7 +82,12 @@ def load_weights(
     target = model.state_dict()
     taken = {key: value for key, value in fitted.state.items() if key in target and value.shape == target[key].shape}
     model.load_state_dict(taken, strict=False)
-    notes = (*renamed.notes, *head_notes, *set_epsilon(model, facts), *doubts(renamed.state, _tower_names(state_dict, renamed)))
+    notes = (
+        *renamed.notes,
+        *head_notes,
+        *set_epsilon(model, facts),
+        *doubts(renamed.state, _tower_names(state_dict, renamed), facts),
+    )
     return LoadReport(
         source=source or "state dict",
         loaded=len(taken.keys() - {note.split(":")[0] for note in fitted.adapted}),
@@ -106,10 +111,9 @@ def _renamed(state: Mapping[str, Tensor], model: VisionTransformer, label: str, 
         raise WeightsError(f"{label}: {error}") from error
     family = foreign_family(renamed.state, _tower_names(state, renamed), facts, source)
     if family is not None:
-        beside = f"The checkpoint looks like {anatomy(renamed.state)}."
-        raise WeightsError(
-            f"{label} are {family}. {beside} Give weights of {type(model).__name__}s that timm calls ViT or DeiT."
-        )
+        names = f"the first names are {first(list(state), count=3)}"
+        beside = f"The checkpoint looks like {anatomy(renamed.state)}; {names}."
+        raise WeightsError(f"{label} are {family}. {beside} Give weights of a plain ViT or DeiT.")
     if renamed.tower is not None:
         return renamed
     # Layouts that only timm's own reader knows (AIMv2, BEiT-3, RADIO, TIPS).

@@ -66,6 +66,8 @@ def open_weights(path: str | Path) -> Weights:
         names = files[0].name if len(files) == 1 else f"{len(files)} files, {files[0].name} and following"
         notes = (f"read from {names} in the folder", *notes)
     facts = _AUTHORS if _kind(files[0]) == "npz" else facts_beside(files[0])
+    if facts.kind is None and opened.kind is not None:
+        facts = replace(facts, kind=opened.kind, said_by=facts.said_by or "the checkpoint")
     return Weights(str(path), opened.state, notes, _with_what_the_state_says(facts, opened.state))
 
 
