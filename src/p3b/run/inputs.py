@@ -21,6 +21,7 @@ from p3b.storage.weights_file import Weights, open_weights
 from p3b.train.distributed import Processes, gather, wait_for_all
 from p3b.vit.layout import require_vision_transformer
 
+
 @dataclass(frozen=True)
 class OpenedModel:
     """A model ready to train, what was found when its weights were loaded, and how its images must be prepared."""

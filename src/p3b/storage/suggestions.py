@@ -10,7 +10,7 @@ import torch
 from p3b.errors import ModelError
 from p3b.vit.layout import read_layout
 
-_MOST_TRIED, _MOST_SHOWN = 40, 5
+_MOST_TRIED, _MOST_SHOWN = 30, 5
 
 
 def unknown_model(name: str) -> str:
@@ -34,7 +34,7 @@ def can_be_pruned(name: str) -> bool:
     """Whether timm's model of this name can be mapped, found by building it on the meta device."""
     try:
         with torch.device("meta"):
-            model = timm.create_model(name)
+            model = timm.create_model(name, depth=1)  # all blocks are alike, and one costs a tenth of a second less than twelve
         read_layout(model)
     except (ModelError, RuntimeError, NotImplementedError, TypeError):
         return False
