@@ -183,6 +183,8 @@ def _cause(fitted: Mapping[str, Tensor], target: Mapping[str, Tensor], misshapen
         return f"are for images of {kernel.shape[1]} input channels, the model's have {wanted.shape[1]} (in_chans): they "
     if any(".mlp." in item for item in misshapen):
         return "are of a model with another width of the MLP (mlp_ratio), or with a gated one: they "
+    if any(".mlp.fc1." in name for name in lost):
+        return "have another kind of MLP (a gated one, SwiGLU, as DINOv2's giant): they "
     if lost and all(name.startswith("attn_pool.") for name in lost):
         return "have no attention pooling (global_pool=map): they "
     if lost and any(".ls1." in name or ".ls2." in name for name in lost):
