@@ -44,7 +44,7 @@ class ModelOptions:
     model: str = "deit_small_patch16_224"
     """Name of a timm VisionTransformer."""
     model_path: Path | None = None
-    """Weights to start from: .pth, .pt, .safetensors, the ViT authors' .npz, or a model that p3b saved."""
+    """Weights to start from: a file or hub folder of timm, Hugging Face, torchvision, CLIP..., or a model that p3b saved."""
     model_pretrained: bool = False
     """Start from timm's pretrained weights of that name (downloaded)."""
     model_kwargs: tuple[str, ...] = ()
@@ -52,7 +52,7 @@ class ModelOptions:
     input_size: int | None = None
     """Side of the input image in pixels; the same as --model-kwargs img_size=N."""
     mean: tuple[float, ...] | None = None
-    """Channel means for normalisation, in [0, 1]; by default those of the pretrained model."""
+    """Channel means for normalisation, in [0, 1]; by default as the weights say, else a guess that is logged."""
     std: tuple[float, ...] | None = None
     """Channel standard deviations for normalisation; by default those of the pretrained model."""
     crop_pct: float | None = None

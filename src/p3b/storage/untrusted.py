@@ -144,8 +144,10 @@ def _load_pickle(opened: io.BufferedReader) -> Any:
     if _is_zip(opened):
         _compare_checksums(opened)
     # timm and DeiT keep their command line in the checkpoint; a namespace is data and runs nothing.
+    opened.seek(0)
     with torch.serialization.safe_globals([argparse.Namespace]):
-        return torch.load(opened.name, map_location="cpu", weights_only=True)
+        # The file that was looked at, and not its name: by some endings torch takes another reader.
+        return torch.load(opened, map_location="cpu", weights_only=True)
 
 
 def _sketch_of(opened: io.BufferedReader) -> Sketch:
