@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
@@ -259,10 +260,11 @@ NETWORKS: dict[str, tuple[str, dict[str, int]]] = {
 }
 
 
+@cache
 def _layout_of(name: str, dims: tuple[str, ...]) -> ModelLayout:
     kind, shape = NETWORKS[name]
     with torch.device("meta"):
-        model = timm.create_model(kind, **shape)
+        model = timm.create_model(kind, weight_init="skip", **shape)
     return read_layout(model, dims)
 
 
