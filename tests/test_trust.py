@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import resource
 import signal
@@ -21,6 +20,7 @@ from p3b.commands.command_line import STOPPED, USER_ERROR
 from p3b.run.failures import explain
 from p3b.run.folder import StageFolder
 from p3b.train.distributed import lost_process
+from processes import forked, status_of
 from runs import MODEL, everything_in, flags, last_checkpoint, lines, run, same_tensors, weights
 
 RANDOM = ("--epochs", "3", "--prune-start-epoch", "1", "--finetune-epochs", "2", "--drop-path", "0.3", "--lr", "0.05")
@@ -31,18 +31,6 @@ def undisturbed(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("undisturbed")
     assert run("prune", *flags(data, out, *RANDOM)) == 0
     return out
-
-
-def forked(act: Callable[[], int]) -> multiprocessing.process.BaseProcess:
-    """A process whose exit status is what `act` answers."""
-    process = multiprocessing.get_context("fork").Process(target=lambda: os._exit(act()))
-    process.start()
-    return process
-
-
-def status_of(process: multiprocessing.process.BaseProcess) -> int | None:
-    process.join(120)
-    return process.exitcode
 
 
 def wait_for(condition: Callable[[], Any]) -> None:

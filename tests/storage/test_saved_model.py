@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import resource
+import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -21,6 +25,7 @@ from p3b.storage import saved_model as artifact
 from p3b.storage.saved_model import CONFIG_FILE, WEIGHTS_FILE, is_artifact, read_config, save_checkpoint
 from p3b.vit.compact import apply_cuts, plan_cuts
 from p3b.vit.layout import read_layout
+from processes import forked, status_of
 from tiny import VARIANTS, images, masks_of, parameters_of, random_masks, tiny_vit
 
 
@@ -366,27 +371,20 @@ def test_a_full_disk_leaves_the_earlier_files_and_no_others(tmp_path: Path) -> N
     p3b.save(_small(seed=1), tmp_path)
     save_checkpoint(_small(seed=1), tmp_path / "model.pth")
     before = _content(tmp_path)
-    script = (
-        "import resource, signal, sys\n"
-        "sys.path.insert(0, sys.argv[2])\n"
-        "import p3b\n"
-        "from p3b.storage.saved_model import save_checkpoint\n"
-        "from p3b.errors import RunFolderError\n"
-        "from tiny import tiny_vit\n"
-        "model = tiny_vit()\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
-        "told = 0\n"
-        "for write in (lambda: p3b.save(model, sys.argv[1]), lambda: save_checkpoint(model, sys.argv[1] + '/model.pth')):\n"
-        "    try:\n"
-        "        write()\n"
-        "    except RunFolderError:\n"
-        "        told += 1\n"
-        "sys.exit(0 if told == 2 else 7)\n"
-    )
-    arguments = [sys.executable, "-c", script, str(tmp_path), str(Path(__file__).parents[1])]
-    result = subprocess.run(arguments, check=False, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    model = tiny_vit()
+
+    def starved() -> int:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+        told = 0
+        for write in (lambda: p3b.save(model, tmp_path), lambda: save_checkpoint(model, tmp_path / "model.pth")):
+            try:
+                write()
+            except RunFolderError:
+                told += 1
+        return told
+
+    assert status_of(forked(starved)) == 2
     assert _content(tmp_path) == before
     assert p3b.count_parameters(p3b.load(tmp_path)) == parameters_of(_small(seed=1))
 
@@ -428,81 +426,72 @@ def test_a_place_that_is_a_file_is_told(tmp_path: Path) -> None:
 
 # --- a stop in the middle
 
-STEPS = """
-import os, shutil, sys
-from pathlib import Path
-sys.path[:0] = sys.argv[3:]
-import torch
-torch.set_num_threads(1)
-import p3b
-from tiny import tiny_vit
 
-work, how = Path(sys.argv[1]), sys.argv[2]
-old, new = tiny_vit(seed=0), tiny_vit(seed=1)
-p3b.save(old, work / "start", class_names=list("abcde"))
-if how.endswith("first"):
-    shutil.rmtree(work / "start")
+def _stopped_saves(new: nn.Module, start: Path, work: Path, how: str) -> list[Path]:
+    """Folders in which `p3b.save` was stopped before each thing that it does to files, each time in a process of its own.
 
-seen = 0
+    Args:
+        start: folder to begin with, which may be absent.
+        how: "exit" ends the process at once, "raise" is an error of the system.
+    """
+    folders: list[Path] = []
 
-def stop_at(step):
-    def watch(event, arguments):
-        global seen
-        watched = ("open", "os.rename", "os.remove", "os.chmod", "os.mkdir", "tempfile.mkstemp")
-        if event in watched and str(work) in str(arguments[0]):
-            seen += 1
-            if seen == step:
-                if how.startswith("exit"):
-                    os._exit(9)
-                raise OSError(5, "stopped here")
-    sys.addaudithook(watch)
+    def saved() -> int:
+        seen, step, folder = 0, len(folders), folders[-1]
 
-for step in range(1, 1000):
-    folder = work / f"{step:03d}"
-    if (work / "start").exists():
-        shutil.copytree(work / "start", folder)
-    child = os.fork()
-    if child == 0:
-        stop_at(step)
+        def watch(event: str, arguments: tuple[Any, ...]) -> None:
+            nonlocal seen
+            watched = ("open", "os.rename", "os.remove", "os.chmod", "os.mkdir", "tempfile.mkstemp")
+            if event in watched and str(work) in str(arguments[0]):
+                seen += 1
+                if seen == step:
+                    if how == "exit":
+                        os._exit(9)
+                    raise OSError(5, "stopped here")
+
+        sys.addaudithook(watch)
         try:
             p3b.save(new, folder, class_names=list("vwxyz"))
-        except p3b.errors.RunFolderError:
-            os._exit(8)
-        os._exit(0 if seen < step else 7)  # 7: some errors are none, as that of making a folder that is there
-    _, status = os.waitpid(child, 0)
-    code = os.waitstatus_to_exitcode(status)
-    assert code in (0, 7, 8, 9), code
-    if code == 0:
-        break
-"""
-"""Stops `p3b.save` before each thing that it does to files, each time in a process and a folder of its own."""
+        except RunFolderError:
+            return 8
+        return 0 if seen < step else 7  # 7: some errors are none, as that of making a folder that is there
+
+    code = None
+    while code != 0:
+        folders.append(work / f"{len(folders):03d}")
+        if start.exists():
+            shutil.copytree(start, folders[-1])
+        code = status_of(forked(saved))
+        assert code in (0, 7, 8, 9), code
+    return folders
 
 
-@pytest.mark.parametrize("how", ["exit first", "exit", "raise first", "raise"])
-def test_wherever_saving_stops_the_old_model_or_the_new_one_is_there(how: str, tmp_path: Path) -> None:
-    old, new = tiny_vit(seed=0), tiny_vit(seed=1)
-    script = [sys.executable, "-c", STEPS, str(tmp_path), how, str(Path(__file__).parents[1])]
-    subprocess.run(script, check=True)
-    folders = sorted(folder for folder in tmp_path.iterdir() if folder.name != "start")
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("how", ["exit", "raise"])
+def test_wherever_saving_stops_the_old_model_or_the_new_one_is_there(how: str, first: bool, tmp_path: Path) -> None:
+    old, new, third = (tiny_vit(depth=1, seed=seed) for seed in range(3))
+    start = tmp_path / "start"
+    if not first:
+        p3b.save(old, start, class_names=list("abcde"))
+    folders = _stopped_saves(new, start, tmp_path, how)
     assert len(folders) > 8
     outcomes = []
     for folder in folders:
         try:
             loaded, names = p3b.load(folder), read_config(folder)["class_names"]
         except WeightsError as error:
-            assert "first" in how and str(folder) in str(error)
+            assert first and str(folder) in str(error)
             outcomes.append("none")
         else:
             outcomes.append("old" if names == list("abcde") else "new")
             _assert_same(loaded, old if outcomes[-1] == "old" else new, images())
             assert names == list("abcde" if outcomes[-1] == "old" else "vwxyz")
             assert is_artifact(folder)
-    before = "none" if "first" in how else "old"
+    before = "none" if first else "old"
     assert set(outcomes) == {before, "new"}
-    if "exit" in how:
+    if how == "exit":
         assert outcomes == sorted(outcomes, key=lambda outcome: outcome == "new")  # once the new one is there, it stays
-    third = tiny_vit(seed=2)  # whatever a stop has left behind, the next save goes on from it
-    for folder in folders:
+    for folder in folders:  # whatever a stop has left behind, the next save goes on from it
         p3b.save(third, folder)
         _assert_same(p3b.load(folder), third, images())
         assert not (folder / "config.json.new").exists()
