@@ -14,6 +14,7 @@ import types
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
@@ -164,9 +165,7 @@ def _without_own_arguments(kwargs: Mapping[str, object], **own: object) -> dict[
 
 def _check_kwargs(name: str, kwargs: Mapping[str, Any]) -> None:
     """Refuse names and types that do not fit, and what timm would take without a word and compute nonsense from."""
-    # On the meta device a model costs nothing: its class and its defaults are known before anything is allocated.
-    with torch.device("meta"):
-        plain = _build(name, {})
+    plain = _outline(name)
     if not isinstance(plain, VisionTransformer):
         raise ModelError(
             f"'{name}' is a {type(plain).__name__}; only models that timm builds as VisionTransformer can be pruned, "
@@ -192,6 +191,16 @@ def _check_kwargs(name: str, kwargs: Mapping[str, Any]) -> None:
         raise ModelError("weight_init='skip' leaves memory as it was found in place of weights: leave it out.")
     _check_sizes(name, plain, kwargs)
     _check_pooling(name, plain, kwargs)
+
+
+@lru_cache(maxsize=16)
+def _outline(name: str) -> nn.Module:
+    """The model as timm builds it by default, on the meta device: its class and sizes are known before anything is allocated.
+
+    Only to be read. Kept, since timm draws every weight on that device as well, which takes most of a tiny model's time.
+    """
+    with torch.device("meta"):
+        return _build(name, {})
 
 
 def _check_sizes(name: str, plain: VisionTransformer, kwargs: Mapping[str, Any]) -> None:
