@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from processes import SparePython
 from runs import colour_folders
 
 torch.set_num_threads(1)  # the networks here are so small that threads only wait for each other
@@ -25,3 +27,11 @@ def shared() -> Path:
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Coloured images in class folders, for runs of the commands."""
     return colour_folders(tmp_path_factory.mktemp("colours"))
+
+
+@pytest.fixture(scope="session")
+def python() -> Iterator[SparePython]:
+    """For tests of what a main process does, by itself and at its end."""
+    spare = SparePython()
+    yield spare
+    spare.close()

@@ -6,9 +6,8 @@ import multiprocessing
 import os
 import select
 import signal
-import subprocess
-import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,6 +19,7 @@ from p3b.data.images import LabelledImages
 from p3b.data.loaders import EvalBatches, TrainBatches, eval_batches, train_batches
 from p3b.data.transforms import Augmentation, Preprocessing
 from p3b.errors import DataError
+from processes import MainProcess, SparePython
 
 CPU = torch.device("cpu")
 PREPROCESSING = Preprocessing((3, 8, 8), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), crop_pct=1.0)
@@ -146,37 +146,36 @@ def test_a_bug_in_a_worker_keeps_its_type_and_leaves_no_worker_behind() -> None:
 
 
 SCRIPT = """
-import multiprocessing, os, signal, sys, threading, time
-sys.path.insert(0, {folder!r})
+import multiprocessing, os, signal, sys, time
+sys.path[:0] = {folders!r}
 from test_workers import Store, training
 
 def workers():
     return [child.pid for child in multiprocessing.active_children()]
 """
 
+Start = Callable[[str], MainProcess]
 
-def start(body: str) -> subprocess.Popen[str]:
+
+@pytest.fixture
+def start(python: SparePython) -> Start:
     """A main process of its own, with its own process group, warnings as errors."""
-    script = SCRIPT.format(folder=str(Path(__file__).parent)) + body
-    command = [sys.executable, "-W", "error", "-c", script]
-    return subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+    script = SCRIPT.format(folders=[str(folder) for folder in Path(__file__).parents[:2]])
+    return lambda body: python.start(script + body)
 
 
-def read_line(process: subprocess.Popen[str]) -> list[str]:
-    assert process.stdout is not None
+def read_line(process: MainProcess) -> list[str]:
     words = process.stdout.readline().split()
-    assert words, process.communicate()[1]
+    assert words, process.stderr.read()
     return words
 
 
-def read_pids(process: subprocess.Popen[str]) -> list[int]:
+def read_pids(process: MainProcess) -> list[int]:
     first, second = read_line(process)
     return [int(first), int(second)]
 
 
-def test_stop_signals_to_the_whole_job_cost_no_batch() -> None:
+def test_stop_signals_to_the_whole_job_cost_no_batch(start: Start) -> None:
     """At any moment, also while workers start, as from a batch system or Ctrl-C: all go on; the main process hears each."""
     process = start("""
 heard = {}
@@ -193,7 +192,6 @@ print(count, len(heard), workers(), flush=True)
 sys.stdin.readline()
 """)
     read_line(process)
-    assert process.stdin is not None
     process.stdin.write("\n")
     process.stdin.flush()
     sent, end = 0, time.monotonic() + 60
@@ -201,13 +199,13 @@ sys.stdin.readline()
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             os.killpg(process.pid, number)
         sent += 1
-    output, errors = process.communicate("\n", timeout=30)
-    assert output == f"{24 * 8} 3 []\n", errors
-    assert (process.returncode, errors) == (0, "")
+    process.finish()
+    assert process.output == f"{24 * 8} 3 []\n", process.errors
+    assert (process.status, process.errors) == (0, "")
     assert sent > 20
 
 
-def test_workers_end_when_the_main_process_is_killed() -> None:
+def test_workers_end_when_the_main_process_is_killed(start: Start) -> None:
     process = start("""
 batches = iter(training(Store(100000, seconds=0.01)))
 next(batches)
@@ -217,8 +215,8 @@ for _ in batches:
 """)
     pids = read_pids(process)
     assert all(alive(pid) for pid in pids)
-    process.kill()
-    process.communicate()
+    os.kill(process.pid, signal.SIGKILL)
+    process.finish()
     assert wait_until_gone(pids, PROMPTLY_S) == []
 
 
@@ -226,7 +224,9 @@ for _ in batches:
     ("ending", "status"),
     [("", 0), ("raise ValueError('boom')", 1), ("os._exit(6)", 6)],
 )
-def test_a_main_process_that_ends_in_the_middle_of_an_epoch_takes_its_workers_along(ending: str, status: int) -> None:
+def test_a_main_process_that_ends_in_the_middle_of_an_epoch_takes_its_workers_along(
+    start: Start, ending: str, status: int
+) -> None:
     process = start(f"""
 batches = iter(training(Store(100000, seconds=0.001)))
 next(batches)
@@ -235,23 +235,23 @@ print(*workers(), flush=True)
 """)
     pids = read_pids(process)
     began = time.monotonic()
-    _, errors = process.communicate(timeout=30)
+    process.finish()
     assert wait_until_gone(pids, PROMPTLY_S) == []
     assert time.monotonic() - began < PROMPTLY_S
-    assert process.returncode == status
-    assert errors.count("Traceback") == (status == 1) and "Exception ignored" not in errors
+    assert process.status == status
+    assert process.errors.count("Traceback") == (status == 1) and "Exception ignored" not in process.errors
 
 
-def test_a_bug_in_a_worker_does_not_keep_the_main_process_from_ending() -> None:
+def test_a_bug_in_a_worker_does_not_keep_the_main_process_from_ending(start: Start) -> None:
     process = start("""
 batches = training(Store(40))
 batches._loader.loader._loader.dataset._dataset.transform = lambda _: 1 / 0
 batches = iter(batches)
 next(batches)
 """)
-    _, errors = process.communicate(timeout=30)
-    assert process.returncode == 1
-    assert "ZeroDivisionError" in errors and "Exception ignored" not in errors
+    process.finish()
+    assert process.status == 1
+    assert "ZeroDivisionError" in process.errors and "Exception ignored" not in process.errors
 
 
 def test_a_worker_that_hangs_does_not_keep_the_others_from_ending() -> None:
@@ -269,7 +269,7 @@ def test_a_worker_that_hangs_does_not_keep_the_others_from_ending() -> None:
     assert time.monotonic() - began < 25
 
 
-def test_workers_that_cannot_start_are_told_and_those_that_could_are_gone() -> None:
+def test_workers_that_cannot_start_are_told_and_those_that_could_are_gone(start: Start) -> None:
     process = start("""
 import resource
 in_use = {int(name) for name in os.listdir("/proc/self/fd")}
@@ -284,7 +284,7 @@ except Exception as error:
 resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 print(type(told).__name__, told, workers(), len(list(batches)))
 """)
-    output, _ = process.communicate(timeout=60)
-    assert output.startswith("DataError Cannot start 2 data workers ([Errno 24] Too many open files")
-    assert output.endswith("[] 20\n")
-    assert process.returncode == 0
+    process.finish()
+    assert process.output.startswith("DataError Cannot start 2 data workers ([Errno 24] Too many open files")
+    assert process.output.endswith("[] 20\n")
+    assert process.status == 0
