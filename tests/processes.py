@@ -84,7 +84,7 @@ class SparePython:
 
     def close(self) -> None:
         self._channel.close()
-        self._process.wait(60)
+        self._process.wait(10)
 
 
 class MainProcess:

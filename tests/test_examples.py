@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,22 +11,31 @@ from PIL import Image
 
 import p3b
 from p3b.data import open_data
+from processes import SparePython
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 
-def run(*command: str) -> str:
-    done = subprocess.run(
-        [sys.executable, *command],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+Run = Callable[..., str]
+
+
+@pytest.fixture(scope="module")
+def run(python: SparePython) -> Run:
+    """What `python <script> <arguments>` in the repository says."""
+
+    def carry_out(script: str, *arguments: object) -> str:
+        as_python_does = f"""
+import runpy, sys, warnings
+warnings.resetwarnings()
+sys.argv[0], sys.path[0] = "{script}", "{Path(script).parent}"
+runpy.run_path("{script}", run_name="__main__")
+"""
+        done = python.run(as_python_does, *arguments, folder=ROOT)
+        assert done.status == 0, done.errors
+        return done.output
+
+    return carry_out
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.name)
@@ -37,13 +44,15 @@ def test_an_example_has_at_most_sixty_lines(example: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def own_model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+def own_model(run: Run, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """Folder of the model that examples/own_loop.py makes, and what it said."""
     folder = tmp_path_factory.mktemp("own") / "model"
-    return folder, run("examples/own_loop.py", "--steps", "60", "--out", str(folder))
+    return folder, run("examples/own_loop.py", "--steps", "60", "--out", folder)
 
 
-def test_the_own_loop_leaves_a_model_that_the_predict_example_reads(own_model: tuple[Path, str], tmp_path: Path) -> None:
+def test_the_own_loop_leaves_a_model_that_the_predict_example_reads(
+    run: Run, own_model: tuple[Path, str], tmp_path: Path
+) -> None:
     made, said = own_model
     small, folder = p3b.load(made), tmp_path / "model"
     assert said.startswith(f"{p3b.count_parameters(small):,} of ")
@@ -66,21 +75,23 @@ def test_the_own_loop_leaves_a_model_that_the_predict_example_reads(own_model: t
     image, _ = test[0]
     assert isinstance(image, Image.Image)
     image.save(tmp_path / "digit.png")
-    said = run("examples/predict.py", str(folder), str(tmp_path / "digit.png"), "--top", "2")
+    said = run("examples/predict.py", folder, tmp_path / "digit.png", "--top", "2")
     assert said.count("%") == 2 and str(tmp_path / "digit.png") in said
 
 
-def test_keep_ratios_by_hand_are_met() -> None:
+def test_keep_ratios_by_hand_are_met(run: Run) -> None:
     lines = run("examples/keep_ratios_by_hand.py").splitlines()
     kept = [[int(word.replace(",", "")) for word in line.split() if word.replace(",", "").isdigit()] for line in lines[:6]]
     assert [round(have / of, 1) for have, of in kept] == [1.0, 1.0, 0.5, 0.2, 0.7, 0.0]
 
 
-def test_the_exported_model_runs_in_onnx_runtime_at_any_batch_size(own_model: tuple[Path, str], tmp_path: Path) -> None:
+def test_the_exported_model_runs_in_onnx_runtime_at_any_batch_size(
+    run: Run, own_model: tuple[Path, str], tmp_path: Path
+) -> None:
     runtime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     folder, file = own_model[0], tmp_path / "small.onnx"
-    said = run("examples/export_onnx.py", str(folder), str(file), "--rounds", "2")
+    said = run("examples/export_onnx.py", folder, file, "--rounds", "2")
     assert said.count(" ms") == 4 and str(file) in said
     assert list(tmp_path.iterdir()) == [file], "nothing is left beside it"
     session = runtime.InferenceSession(str(file), providers=["CPUExecutionProvider"])

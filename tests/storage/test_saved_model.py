@@ -7,7 +7,6 @@ import os
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +24,7 @@ from p3b.storage import saved_model as artifact
 from p3b.storage.saved_model import CONFIG_FILE, WEIGHTS_FILE, is_artifact, read_config, save_checkpoint
 from p3b.vit.compact import apply_cuts, plan_cuts
 from p3b.vit.layout import read_layout
-from processes import forked, status_of
+from processes import SparePython, forked, status_of
 from tiny import VARIANTS, images, masks_of, parameters_of, random_masks, tiny_vit
 
 
@@ -80,7 +79,7 @@ def test_the_dtype_is_kept(dtype: torch.dtype, tmp_path: Path) -> None:
     _assert_same(loaded, model, images(dtype=dtype))
 
 
-def test_a_fresh_process_needs_nothing_but_the_folder(tmp_path: Path) -> None:
+def test_a_fresh_process_needs_nothing_but_the_folder(python: SparePython, tmp_path: Path) -> None:
     """Three models, each in its own dtype; the other process knows their folders and nothing else."""
     expected = {}
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
@@ -98,8 +97,8 @@ def test_a_fresh_process_needs_nothing_but_the_folder(tmp_path: Path) -> None:
         "    with torch.no_grad():\n"
         "        st.save_file({'out': model(st.load_file(folder + '/batch.st')['batch'])}, folder + '/out.st')\n"
     )
-    folders = [str(tmp_path / name) for name in expected]
-    subprocess.run([sys.executable, "-W", "error", "-c", script, *folders], check=True, cwd=tmp_path)
+    done = python.run(script, *(tmp_path / name for name in expected), folder=tmp_path)
+    assert (done.status, done.errors) == (0, "")
     for name, outputs in expected.items():
         assert torch.equal(safetensors.torch.load_file(tmp_path / name / "out.st")["out"], outputs), name
 

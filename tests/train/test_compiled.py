@@ -21,6 +21,7 @@ from p3b.train.distributed import unwrap
 from p3b.train.loop import EpochProgress, Learner, train_epoch
 from p3b.train.losses import TrainingLoss
 from p3b.train.optim import Precision
+from runs import flags
 from tiny import images, labels, tiny_vit
 
 CPU = torch.device("cpu")
@@ -88,10 +89,10 @@ def test_a_compiler_that_is_there_is_found() -> None:
     require_compiler(CPU)
 
 
-def test_without_a_compiler_nothing_begins(tmp_path: Path) -> None:
-    flags = ["train", "--data-set", "DIGITS", "--device", "cpu", "--compile", "--output-dir", str(tmp_path / "run")]
+def test_without_a_compiler_nothing_begins(data: Path, tmp_path: Path) -> None:
+    """In a process that starts anew: torch reads the compiler's name once, when it is imported."""
     environment = {**os.environ, "CXX": str(tmp_path / "no-compiler"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
-    command = [sys.executable, "-m", "p3b", *flags]
+    command = [sys.executable, "-m", "p3b", "train", *flags(data, tmp_path / "run", "--compile")]
     done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
     assert done.returncode == 2, done.stderr
     assert "--compile does not work here" in done.stderr and "leave --compile out" in done.stderr

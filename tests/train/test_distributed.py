@@ -1,16 +1,17 @@
-"""Processes and devices, and laws that need two processes (the `two_ranks` script carries them out)."""
+"""Processes and devices, and laws that need two processes (they stand in `two_ranks`)."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from two_ranks import LAWS, in_two_processes, one_rank_alone_fails
 
 from p3b.errors import ConfigError
 from p3b.train.distributed import all_reduce_mean, all_reduce_sum, gather, in_group, process_group, wait_for_all
+from runs import colour_folders
 
 
 def test_one_process_needs_no_group() -> None:
@@ -28,11 +29,15 @@ def test_devices_that_are_none(device: str, said: str) -> None:
         pass
 
 
-def test_laws_of_two_processes(tmp_path: Path) -> None:
-    script = Path(__file__).with_name("two_ranks.py")
-    done = subprocess.run([sys.executable, script, tmp_path], capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    laws = ("collectives", "evaluation", "pruning", "disagreeing", "a_step_that_is_not_finite_on_one_rank", "resuming")
-    for law in (*laws, "one_rank_alone_fails"):
-        assert f"{law} holds" in done.stdout
-    assert "p3b, process 1: Cannot read the image" in done.stderr
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("ranks")
+    colour_folders(out / "data")
+    return out
+
+
+@pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__)
+def test_it_holds_in_two_processes(law: Callable[[Path], None], folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    in_two_processes(law, folder)
+    if law is one_rank_alone_fails:
+        assert "p3b, process 1: Cannot read the image" in capfd.readouterr().err

@@ -1,17 +1,16 @@
-"""Two gloo processes that train and evaluate; run by `test_distributed`. Forked, so that torch is loaded once."""
+"""Laws that two gloo processes carry out together, as `test_distributed` has them do."""
 
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
 import socket
 import sys
+import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +28,7 @@ from p3b.train.distributed import Processes, all_reduce_mean, all_reduce_sum, ga
 from p3b.train.loop import EpochProgress, Learner, train_epoch
 from p3b.train.losses import TrainingLoss
 from p3b.train.optim import Precision
+from processes import forked, status_of
 from runs import colour_folders, flags, same_tensors, weights
 from tiny import images, labels, tiny_vit
 
@@ -190,38 +190,33 @@ def one_rank_alone_fails(out: Path) -> None:
     assert status == 2
 
 
+LAWS = (
+    collectives,
+    evaluation,
+    pruning,
+    disagreeing,
+    a_step_that_is_not_finite_on_one_rank,
+    resuming,
+    one_rank_alone_fails,
+)
+
+
 def in_two_processes(act: Callable[[Path], None], out: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
 
-    def rank_of(rank: int) -> None:
+    def rank_of(rank: int) -> int:
         ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": RANKS, "LOCAL_WORLD_SIZE": RANKS}
         os.environ.update({name: str(value) for name, value in ranks.items()}, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-        act(out)
+        try:
+            act(out)
+        except BaseException:
+            traceback.print_exc()
+            return 1
+        finally:
+            sys.stderr.flush()
+        return 0
 
-    context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=rank_of, args=(rank,)) for rank in range(RANKS)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    assert all(process.exitcode == 0 for process in processes), act.__name__
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    folder = Path(sys.argv[1])
-    colour_folders(folder / "data")
-    laws = (
-        collectives,
-        evaluation,
-        pruning,
-        disagreeing,
-        a_step_that_is_not_finite_on_one_rank,
-        resuming,
-        one_rank_alone_fails,
-    )
-    for law in laws:
-        in_two_processes(law, folder)
-        print(f"{law.__name__} holds", flush=True)
+    processes = [forked(partial(rank_of, rank)) for rank in range(RANKS)]
+    assert [status_of(process) for process in processes] == [0] * RANKS
