@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import p3b
+from processes import SparePython
 
 SOURCE = Path(p3b.__file__).parent
 
@@ -204,9 +205,9 @@ def test_the_public_names_are_there_and_a_wrong_one_is_an_attribute_error() -> N
         _ = p3b.prune
 
 
-def test_the_commands_load_what_draws_and_exports_only_when_it_is_needed() -> None:
+def test_the_commands_load_what_draws_and_exports_only_when_it_is_needed(python: SparePython) -> None:
     costly = "{'matplotlib', 'onnx', 'sklearn'}"
     commands = "p3b.commands.prune, p3b.commands.evaluate, p3b.commands.sweep"
     script = f"import sys, {commands}; sys.exit(', '.join({costly} & set(sys.modules)) or None)"
-    result = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True, text=True)
-    assert result.returncode == 0, f"importing the commands loads {result.stderr}"
+    result = python.run(script)
+    assert result.status == 0, f"importing the commands loads {result.errors}"

@@ -18,7 +18,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 import p3b
 import p3b.run.training
-from p3b.commands.command_line import main
 from p3b.data import Preprocessing, open_data
 from p3b.errors import TrainingError
 from p3b.methods import METHODS
@@ -29,7 +28,7 @@ from p3b.train.loop import EpochProgress, Learner, train_epoch
 from p3b.train.losses import TrainingLoss
 from p3b.train.optim import Precision
 from processes import forked, status_of
-from runs import colour_folders, flags, same_tensors, weights
+from runs import colour_folders, flags, run, same_tensors, weights
 from tiny import images, labels, tiny_vit
 
 RANKS = 2
@@ -167,13 +166,13 @@ def resuming(out: Path) -> None:
         raise KeyboardInterrupt
 
     given = ("--epochs", "2", "--drop-path", "0.3", "--batch-size", "2", "--lr", "0.1")
-    assert main(["train", *flags(out / "data", out / "whole", *given)]) == 0
+    assert run("train", *flags(out / "data", out / "whole", *given)) == 0
     p3b.run.training.save_checkpoint = save_and_stop
     with contextlib.suppress(KeyboardInterrupt):
-        main(["train", *flags(out / "data", out / "stopped", *given)])
+        run("train", *flags(out / "data", out / "stopped", *given))
     p3b.run.training.save_checkpoint = save
     assert not (out / "stopped" / "dense").exists()
-    assert main(["train", *flags(out / "data", out / "stopped", *given, "--resume")]) == 0
+    assert run("train", *flags(out / "data", out / "stopped", *given, "--resume")) == 0
     assert same_tensors(weights(out / "whole" / "dense"), weights(out / "stopped" / "dense"))
 
 
@@ -183,7 +182,7 @@ def one_rank_alone_fails(out: Path) -> None:
     (data / "test" / "blue" / "1.png").write_bytes(b"not an image")  # the second image is the second rank's
     given = ("--epochs", "1", "--val-share", "0", "--test-path", str(data / "test"))
     try:
-        status = main(["train", *flags(data / "train", out / "run", *given)])
+        status = run("train", *flags(data / "train", out / "run", *given))
     except RuntimeError as error:  # the main rank waits for a rank that has gone
         assert os.environ["RANK"] == "0" and "Connection" in str(error), error
         status = 2
