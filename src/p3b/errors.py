@@ -50,6 +50,10 @@ class ComparisonError(UserError, RuntimeError):
     """Some runs of a comparison failed; the others are done."""
 
 
+class ExportError(UserError, RuntimeError):
+    """An export that does not compute what the model computes, or that loses more than is allowed."""
+
+
 class Stopped(Exception):  # noqa: N818 - it is none
     """A signal asked the run to stop: it has finished its step and saved; nothing went wrong and nothing is lost."""
 

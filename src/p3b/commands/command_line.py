@@ -29,7 +29,7 @@ class Command:
         settings: class of its settings, "module:class"; loaded when the command runs, as the target is.
         purpose: what it is for, in a few words.
         target: function that carries it out, "module:function".
-        to_continue: how it is continued after a stop.
+        to_continue: how it is continued after a stop; empty where there is nothing to continue.
         reads_file: whether `--config FILE` gives settings.
     """
 
@@ -41,6 +41,8 @@ class Command:
 
 
 _OPTIONS, _LOOK, _HERE = "p3b.run.options", "p3b.run.look_options", "p3b.commands"
+_DEPLOY = "p3b.run.deploy_options"
+_NOTHING = ""
 _AGAIN = "run the same command again to continue"
 
 COMMANDS: dict[str, Command] = {
@@ -65,6 +67,12 @@ COMMANDS: dict[str, Command] = {
     "doctor": Command(f"{_LOOK}:DoctorConfig", "why a run's accuracy is lower than it could be", f"{_HERE}.doctor:doctor"),
     "runs": Command(f"{_LOOK}:RunsConfig", "list and compare the runs below a folder", f"{_HERE}.runs:runs"),
     "inspect": Command(f"{_LOOK}:InspectConfig", "the architecture of a saved model", f"{_HERE}.inspect:inspect"),
+    "export": Command(
+        f"{_DEPLOY}:ExportConfig",
+        "an ONNX or .pt2 file that runs without p3b, checked",
+        f"{_HERE}.export:export_saved",
+        _NOTHING,
+    ),
 }
 
 
@@ -117,7 +125,8 @@ def run_command(name: str, flags: Sequence[str], prog: str) -> int:
             print(f"p3b {name}: {stop}; {command.to_continue}.", file=sys.stderr, flush=True)
         return STOPPED
     except KeyboardInterrupt:
-        print(f"p3b {name}: interrupted; the last checkpoint is kept; {command.to_continue}.", file=sys.stderr, flush=True)
+        kept = f"; the last checkpoint is kept; {command.to_continue}" if command.to_continue else ""
+        print(f"p3b {name}: interrupted{kept}.", file=sys.stderr, flush=True)
         return INTERRUPTED
     return 0
 

@@ -1,0 +1,108 @@
+"""A model as ONNX: written by torch's exporter (dynamo), run by ONNX Runtime on the CPU."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+import warnings
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from p3b.deploy.agreement import Logits
+from p3b.deploy.metadata import Metadata
+from p3b.deploy.program import dynamic_axes
+from p3b.errors import ConfigError, WeightsError
+from p3b.storage.untrusted import first_line
+
+OPSET = 20
+"""Of the exported graph: the first with a Gelu of its own, and known to the runtimes of 2024 and later."""
+INPUT, OUTPUT = "images", "logits"
+_NEEDED = ("onnx", "onnxruntime", "onnxscript")
+
+
+def write_onnx(model: nn.Module, example: Tensor, file: Path, *, optimize: bool = True) -> None:
+    """Export a model with a dynamic number of images (and, for uint8 images, a dynamic height and width).
+
+    Args:
+        model: in evaluation mode.
+        example: (2 or more, C, H, W) images that it takes.
+        file: written in one piece, weights included.
+        optimize: tidy the graph, which takes half of the time; ONNX Runtime computes as quickly without.
+
+    Raises:
+        ConfigError: onnx, onnxruntime or onnxscript is not installed.
+    """
+    require_onnx()
+    with _quiet():
+        torch.onnx.export(
+            model, (example,), file, dynamo=True, verbose=False, external_data=False, opset_version=OPSET,
+            input_names=[INPUT], output_names=[OUTPUT], dynamic_shapes=(dynamic_axes(example),), optimize=optimize,
+        )  # fmt: skip
+
+
+def describe_onnx(file: Path, metadata: Metadata) -> None:
+    """Put the description into the file."""
+    import onnx
+
+    model = onnx.load(file)
+    onnx.helper.set_model_props(model, metadata.to_text())
+    onnx.save(model, file)
+
+
+class OnnxRunner:
+    """An ONNX file in ONNX Runtime.
+
+    Args:
+        file: that `p3b export` wrote.
+        metadata: of the model; by default what the file says.
+        threads: that it computes with; by default as many as torch.
+
+    Raises:
+        ConfigError: ONNX Runtime is not installed. WeightsError: the file is damaged, or not written by `p3b export`.
+    """
+
+    def __init__(self, file: Path, metadata: Metadata | None = None, threads: int | None = None) -> None:
+        require_onnx("onnxruntime")
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads or torch.get_num_threads()
+        options.log_severity_level = 3
+        try:
+            self._session: Any = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # its errors share no class below this
+            raise WeightsError(f"{file} cannot be opened by ONNX Runtime ({first_line(error)}).") from error
+        self.metadata = metadata or Metadata.from_text(self._session.get_modelmeta().custom_metadata_map, str(file))
+
+    def __call__(self, images: NDArray[Any]) -> Logits:
+        """(N, C, H, W) images, as the metadata says, to (N, classes) logits."""
+        logits: Logits = self._session.run([OUTPUT], {INPUT: images})[0]
+        return np.asarray(logits, dtype=np.float32)
+
+
+def require_onnx(*packages: str) -> None:
+    """ConfigError where a package (all three by default) is not installed."""
+    if missing := [name for name in packages or _NEEDED if find_spec(name) is None]:
+        raise ConfigError(f"{', '.join(missing)} is not installed, which ONNX needs: pip install 'p3b[onnx]'.")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the exporter's warnings about its own insides, and with what it prints on standard error."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

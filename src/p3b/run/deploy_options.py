@@ -1,0 +1,83 @@
+"""What `p3b export`, `predict` and `bench` are told; one sentence under each field is the help text of its flag.
+
+Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from tyro.conf import Positional
+
+from p3b.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Write a saved model as ONNX or .pt2: a file that needs neither p3b nor timm, checked and timed in its own runtime."""
+
+    model: Positional[Path]
+    """A model that p3b saved: run/pruned, or first_sparse_checkpoint.pth."""
+    output: Path | None = None
+    """File to write; its ending says the format: .onnx or .pt2 (torch.export). By default the model's path with .onnx."""
+    with_preprocessing: bool = False
+    """Take uint8 images (N, C, H, W) of any size: resizing, cropping and normalising happen inside."""
+    half: bool = False
+    """Weights and products in float16; inputs and outputs stay float32."""
+    int8: Literal["off", "static", "dynamic"] = "off"
+    """ONNX in int8: static (scales found on training images: --data-path or --calibration) or dynamic (found in each call)."""
+    max_loss: float = 1.0
+    """Points of top-1 that --half or --int8 may lose against float32; beyond it nothing is written."""
+    layout: str = "auto"
+    """How pruned blocks are carried out: auto (measure in this runtime), index, folded, gathered, zeros, balanced, ..."""
+    batch_size: int = 1
+    """Images at a time that speed is measured with; the file takes any number."""
+    data_set: str = "FOLDER"
+    """Data set of --data-path, as in `p3b train`; DIGITS needs no path."""
+    data_path: Path | None = None
+    """The data that the model was trained on: its training images calibrate, the others check the export and measure top-1."""
+    images: Path | None = None
+    """Folder of images, without labels, that the export is checked on; by default those of --data-path, else a sample photo."""
+    calibration: Path | None = None
+    """Folder of images, without labels, that --int8 static is calibrated on; by default training images of --data-path."""
+    check_images: int = 64
+    """Images that the logits of the export are compared with the model's on."""
+    calibration_images: int = 128
+    """Images that --int8 static is calibrated on."""
+    top1_images: int = 1000
+    """Images of --data-path that top-1 is measured on, at most."""
+    dense: Path | None = None
+    """The dense model to measure beside (run/dense); by default one of its shape, whose speed and size are the same."""
+    threads: int | None = None
+    """Threads that are computed with; by default as many as PyTorch takes."""
+
+
+def check_export(config: ExportConfig) -> Path:
+    """Ranges and contradictions that can be seen without the model; returns the file to write.
+
+    Raises:
+        ConfigError: names the flag, what was got and what is expected.
+    """
+    file = config.output or config.model.parent / f"{config.model.stem}.onnx"
+    if file.suffix not in (".onnx", ".pt2"):
+        raise ConfigError(f"--output {file} ends in {file.suffix or 'nothing'}; expected .onnx or .pt2, which is the format.")
+    if config.int8 != "off" and file.suffix != ".onnx":
+        raise ConfigError(f"--int8 is ONNX Runtime's; {file} is a .pt2. Write an .onnx, or leave --int8 out.")
+    if config.int8 != "off" and config.half:
+        raise ConfigError("--int8 and --half contradict each other; give one of them.")
+    if config.int8 == "static" and config.calibration is None and config.data_path is None and config.data_set == "FOLDER":
+        raise ConfigError("--int8 static is calibrated on images: give --data-path or --calibration, or take --int8 dynamic.")
+    require_counts(config, "batch_size", "check_images", "calibration_images", "top1_images", "threads")
+    if not 0 <= config.max_loss <= 100:
+        raise ConfigError(f"--max-loss is in points of top-1, from 0 to 100; got {config.max_loss}.")
+    return file
+
+
+def require_counts(config: object, *names: str) -> None:
+    """ConfigError where one of these settings is below 1."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} must be 1 or more, got {value}.")

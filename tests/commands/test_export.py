@@ -1,0 +1,80 @@
+"""`p3b export`: what is said, and what is refused before work starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import p3b
+from exported import NAMES, save_photos, save_small, small_vit
+from p3b.commands.command_line import main
+from p3b.deploy.runners import open_runner
+
+pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_small(tmp_path_factory.mktemp("saved") / "pruned")
+
+
+def class_folders(root: Path) -> Path:
+    """A few photos of each of the model's classes, for training and for validation."""
+    for part in ("train", "val"):
+        for name in NAMES:
+            save_photos(root / part / name, 2)
+    return root
+
+
+def test_int8_with_preprocessing_from_class_folders(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, data = tmp_path / "int8.onnx", class_folders(tmp_path / "data")
+    settings = ["--output", str(file), "--with-preprocessing", "--int8", "static", "--layout", "index", "--max-loss", "50"]
+    assert main(["export", str(saved), *settings, "--data-path", str(data)]) == 0
+    said = capsys.readouterr().out
+    assert all(row in said for row in ("dense, fp32", "pruned, fp32", "int8 static")) and str(file) in said
+    metadata = open_runner(file).metadata
+    assert (metadata.class_names, metadata.takes, metadata.precision) == (NAMES, "images", "int8 static")
+
+
+def test_the_layout_is_chosen_by_measurement(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_photos(tmp_path / "photos", 4)
+    assert main(["export", str(saved), "--output", str(tmp_path / "a.pt2"), "--images", str(tmp_path / "photos")]) == 0
+    said = capsys.readouterr().out
+    assert all(f"{layout} " in said for layout in ("index", "folded", "zeros")) and "checked on 4 images" in said
+
+
+def test_a_model_that_does_not_say_how_images_are_prepared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bare, file = p3b.save(small_vit().half(), tmp_path / "bare"), tmp_path / "bare.pt2"
+    settings = ["export", str(bare), "--output", str(file), "--layout", "index", "--check-images", "2"]
+    assert main([*settings, "--with-preprocessing"]) == 2 and not file.exists()
+    assert "does not say how its images are prepared" in capsys.readouterr().err
+    assert main(settings) == 0
+    assert open_runner(file).metadata.preprocessing is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "word"),
+    [
+        (["--output", "model.tflite"], ".tflite"),
+        (["--int8", "static", "--output", "a.pt2"], "--int8"),
+        (["--int8", "static", "--half"], "contradict"),
+        (["--int8", "static"], "--calibration"),
+        (["--check-images", "0"], "--check-images"),
+        (["--max-loss", "-1"], "--max-loss"),
+        (["--layout", "indx"], "index"),
+        (["--images", "nowhere"], "nowhere"),
+    ],
+)
+def test_a_mistake_is_told_before_work_starts(
+    saved: Path, flags: list[str], word: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = set(saved.parent.iterdir())
+    assert main(["export", str(saved), *flags]) == 2
+    assert word in capsys.readouterr().err and set(saved.parent.iterdir()) == before
+
+
+def test_data_of_other_classes_is_refused(saved: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", str(saved), "--data-path", str(data)]) == 2
+    assert "blue, green, red" in capsys.readouterr().err

@@ -1,0 +1,105 @@
+"""int8: layers that lose too much stay in float, and a file that loses too much is not written."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from exported import PREPROCESSING, photos, small_vit
+from p3b.deploy.agreement import compare
+from p3b.deploy.export import FP32, WRITTEN, Evidence, ExportPlan, export
+from p3b.deploy.int8 import by_sensitivity, dynamic_writer, quantisable, quantise, static_writer
+from p3b.deploy.metadata import Metadata
+from p3b.deploy.onnx_file import OnnxRunner
+from p3b.deploy.photos import Preparation, logits_of
+from p3b.errors import ExportError
+
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+
+METADATA = Metadata(None, PREPROCESSING)
+IMAGES = photos(8)
+LAYERS = [f"layer {number}" for number in range(8)]
+HARM = {"layer 2": 30.0, "layer 5": 20.0, "layer 7": 5.0}
+"""Points that a layer costs when it is quantised."""
+
+
+def write(file: Path, layers: Sequence[str]) -> None:
+    file.write_text("\n".join(layers))
+
+
+def harm(file: Path) -> float:
+    return sum(HARM.get(layer, 0.1) for layer in file.read_text().splitlines())
+
+
+def test_layers_that_lose_the_most_stay_in_float_and_no_more_than_needed(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    found = quantise(LAYERS, write, file, loss=harm, error=harm, max_loss=6.0)
+    assert found.in_float == ("layer 2", "layer 5") and found.layers == 8
+    assert harm(file) == pytest.approx(found.loss) and set(file.read_text().splitlines()) == set(LAYERS) - {
+        "layer 2",
+        "layer 5",
+    }
+
+
+def test_nothing_is_measured_where_all_layers_can_be_quantised(tmp_path: Path) -> None:
+    def never(_file: Path) -> float:
+        raise AssertionError
+
+    found = quantise(LAYERS, write, tmp_path / "file", loss=harm, error=never, max_loss=60.0)
+    assert found.in_float == ()
+
+
+def test_more_than_half_of_the_layers_in_float_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"4 of 8 layers in float; --max-loss allows 0\.1"):
+        quantise(LAYERS, write, tmp_path / "file", loss=harm, error=harm, max_loss=0.1)
+    with pytest.raises(ExportError, match="no layer that can be quantised"):
+        quantise([], write, tmp_path / "file", loss=harm, error=harm, max_loss=1.0)
+
+
+def test_sensitivity_is_measured_for_each_layer_alone(tmp_path: Path) -> None:
+    assert by_sensitivity(LAYERS, write, tmp_path / "file", harm)[:3] == ["layer 2", "layer 5", "layer 7"]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("fp32") / "small.onnx"
+    export(small_vit(), METADATA, ExportPlan(file, ("folded",)), Evidence(PREPROCESSING, IMAGES))
+    return file
+
+
+def count(file: Path, kind: str) -> int:
+    """Nodes of a kind in a file."""
+    return sum(node.op_type == kind for node in onnx.load(file).graph.node)
+
+
+@pytest.mark.parametrize("kind", ["static", "dynamic"])
+def test_int8_is_close_and_leaves_the_layers_alone_that_stay_in_float(source: Path, tmp_path: Path, kind: str) -> None:
+    prepared = [Preparation(METADATA)(image) for image in IMAGES]
+    writer = static_writer(source, [np.stack(prepared)]) if kind == "static" else dynamic_writer(source)
+    layers = quantisable(source, kind)
+    assert len(layers) == (8 if kind == "static" else 7), "patches, three small branches of two layers each, and the head"
+    expected, file = logits_of(OnnxRunner(source), prepared), tmp_path / "int8.onnx"
+    differences, quantised = [], []
+    for chosen in (layers, layers[:1]):
+        writer(file, chosen)
+        quantised.append(count(file, "QuantizeLinear" if kind == "static" else "MatMulInteger"))
+        differences.append(compare(expected, logits_of(OnnxRunner(file, METADATA), prepared)).difference)
+    assert differences[0] < 0.1 and differences[1] > 1e-5
+    assert quantised[0] > quantised[1] == 1
+
+
+def test_an_int8_file_says_what_it_is_and_what_it_loses(tmp_path: Path) -> None:
+    file = tmp_path / "int8.onnx"
+    labelled = [(image, number % 5) for number, image in enumerate(IMAGES)]
+    plan = ExportPlan(file, ("folded",), int8="static", max_loss=100)
+    report = export(small_vit(), METADATA, plan, Evidence(PREPROCESSING, IMAGES, IMAGES, labelled))
+    assert OnnxRunner(file).metadata.precision == "int8 static"
+    base, written = report.sides[FP32], report.sides[WRITTEN]
+    assert report.quantised is not None and base.top1 is not None and written.top1 is not None
+    assert report.quantised.loss == pytest.approx(base.top1 - written.top1)
+    assert written.agreement is not None and 1e-4 < written.agreement.difference < 0.1
