@@ -73,6 +73,10 @@ COMMANDS: dict[str, Command] = {
         f"{_HERE}.export:export_saved",
         _NOTHING,
     ),
+    "predict": Command(f"{_DEPLOY}:PredictConfig", "name what is on images", f"{_HERE}.predict:predict_images", _NOTHING),
+    "bench": Command(
+        f"{_DEPLOY}:BenchConfig", "speed, memory and size of models side by side", f"{_HERE}.bench:bench", _NOTHING
+    ),
 }
 
 

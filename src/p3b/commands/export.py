@@ -7,8 +7,6 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models.vision_transformer import VisionTransformer
 
 from p3b.data import DataSplits, Preprocessing, open_data
 from p3b.data.images import LabelledImages
@@ -17,10 +15,10 @@ from p3b.deploy.export import DENSE, WRITTEN, Evidence, ExportPlan, ExportReport
 from p3b.deploy.layouts import check_layout
 from p3b.deploy.metadata import Metadata
 from p3b.deploy.onnx_file import OPSET, require_onnx
-from p3b.deploy.photos import evenly, photo_crops, read_some
+from p3b.deploy.photos import evenly, photo_crops, read_some, stand_in
 from p3b.errors import ConfigError, DataError
 from p3b.run.deploy_options import ExportConfig, check_export
-from p3b.run.screen import Display
+from p3b.run.screen import Screen
 from p3b.storage import saved_model
 from p3b.vit.architecture import build_dense
 from p3b.vit.cost import count_parameters
@@ -47,7 +45,7 @@ def export_saved(config: ExportConfig) -> ExportReport:
         require_onnx()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    display = Display(is_main=True)
+    screen = Screen(is_main=True)
     saved = saved_model.read_config(config.model)
     model = saved_model.load(config.model).float()
     metadata = Metadata.of_config(saved)
@@ -69,17 +67,10 @@ def export_saved(config: ExportConfig) -> ExportReport:
                 f"{config.model} does not say how its images are prepared, which --with-preprocessing and --int8 static need. "
                 "Save it again: p3b.save(model, folder, preprocessing={...})."
             )
-        display.say(f"{config.model} does not say how images are prepared: the file will not either.")
+        screen.say(f"{config.model} does not say how images are prepared: the file will not either.")
     report = export(model, metadata, plan, gathered.evidence, dense if smaller else None)
-    tell(display, file, plan, report, gathered.origin)
+    tell(screen, file, plan, report, gathered.origin)
     return report
-
-
-def stand_in(model: VisionTransformer) -> Preprocessing:
-    """How images are prepared for the check alone where the model does not say."""
-    patches = model.patch_embed
-    channels = patches.proj.in_channels
-    return Preprocessing((channels, *patches.img_size), IMAGENET_DEFAULT_MEAN[:channels], IMAGENET_DEFAULT_STD[:channels])
 
 
 def gather(config: ExportConfig, metadata: Metadata, preprocessing: Preprocessing) -> Gathered:
@@ -125,28 +116,28 @@ def _pairs(images: LabelledImages, count: int) -> Labelled:
     return [images[position] for position in evenly(range(len(images)), count)]
 
 
-def tell(display: Display, file: Path, plan: ExportPlan, report: ExportReport, origin: str) -> None:
+def tell(screen: Screen, file: Path, plan: ExportPlan, report: ExportReport, origin: str) -> None:
     """What was written and measured, on the screen."""
     if report.layouts:
         tried = "; ".join(
             f"{name} {each.milliseconds:.2f} ms, {each.bytes / 1e6:.2f} MB" for name, each in report.layouts.items()
         )
-        display.say(f"layouts: {tried} (batches of {plan.batch_size}); the smallest of the quickest is taken")
+        screen.say(f"layouts: {tried} (batches of {plan.batch_size}); the smallest of the quickest is taken")
     dense = report.sides.get(DENSE)
     names = {WRITTEN: f"{'pruned' if dense else 'model'}, {report.metadata.precision}"}
     rows = [_row(names.get(name, name), figures, dense) for name, figures in report.sides.items()]
     columns = ("", "MB", "ms", "speed-up", "top-1 %", "logits off", "same top-1")
-    display.table(f"{file}, batches of {plan.batch_size}", columns, rows)
+    screen.table(f"{file}, batches of {plan.batch_size}", columns, rows)
     if report.quantised is not None:
         kept, layers, loss = report.quantised.in_float, report.quantised.layers, report.quantised.loss
-        display.say(
+        screen.say(
             f"int8: {layers - len(kept)} of {layers} layers, {loss:.2f} points lost of {plan.max_loss:g} allowed; in float: "
             f"{', '.join(kept) or 'none'}"
         )
-    display.say(f"checked on {report.checked} images: {origin}")
+    screen.say(f"checked on {report.checked} images: {origin}")
     opset = f", opset {OPSET}" if file.suffix == ".onnx" else ""
     taking = "uint8 images of any size" if plan.with_preprocessing else "prepared float32 images"
-    display.say(
+    screen.say(
         f"{file}: {report.metadata.precision}, layout {report.metadata.layout}{opset}; takes {taking}, any number of them; "
         f"{torch.get_num_threads()} thread(s)"
     )

@@ -279,7 +279,7 @@ class _Trials:
     def time(self, runners: Mapping[str, Runner]) -> dict[str, float]:
         """Milliseconds of a call of each, the median over rounds in which they take turns."""
         calls: dict[str, Callable[[], object]] = {name: partial(runner, self._example) for name, runner in runners.items()}
-        return {name: 1e3 * statistics.median(taken) for name, taken in in_turns(calls, rounds=30, seconds=6.0).items()}
+        return {name: 1e3 * statistics.median(taken) for name, taken in in_turns(calls, rounds=100, seconds=6.0).items()}
 
     def figures(self, sides: Mapping[str, tuple[Path, Runner, Agreement | None]]) -> dict[str, Figures]:
         """Size, speed, agreement and accuracy of each side; a dense model of random weights has no accuracy."""

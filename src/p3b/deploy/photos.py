@@ -11,7 +11,9 @@ import torch
 from matplotlib.cbook import get_sample_data
 from numpy.typing import NDArray
 from PIL import Image
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.data.readers.img_extensions import get_img_extensions
+from timm.models.vision_transformer import VisionTransformer
 from timm.utils.misc import natural_key
 
 from p3b.data.images import to_rgb
@@ -69,6 +71,13 @@ def read(file: Path) -> Image.Image:
             return image
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, zlib.error ...
         raise DataError(f"Cannot read the image {file} ({type(error).__name__}: {error}).") from error
+
+
+def stand_in(model: VisionTransformer) -> Preprocessing:
+    """How images are prepared where the model does not say: for checks and measurements alone."""
+    patches = model.patch_embed
+    channels = patches.proj.in_channels
+    return Preprocessing((channels, *patches.img_size), IMAGENET_DEFAULT_MEAN[:channels], IMAGENET_DEFAULT_STD[:channels])
 
 
 class Preparation:

@@ -54,13 +54,20 @@ class TorchRunner:
 
 
 def open_runner(
-    path: Path, *, layout: str = "index", device: str | torch.device = "cpu", threads: int | None = None, compiled: bool = False
+    path: Path,
+    *,
+    layout: str = "index",
+    batch_size: int = 1,
+    device: str | torch.device = "cpu",
+    threads: int | None = None,
+    compiled: bool = False,
 ) -> Runner:
     """A model of any of the three kinds: an .onnx, a .pt2, or what `p3b.save` wrote.
 
     Args:
         path: of it.
-        layout: that a saved model is carried out in; an export has its own.
+        layout: that a saved model is carried out in ("auto": measure); an export has its own.
+        batch_size: images at a time that "auto" measures with.
         device: of PyTorch and .pt2; ONNX Runtime computes on the CPU.
         threads: of ONNX Runtime; by default as many as torch.
         compiled: by torch.compile, for PyTorch and .pt2.
@@ -77,5 +84,5 @@ def open_runner(
     if path.suffix == PROGRAM:
         return ProgramRunner(path, device, compiled=compiled)
     metadata = Metadata.of_config(saved_model.read_config(path))
-    model = choice.load(path, layout=layout)
-    return TorchRunner(model.float().to(device), metadata, compiled=compiled)
+    model = choice.load(path, device, layout=layout, batch_size=batch_size)
+    return TorchRunner(model.float(), metadata, compiled=compiled)

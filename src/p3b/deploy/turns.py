@@ -29,7 +29,7 @@ def in_turns(
     taken: dict[str, list[float]] = {name: [] for name in sides}
     begin = clock()
     for done in range(rounds):
-        if done >= 3 and clock() - begin > seconds:
+        if done >= 3 and clock() - begin >= seconds:
             break
         for name, call in sides.items():
             start = clock()

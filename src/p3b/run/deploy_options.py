@@ -81,3 +81,92 @@ def require_counts(config: object, *names: str) -> None:
         value = getattr(config, name)
         if value is not None and value < 1:
             raise ConfigError(f"--{name.replace('_', '-')} must be 1 or more, got {value}.")
+
+
+@dataclass(frozen=True)
+class PredictConfig:
+    """Name what is on images, with a model that p3b saved or exported."""
+
+    model: Positional[Path]
+    """run/pruned, first_sparse_checkpoint.pth, or an .onnx or .pt2 that `p3b export` wrote."""
+    images: Positional[tuple[str, ...]] = ()
+    """Image files, folders of them at any depth, or - for an image on standard input."""
+    files_from: str | None = None
+    """Text file with the names of image files, one a line; - is standard input."""
+    format: Literal["table", "jsonl", "csv"] = "table"
+    """table, jsonl (one JSON object a line) or csv."""
+    output: Path | None = None
+    """File for the answers; by default they are printed."""
+    top: int = 3
+    """Classes to name for each image."""
+    batch_size: int = 32
+    """Images that are computed at a time."""
+    workers: int | None = None
+    """Threads that decode images; by default one for each core."""
+    threads: int | None = None
+    """Threads that compute; by default as many as PyTorch takes."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N; ONNX Runtime computes on the CPU."""
+    layout: str = "index"
+    """How a saved model is carried out: index, folded, gathered, zeros, balanced, ..., or auto: measure."""
+    max_pixels: int = 89_478_485
+    """An image with more pixels is not decoded: memory stays bounded whatever a file claims to be."""
+
+
+def check_predict(config: PredictConfig) -> None:
+    """Ranges and contradictions that can be seen without the model.
+
+    Raises:
+        ConfigError: names the flag, what was got and what is expected.
+    """
+    require_counts(config, "top", "batch_size", "workers", "threads", "max_pixels")
+    if "-" in config.images and config.files_from == "-":
+        raise ConfigError("Standard input cannot be both an image (-) and a list of files (--files-from -).")
+    if config.images.count("-") > 1:
+        raise ConfigError("- stands for the image on standard input; give it once.")
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """Measure models side by side: latency of one image, throughput of many, memory, size of the file."""
+
+    models: Positional[tuple[Path, ...]]
+    """Models to measure: run/dense run/pruned pruned.onnx pruned.pt2. Ratios are to the first; where the only saved model is a
+    pruned one, a dense one of its shape goes first."""
+    batch_sizes: tuple[int, ...] = (1, 32)
+    """Images at a time."""
+    compile: bool = False
+    """Measure saved models by torch.compile, too."""
+    layout: str = "auto"
+    """How saved models are carried out: auto (measure for each batch size), index, folded, gathered, zeros, balanced, ..."""
+    threads: int | None = None
+    """Threads that are computed with; by default as many as PyTorch takes."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N; ONNX Runtime computes on the CPU."""
+    rounds: int = 100
+    """Rounds in which the sides take turns, at most."""
+    seconds: float = 20.0
+    """That the rounds at one batch size may take, about."""
+    memory: bool = True
+    """Measure peak memory, in a process of its own for each side (on the CPU)."""
+    json: Path | None = None
+    """File for the same figures as JSON."""
+
+
+def check_bench(config: BenchConfig) -> None:
+    """Ranges and contradictions that can be seen without the models.
+
+    Raises:
+        ConfigError: names the flag, what was got and what is expected.
+    """
+    if not config.models:
+        raise ConfigError("No model is given: run/dense, run/pruned, an .onnx or a .pt2.")
+    if len(set(config.models)) != len(config.models):
+        raise ConfigError(f"A model is given twice: {' '.join(map(str, config.models))}.")
+    if not config.batch_sizes or len(set(config.batch_sizes)) != len(config.batch_sizes) or min(config.batch_sizes) < 1:
+        raise ConfigError(
+            f"--batch-sizes are {' '.join(map(str, config.batch_sizes))}; expected numbers of 1 or more, each once."
+        )
+    require_counts(config, "threads", "rounds")
+    if not config.seconds > 0:
+        raise ConfigError(f"--seconds must be above 0, got {config.seconds}.")
