@@ -7,13 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from exported import PREPROCESSING, photos, small_vit
 from p3b.deploy.agreement import compare
+from p3b.deploy.choice import with_layout
 from p3b.deploy.export import FP32, WRITTEN, Evidence, ExportPlan, export
-from p3b.deploy.int8 import by_sensitivity, dynamic_writer, quantisable, quantise, static_writer
+from p3b.deploy.int8 import Kind, by_sensitivity, dynamic_writer, quantisable, quantise, static_writer
 from p3b.deploy.metadata import Metadata
-from p3b.deploy.onnx_file import OnnxRunner
+from p3b.deploy.onnx_file import OnnxRunner, write_onnx
 from p3b.deploy.photos import Preparation, logits_of
 from p3b.errors import ExportError
 
@@ -66,10 +68,13 @@ def test_sensitivity_is_measured_for_each_layer_alone(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = tmp_path_factory.mktemp("fp32") / "small.onnx"
-    export(small_vit(), METADATA, ExportPlan(file, ("folded",)), Evidence(PREPROCESSING, IMAGES))
-    return file
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A float32 file for each kind."""
+    folder, example = tmp_path_factory.mktemp("fp32"), torch.zeros(2, 3, 32, 32)
+    found = {kind: folder / f"{kind}.onnx" for kind in ("static", "dynamic")}
+    for kind, file in found.items():
+        write_onnx(with_layout(small_vit(), "folded"), example, file, flat=kind == "static")
+    return found
 
 
 def count(file: Path, kind: str) -> int:
@@ -78,12 +83,12 @@ def count(file: Path, kind: str) -> int:
 
 
 @pytest.mark.parametrize("kind", ["static", "dynamic"])
-def test_int8_is_close_and_leaves_the_layers_alone_that_stay_in_float(source: Path, tmp_path: Path, kind: str) -> None:
-    prepared = [Preparation(METADATA)(image) for image in IMAGES]
+def test_int8_is_close_and_spares_the_layers_that_stay_in_float(files: dict[str, Path], tmp_path: Path, kind: str) -> None:
+    source, prepared = files[kind], [Preparation(METADATA)(image) for image in IMAGES]
     writer = static_writer(source, [np.stack(prepared)]) if kind == "static" else dynamic_writer(source)
     layers = quantisable(source, kind)
-    assert len(layers) == (8 if kind == "static" else 7), "patches, three small branches of two layers each, and the head"
-    expected, file = logits_of(OnnxRunner(source), prepared), tmp_path / "int8.onnx"
+    assert len(layers) == (8 if kind == "static" else 6), "two in each of three small branches; patches and head are no MatMul"
+    expected, file = logits_of(OnnxRunner(source, METADATA), prepared), tmp_path / "int8.onnx"
     differences, quantised = [], []
     for chosen in (layers, layers[:1]):
         writer(file, chosen)
@@ -93,12 +98,13 @@ def test_int8_is_close_and_leaves_the_layers_alone_that_stay_in_float(source: Pa
     assert quantised[0] > quantised[1] == 1
 
 
-def test_an_int8_file_says_what_it_is_and_what_it_loses(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["static", "dynamic"])
+def test_an_int8_file_says_what_it_is_and_what_it_loses(tmp_path: Path, kind: Kind) -> None:
     file = tmp_path / "int8.onnx"
     labelled = [(image, number % 5) for number, image in enumerate(IMAGES)]
-    plan = ExportPlan(file, ("folded",), int8="static", max_loss=100)
+    plan = ExportPlan(file, ("folded",), int8=kind, max_loss=100)
     report = export(small_vit(), METADATA, plan, Evidence(PREPROCESSING, IMAGES, IMAGES, labelled))
-    assert OnnxRunner(file).metadata.precision == "int8 static"
+    assert OnnxRunner(file).metadata.precision == f"int8 {kind}"
     base, written = report.sides[FP32], report.sides[WRITTEN]
     assert report.quantised is not None and base.top1 is not None and written.top1 is not None
     assert report.quantised.loss == pytest.approx(base.top1 - written.top1)

@@ -11,7 +11,7 @@ from PIL import Image
 from p3b.data import DataSplits, Preprocessing, open_data
 from p3b.data.images import LabelledImages
 from p3b.deploy.choice import AUTO, CANDIDATES
-from p3b.deploy.export import DENSE, WRITTEN, Evidence, ExportPlan, ExportReport, Figures, Labelled, export
+from p3b.deploy.export import DENSE, FP32, WRITTEN, Evidence, ExportPlan, ExportReport, Figures, Labelled, export
 from p3b.deploy.layouts import check_layout
 from p3b.deploy.metadata import Metadata
 from p3b.deploy.onnx_file import OPSET, require_onnx
@@ -99,7 +99,7 @@ def gather(config: ExportConfig, metadata: Metadata, preprocessing: Preprocessin
             photo_crops(config.check_images),
             "crops of the photo that comes with matplotlib (give --data-path or --images)",
         )
-    return Gathered(Evidence(preprocessing, check, _calibration(config, splits), labelled), origin)
+    return Gathered(Evidence(preprocessing, check, _calibration(config, splits), labelled, config.dense is not None), origin)
 
 
 def _calibration(config: ExportConfig, splits: DataSplits | None) -> list[Image.Image]:
@@ -124,7 +124,8 @@ def tell(screen: Screen, file: Path, plan: ExportPlan, report: ExportReport, ori
         )
         screen.say(f"layouts: {tried} (batches of {plan.batch_size}); the smallest of the quickest is taken")
     dense = report.sides.get(DENSE)
-    names = {WRITTEN: f"{'pruned' if dense else 'model'}, {report.metadata.precision}"}
+    kind = "pruned" if dense else "model"
+    names = {FP32: f"{kind}, fp32", WRITTEN: f"{kind}, {report.metadata.precision}"}
     rows = [_row(names.get(name, name), figures, dense) for name, figures in report.sides.items()]
     columns = ("", "MB", "ms", "speed-up", "top-1 %", "logits off", "same top-1")
     screen.table(f"{file}, batches of {plan.batch_size}", columns, rows)

@@ -50,7 +50,7 @@ LIMITS: Mapping[str, Limit] = {
 by a level. What int8 may cost is the user's to say, in points of top-1."""
 ABOUT = 1.03
 """Times within this factor of the quickest count as the same: then the smaller file is taken."""
-DENSE, FP32, WRITTEN = "dense, fp32", "pruned, fp32", "written"
+DENSE, FP32, WRITTEN = "dense, fp32", "fp32", "written"
 Labelled = Sequence[tuple[Image.Image, int]]
 
 
@@ -85,6 +85,7 @@ class Evidence:
         preprocessing: that they are prepared with: the model's own, where it says so.
         check: compared with the model itself.
         calibration: that static int8 finds its scales on.
+        dense_is_trained: whether the dense model's top-1 means anything, or its weights are random.
         labelled: that top-1 is measured on; where there are none, "loss" is the share of `check` whose first class changes.
     """
 
@@ -92,6 +93,7 @@ class Evidence:
     check: Sequence[Image.Image]
     calibration: Sequence[Image.Image] = ()
     labelled: Labelled = ()
+    dense_is_trained: bool = False
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ class Figures:
 
 @dataclass(frozen=True)
 class Tried:
-    """A layout that was tried. `milliseconds`: median of a call at the plan's batch size; `bytes` of its file."""
+    """A layout that was tried. `milliseconds`: median of a call at the plan's batch size; `bytes` of its weights in float32."""
 
     milliseconds: float
     bytes: int
@@ -183,9 +185,14 @@ def distinct(model: VisionTransformer, layouts: Sequence[str]) -> list[str]:
 
 
 def choose(tried: Mapping[str, Tried]) -> str:
-    """The layout with the smallest file of those that are about as quick as the quickest; pure."""
+    """The layout with the fewest bytes of those that are about as quick as the quickest; pure."""
     limit = ABOUT * min(each.milliseconds for each in tried.values())
     return min((name for name in tried if tried[name].milliseconds <= limit), key=lambda name: tried[name].bytes)
+
+
+def size_of(model: nn.Module) -> int:
+    """Bytes of what a model holds."""
+    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
 
 
 class _Trials:
@@ -233,7 +240,7 @@ class _Trials:
         for name, runner in runners.items():
             self._require(self.agreement(runner), name)
         taken = self.time(runners)
-        tried = {name: Tried(taken[name], file.stat().st_size) for name, file in files.items()}
+        tried = {name: Tried(taken[name], size_of(with_layout(model, name))) for name in names}
         return choose(tried), tried
 
     def final(self, model: VisionTransformer, layout: str) -> tuple[Path, Agreement]:
@@ -284,8 +291,9 @@ class _Trials:
     def figures(self, sides: Mapping[str, tuple[Path, Runner, Agreement | None]]) -> dict[str, Figures]:
         """Size, speed, agreement and accuracy of each side; a dense model of random weights has no accuracy."""
         taken = self.time({name: runner for name, (_, runner, _) in sides.items()})
+        untrained = () if self._evidence.dense_is_trained else (DENSE,)
         return {
-            name: Figures(file.stat().st_size, taken[name], agreement, None if name == DENSE else self._top1(runner))
+            name: Figures(file.stat().st_size, taken[name], agreement, None if name in untrained else self._top1(runner))
             for name, (file, runner, agreement) in sides.items()
         }
 
@@ -337,7 +345,7 @@ class _Trials:
         if file.suffix == PROGRAM:
             write_program(laid_out.eval(), example, file, self.described(layout, half=half))
         else:
-            write_onnx(laid_out.eval(), example, file, optimize=tidy)
+            write_onnx(laid_out.eval(), example, file, optimize=tidy, flat=self._plan.int8 != "dynamic")
         return file
 
 

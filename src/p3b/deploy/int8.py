@@ -26,7 +26,7 @@ from p3b.deploy.onnx_file import INPUT
 from p3b.errors import ExportError
 
 Kind = Literal["static", "dynamic"]
-KINDS: Mapping[Kind, tuple[str, ...]] = {"static": ("Conv", "MatMul", "Gemm"), "dynamic": ("MatMul", "Gemm")}
+KINDS: Mapping[Kind, tuple[str, ...]] = {"static": ("Conv", "MatMul", "Gemm"), "dynamic": ("MatMul",)}
 """What is quantised, by ONNX's names."""
 MOST_IN_FLOAT = 0.5
 """Share of the layers that may stay in float: beyond it nothing is gained."""

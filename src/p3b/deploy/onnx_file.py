@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from p3b.deploy.agreement import Logits
+from p3b.deploy.flat import with_flat_linears
 from p3b.deploy.metadata import Metadata
 from p3b.deploy.program import dynamic_axes
 from p3b.errors import ConfigError, WeightsError
@@ -28,7 +29,7 @@ INPUT, OUTPUT = "images", "logits"
 _NEEDED = ("onnx", "onnxruntime", "onnxscript")
 
 
-def write_onnx(model: nn.Module, example: Tensor, file: Path, *, optimize: bool = True) -> None:
+def write_onnx(model: nn.Module, example: Tensor, file: Path, *, optimize: bool = True, flat: bool = True) -> None:
     """Export a model with a dynamic number of images (and, for uint8 images, a dynamic height and width).
 
     Args:
@@ -36,14 +37,16 @@ def write_onnx(model: nn.Module, example: Tensor, file: Path, *, optimize: bool 
         example: (2 or more, C, H, W) images that it takes.
         file: written in one piece, weights included.
         optimize: tidy the graph, which takes half of the time; ONNX Runtime computes as quickly without.
+        flat: linear layers as Gemm, which is quicker (`p3b.deploy.flat`); dynamic int8 knows MatMul alone.
 
     Raises:
         ConfigError: onnx, onnxruntime or onnxscript is not installed.
     """
     require_onnx()
     with _quiet():
+        exported = with_flat_linears(model) if flat else model
         torch.onnx.export(
-            model, (example,), file, dynamo=True, verbose=False, external_data=False, opset_version=OPSET,
+            exported, (example,), file, dynamo=True, verbose=False, external_data=False, opset_version=OPSET,
             input_names=[INPUT], output_names=[OUTPUT], dynamic_shapes=(dynamic_axes(example),), optimize=optimize,
         )  # fmt: skip
 
