@@ -1,60 +1,40 @@
-"""Write a model that p3b saved as ONNX, in the layout that is the quickest one in ONNX Runtime on this machine.
+"""Export a model that p3b saved from Python, then run the file with ONNX Runtime alone, as a deployment does.
 
-python examples/export_onnx.py run/pruned small.onnx --batch-size 1     (needs pip install ".[onnx]")
+python examples/export_onnx.py run/pruned small.onnx     (needs pip install ".[onnx]"; on the command line: p3b export)
 """
 
 import argparse
 import statistics
-import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import onnxruntime
-import torch
 
-import p3b
-
-LAYOUTS = ("index", "folded", "balanced", "zeros")
-CLOSE = 1e-3  # relative difference of logits that rounding in float32 explains, with room to spare
+from p3b.commands.export import export_saved
+from p3b.run.deploy_options import ExportConfig
 
 
 def main(folder: Path, file: Path, batch_size: int, rounds: int) -> None:
-    model = p3b.load(folder)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    images = torch.rand(max(batch_size, 2), model.patch_embed.proj.in_channels, *model.patch_embed.img_size)
-    with torch.inference_mode():
-        expected = model(images)[:batch_size]  # two at least are exported: a single one would fix the batch size
-    feed = {"images": images[:batch_size].numpy()}
-    sessions, seconds = {}, {layout: [] for layout in LAYOUTS}
-    with tempfile.TemporaryDirectory(dir=file.absolute().parent) as scratch:
-        for layout in LAYOUTS:
-            torch.onnx.export(
-                p3b.with_layout(model, layout), (images,), Path(scratch) / layout, dynamo=True, verbose=False,
-                external_data=False, input_names=["images"], output_names=["logits"],
-                dynamic_shapes=({0: torch.export.Dim("batch")},),
-            )  # fmt: skip
-            sessions[layout] = onnxruntime.InferenceSession(Path(scratch) / layout, providers=["CPUExecutionProvider"])
-            logits = torch.from_numpy(sessions[layout].run(None, feed)[0])
-            off = ((logits - expected).abs().max() / expected.abs().max()).item()
-            if not off < CLOSE:
-                raise SystemExit(f"{layout}: the logits of ONNX Runtime differ from those of PyTorch by {off:.1e}, relative.")
-        for _ in range(rounds):  # in turns, so that what else the machine does meets all of them
-            for layout, session in sessions.items():
-                start = time.perf_counter()
-                session.run(None, feed)
-                seconds[layout].append(time.perf_counter() - start)
-        middle = {layout: statistics.median(taken) for layout, taken in seconds.items()}
-        best = min(LAYOUTS, key=lambda layout: middle[layout])
-        (Path(scratch) / best).replace(file)
-    print(", ".join(f"{layout} {1000 * taken:.2f} ms" for layout, taken in middle.items()))
-    print(f"{file}: layout {best}, the logits of PyTorch")
+    export_saved(ExportConfig(folder, file, batch_size=batch_size))  # checked in ONNX Runtime before it is written
+
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    inside = session.get_modelmeta().custom_metadata_map  # class names, preprocessing, where the model comes from
+    given = session.get_inputs()[0]
+    images = np.random.default_rng(0).random((batch_size, *given.shape[1:]), dtype=np.float32)
+    seconds = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        session.run(None, {given.name: images})
+        seconds.append(time.perf_counter() - start)
+    print(f"{file}: {1000 * statistics.median(seconds):.2f} ms for {batch_size} image(s); it also holds {', '.join(inside)}")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("file", type=Path)
-    parser.add_argument("--batch-size", type=int, default=1, help="images at a time that speed is measured with")
-    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=30, help="timed calls")
     given = parser.parse_args()
     main(given.folder, given.file, given.batch_size, given.rounds)

