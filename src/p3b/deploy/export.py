@@ -252,7 +252,7 @@ class _Trials:
 
     def side(self, model: VisionTransformer, name: str, layout: str = "index") -> tuple[Path, Runner]:
         """Another model in float32, to measure beside."""
-        file = self._write(model, layout, name, half=False, tidy=False)
+        file = self._write(model, layout, name, half=False, tidy=True)
         return file, self.open(file)
 
     def open(self, file: Path) -> Runner:
