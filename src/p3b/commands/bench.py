@@ -43,6 +43,8 @@ def bench(config: BenchConfig) -> dict[str, Any]:
         timings = {size: _timed(config, chosen, size, device) for size in config.batch_sizes}
     memory = _memory(config, chosen) if config.memory else {}
     sizes = {side.name: None if side.dense else size_on_disk(side.path) for side in chosen}
+    for number, side in enumerate(chosen, start=1):
+        screen.say(f"{number}. {side.name}")
     for batch_size, timed in timings.items():
         show(screen, batch_size, timed, sizes, memory)
     threads = torch.get_num_threads()
@@ -93,20 +95,20 @@ def show(
     sizes: Mapping[str, int | None],
     memory: Mapping[str, int | None],
 ) -> None:
-    """One table for each batch size."""
+    """One table for each batch size; sides are numbered as they were listed."""
     rows = [
         (
-            name,
+            f"{number}. {name.rpartition(', ')[2]}",
             f"{timing.p50_ms:.2f}",
             f"{timing.p90_ms:.2f}",
             f"{timing.images_per_second:,.0f}",
-            "" if timing.ratio is None else str(timing.ratio),
+            "" if timing.ratio is None else str(timing.ratio).replace(" to ", "-"),
             _megabytes(sizes[name]),
             _megabytes(memory.get(name)),
         )
-        for name, timing in timed.items()
+        for number, (name, timing) in enumerate(timed.items(), start=1)
     ]
-    columns = ("", "p50 ms", "p90 ms", "images/s", "speed-up", "file MB", "memory MB")
+    columns = ("", "p50 ms", "p90 ms", "images/s", "speed-up", "file MB", "RAM MB")
     screen.table(f"batches of {batch_size}", columns, rows)
 
 
