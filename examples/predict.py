@@ -8,20 +8,20 @@ import json
 from pathlib import Path
 
 import torch
-from PIL import Image
 from timm.data import create_transform
 
 import p3b
+from p3b.data import read_image
 
 
 def main(folder: Path, files: list[Path], top: int) -> None:
     model = p3b.load(folder)
     config = json.loads((folder / "config.json").read_text())
     prepare = create_transform(**{key: tuple(v) if isinstance(v, list) else v for key, v in config["preprocessing"].items()})
-    names = config["class_names"]
+    channels, names = config["preprocessing"]["input_size"][0], config["class_names"]
     with torch.inference_mode():
         for file in files:
-            image = prepare(Image.open(file).convert("RGB"))
+            image = prepare(read_image(file, channels))
             chances = model(image[None]).softmax(1)[0]
             best = chances.topk(min(top, len(names)))
             listed = ", ".join(f"{names[i]} {chance:.1%}" for chance, i in zip(best.values, best.indices, strict=True))

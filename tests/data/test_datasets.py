@@ -16,8 +16,11 @@ import torchvision
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from p3b.data.datasets import balanced_subset, open_data, stratified_cut
-from p3b.data.images import ArrayStore, LabelledImages, to_rgb
+from p3b.data.cut import balanced_subset, stratified_cut
+from p3b.data.datasets import open_data
+from p3b.data.images import LabelledImages
+from p3b.data.prepare import prepare_image
+from p3b.data.stores import ArrayStore
 from p3b.errors import DataError
 
 SHARED_TARS = Path(__file__).resolve().parents[2].parent / "shared" / "data"
@@ -187,7 +190,7 @@ def test_a_set_without_any_readable_image_is_an_error(tmp_path: Path) -> None:
     for name in ("cat/1.jpg", "dog/1.jpg"):
         (tmp_path / name).parent.mkdir()
         (tmp_path / name).write_bytes(b"not an image")
-    with pytest.raises(DataError, match="None of the 2 images"):
+    with pytest.raises(DataError, match="No image of the class folders cat, dog of train"):
         open_data("FOLDER", tmp_path, val_share=0.0, skip_unreadable=True).train[0]
 
 
@@ -217,7 +220,7 @@ def test_every_mode_becomes_rgb(mode: str) -> None:
         image.info["transparency"] = b"\xff" * 200
     buffer = io.BytesIO()
     image.save(buffer, "TIFF" if mode == "CMYK" else "PNG")
-    rgb = to_rgb(Image.open(buffer))
+    rgb = prepare_image(Image.open(buffer))
     assert rgb.mode == "RGB"
     expected = 255 if mode == "1" else 200
     assert np.abs(np.asarray(rgb).astype(int) - expected).max() <= 1

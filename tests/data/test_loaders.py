@@ -11,8 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from p3b.data.images import ArrayStore, LabelledImages
+from p3b.data.images import LabelledImages
 from p3b.data.loaders import TrainBatches, default_num_workers, eval_batches, train_batches
+from p3b.data.stores import ArrayStore
 from p3b.data.transforms import Augmentation, Preprocessing, mixup
 from p3b.errors import ConfigError, DataError
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 import timm
@@ -17,10 +17,10 @@ from p3b.run.evaluation import Evaluation
 from p3b.run.failures import explained
 from p3b.run.final_table import Figures, figures_of, measure_speeds, plain
 from p3b.run.folder import StageFolder
-from p3b.run.inputs import OpenedModel, count_unreadable, num_workers, open_model, open_splits
+from p3b.run.inputs import OpenedModel, count_unreadable, num_workers, open_model, open_splits, saved_class_names
 from p3b.run.machine import Machine, open_machine
 from p3b.run.option_checks import check_evaluation
-from p3b.run.options import DataOptions, EvaluateConfig, ModelOptions, to_plain
+from p3b.run.options import EvaluateConfig, ModelOptions, to_plain
 from p3b.run.products import PRODUCTS
 from p3b.run.screen import Screen, open_screen
 from p3b.train.evaluate import Accuracy
@@ -45,11 +45,13 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         folder = None if run.output_dir is None else StageFolder(run.output_dir, "evaluate")
         if folder is not None:
             folder.check(resume=False, overwrite=run.overwrite)
-        splits = _open_splits(config.data, run.seed, machine)
+        names = saved_class_names(config.model)
+        splits = open_splits(config.data, run.seed, machine.processes, for_evaluation=True, class_names=names)
         opened = _open_trained(config.model, splits.class_names, run.seed)
         with _claimed(folder, config, machine, screen), explained(machine.processes, run.output_dir, lambda: True):
-            for note in opened.report.notes if opened.report is not None else ():
-                screen.say(note)
+            notes = opened.report.notes if opened.report is not None else ()
+            for line in (f"data: {splits.description}", *splits.notes, *notes):
+                screen.say(line)
             with machine.precision.autocast():
                 model = machine.put(opened.model).eval()
                 model = with_layout(model, config.layout, batch_size=config.batch_size)
@@ -69,13 +71,6 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             if folder is not None:
                 machine.on_main(lambda: folder.write_json("summary.json", summary))
             return summary
-
-
-def _open_splits(options: DataOptions, seed: int, machine: Machine) -> DataSplits:
-    """The data. Nothing is trained here, so nothing is cut off a folder without parts: all of it is evaluated."""
-    if options.data_set.upper() == "FOLDER" and options.val_share is None:
-        options = replace(options, val_share=0.0)
-    return open_splits(options, seed, machine.processes)
 
 
 def _open_trained(options: ModelOptions, class_names: tuple[str, ...], seed: int) -> OpenedModel:

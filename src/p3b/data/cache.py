@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from p3b.data.datasets import DataSplits
-from p3b.data.images import ArrayStore, ImageStore, to_rgb
+from p3b.data.stores import ArrayStore, ImageStore
 from p3b.errors import ConfigError
 
 MEMORY_SHARE = 0.25
@@ -176,9 +176,8 @@ class CachedStore:
     def open(self, index: int) -> Image.Image:
         image = self.kept.get(self._first + index)
         if image is None:
-            image = to_rgb(self._store.open(index))
-            if "transparency" not in image.info:  # Pillow converts such an image in ways that pixels alone do not tell
-                self.kept.put(self._first + index, image)
+            image = self._store.open(index)
+            self.kept.put(self._first + index, image)
         return image
 
     def name(self, index: int) -> str:

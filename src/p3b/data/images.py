@@ -1,20 +1,16 @@
 """Labelled images behind one map-style data set, wherever the pixels lie.
 
-A store knows how to open image i and what to call it; `LabelledImages` adds labels, subsets and what happens to an
-image that cannot be read. No store keeps a file open between two images. timm's tar reader does, and once its main
-process has read an image, all forked workers share one file offset and read garbage; an open costs some 20
-microseconds beside a decode of several hundred.
+A store (`stores`) knows how to open image i and what to call it; `LabelledImages` adds labels, subsets and what happens to
+an image that cannot be read.
 """
 
 from __future__ import annotations
 
-import io
 import logging
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, final
+from typing import Any, final
 
 import numpy as np
 import torch
@@ -22,6 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch.utils.data import Dataset
 
+from p3b.data.stores import ImageStore
 from p3b.errors import DataError
 
 logger = logging.getLogger("p3b.data")
@@ -29,21 +26,6 @@ logger = logging.getLogger("p3b.data")
 MIN_IMAGES_TRIED = 32
 """From so many images on it tells of the whole data set, not of single images, if more than half cannot be read."""
 _READ, _UNREADABLE = 1, 2  # of an image that was tried; 0: not tried yet
-
-
-class ImageStore(Protocol):
-    """Images by number, without labels."""
-
-    def __len__(self) -> int: ...
-
-    def open(self, index: int) -> Image.Image:
-        """Image `index`, decoded, in any mode; raises whatever the decoder raises, and `DataError` where not this image
-        but all that the store reads from is at fault."""
-        ...
-
-    def name(self, index: int) -> str:
-        """What a user calls this image: its file, or its place in the set."""
-        ...
 
 
 @final
@@ -60,6 +42,8 @@ class LabelledImages(Dataset[tuple[Any, int]]):
         indices: (n,) the images of the store that belong to this set, all by default.
 
     Attributes:
+        store: where an image is taken from; a cache may take its place.
+        origin: where the images come from.
         transform: called with the PIL image (RGB) if not None; may be set at any time.
         skip_unreadable: as above; may be set at any time before the loaders start.
     """
@@ -72,7 +56,7 @@ class LabelledImages(Dataset[tuple[Any, int]]):
         skip_unreadable: bool = False,
         indices: NDArray[np.int64] | None = None,
     ) -> None:
-        self.store = store
+        self.store = self.origin = store
         self.skip_unreadable = skip_unreadable
         self.transform: Callable[[Image.Image], Any] | None = None
         self._store_targets = np.asarray(targets, dtype=np.int64)
@@ -100,7 +84,7 @@ class LabelledImages(Dataset[tuple[Any, int]]):
         if self.skip_unreadable and self._tried[index] == _UNREADABLE:
             return None
         try:
-            image = to_rgb(self.store.open(index))
+            image = self.store.open(index)
         except DataError:
             raise
         except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, zlib.error ...
@@ -154,153 +138,19 @@ class LabelledImages(Dataset[tuple[Any, int]]):
 
     def subset(self, positions: NDArray[np.int64]) -> LabelledImages:
         """The images at `positions` as a set of their own, with its own `transform`; the pixels are not copied."""
-        return LabelledImages(
+        part = LabelledImages(
             self.store,
             self._store_targets,
             skip_unreadable=self.skip_unreadable,
             indices=self._indices[np.asarray(positions, dtype=np.int64)],
         )
+        part.origin = self.origin
+        return part
 
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any PIL image as RGB; 16-bit grey is scaled to 8 bits where PIL alone would clip it to white."""
-    if image.mode == "RGB":
-        image.load()
-        return image
-    if image.mode.startswith("I"):
-        values = np.asarray(image).astype(np.int64)
-        if values.max(initial=0) > 255:
-            values >>= 8
-        return Image.fromarray(values.clip(0, 255).astype(np.uint8)).convert("RGB")
-    if image.mode == "P" and "transparency" in image.info:
-        return image.convert("RGBA").convert("RGB")  # straight to RGB makes PIL warn
-    return image.convert("RGB")
-
-
-@final
-class FileStore:
-    """Image files by path.
-
-    Args:
-        paths: one path for each image. Kept as one array of bytes: a list of a million strings would be copied bit by
-            bit into every forked worker, since merely reading a Python object writes its reference count.
-    """
-
-    def __init__(self, paths: Sequence[str]) -> None:
-        self._paths = np.array([os.fsencode(path) for path in paths])
-
-    def __len__(self) -> int:
-        return len(self._paths)
-
-    def open(self, index: int) -> Image.Image:
-        with Path(self.name(index)).open("rb") as file:
-            return _decoded(file)
-
-    def name(self, index: int) -> str:
-        return os.fsdecode(bytes(self._paths[index]))
-
-
-@final
-class TarStore:
-    """Image files inside an uncompressed tar.
-
-    Args:
-        path: the tar.
-        names: member names.
-        offsets: (n,) where each member's data begins, in bytes from the start of the tar.
-        sizes: (n,) bytes of each member.
-    """
-
-    def __init__(self, path: Path, names: Sequence[str], offsets: Sequence[int], sizes: Sequence[int]) -> None:
-        self._path = path
-        self._names = np.array([os.fsencode(name) for name in names])
-        self._offsets = np.array(offsets, dtype=np.int64)
-        self._sizes = np.array(sizes, dtype=np.int64)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def open(self, index: int) -> Image.Image:
-        try:
-            with self._path.open("rb", buffering=0) as file:
-                file.seek(int(self._offsets[index]))
-                content = file.read(int(self._sizes[index]))
-        except OSError as error:
-            raise DataError(
-                f"The tar {self._path} cannot be read any more ({error}). Was it unmounted, moved or deleted during the run? "
-                "Bring it back and start again."
-            ) from error
-        if len(content) < self._sizes[index]:
-            raise DataError(
-                f"The tar {self._path} ends before its image {self.name(index)}: it was cut short or replaced during the run. "
-                "Bring it back and start again."
-            )
-        return _decoded(io.BytesIO(content))
-
-    def name(self, index: int) -> str:
-        return f"{self._path}:{os.fsdecode(bytes(self._names[index]))}"
-
-
-@final
-@dataclass(frozen=True)
-class ArrayStore:
-    """Images that lie in memory: (n, H, W) or (n, H, W, 3), uint8."""
-
-    pixels: NDArray[np.uint8]
-    title: str
-
-    def __len__(self) -> int:
-        return len(self.pixels)
-
-    def open(self, index: int) -> Image.Image:
-        return Image.fromarray(self.pixels[index])
-
-    def name(self, index: int) -> str:
-        return f"{self.title}, image {index}"
-
-
-@final
-@dataclass(frozen=True)
-class ReaderStore:
-    """Images behind one of timm's random-access readers: reader[i] = (binary file, label)."""
-
-    reader: Any
-    title: str
-
-    def __len__(self) -> int:
-        return len(self.reader)
-
-    def open(self, index: int) -> Image.Image:
-        file, *_ = self.reader[index]
-        with file:
-            return _decoded(file)
-
-    def name(self, index: int) -> str:
-        return f"{self.title}, image {index}"
-
-
-@final
-@dataclass(frozen=True)
-class TorchvisionStore:
-    """Images of a torchvision data set: dataset[i] = (PIL image, label)."""
-
-    dataset: Any
-    title: str
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def open(self, index: int) -> Image.Image:
-        return self.dataset[index][0]
-
-    def name(self, index: int) -> str:
-        return f"{self.title}, image {index}"
-
-
-def _decoded(file: Any) -> Image.Image:
-    image = Image.open(file)
-    image.load()  # PIL decodes lazily, and the file closes when the caller leaves
-    return image
+    @property
+    def indices(self) -> NDArray[np.int64]:
+        """(n,) number in the store of every image of this set."""
+        return self._indices
 
 
 def _lost_folder(error: Exception) -> str | None:

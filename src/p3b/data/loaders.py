@@ -27,7 +27,8 @@ from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from p3b.data.images import LabelledImages, to_rgb
+from p3b.data.images import LabelledImages
+from p3b.data.prepare import prepare_image
 from p3b.data.transforms import Augmentation, Preprocessing, eval_transform, train_transform
 from p3b.data.workers import begin_worker, run_workers, told_of_deaths
 from p3b.errors import ConfigError, DataError
@@ -292,7 +293,7 @@ class _Samples(Dataset[Any]):
     ) -> None:
         self._dataset = dataset
         self._transform = transform
-        self._grey = input_size[0] == 1
+        self._channels = input_size[0]
         self._replace_unreadable = replace_unreadable
 
     def __getitems__(self, keys: list[_SampleKey]) -> list[tuple[Tensor, int, int]] | DataError:
@@ -308,8 +309,7 @@ class _Samples(Dataset[Any]):
                     return DataError(str(error))
                 if sample is not None:
                     image, label = sample
-                    image = image.convert("L") if self._grey else to_rgb(image)
-                    samples.append((self._transform(image), label, erasing_seed))
+                    samples.append((self._transform(prepare_image(image, self._channels)), label, erasing_seed))
         return samples
 
     def _read(self, position: int) -> tuple[Image.Image, int] | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,8 +53,28 @@ class OpenedModel:
         return lines
 
 
-def open_splits(options: DataOptions, seed: int, processes: Processes) -> DataSplits:
-    """The data set's parts, on every rank; a download is the main one's alone, the others find what it brought."""
+def saved_class_names(options: ModelOptions) -> tuple[str, ...] | None:
+    """Names of the classes of the saved model that is to be opened, by index; None where it has none, or is no saved model."""
+    if options.model_path is None or not saved_model.is_artifact(options.model_path):
+        return None
+    return tuple(saved_model.read_config(options.model_path)["class_names"] or ()) or None
+
+
+def open_splits(
+    options: DataOptions,
+    seed: int,
+    processes: Processes,
+    *,
+    for_evaluation: bool = False,
+    class_names: Sequence[str] | None = None,
+) -> DataSplits:
+    """The data set's parts, on every rank; a download is the main one's alone, the others find what it brought.
+
+    Args:
+        options, seed: what is opened and how it is cut.
+        processes: those that share the run.
+        for_evaluation, class_names: see `p3b.data.open_data`.
+    """
     if options.download and not processes.is_main:
         wait_for_all()
     splits = open_data(
@@ -67,6 +87,8 @@ def open_splits(options: DataOptions, seed: int, processes: Processes) -> DataSp
         download=options.download,
         max_train_images=options.max_train_images,
         skip_unreadable=options.skip_unreadable,
+        for_evaluation=for_evaluation,
+        class_names=class_names,
     )
     if options.download and processes.is_main:
         wait_for_all()

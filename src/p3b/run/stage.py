@@ -281,6 +281,7 @@ def _opening(
     return (
         title,
         f"data: {splits.description}",
+        *splits.notes,
         cache,
         *weights,
         f"{processes} process{'es' if processes > 1 else ''} on {machine.device}, {machine.number_format}, "
