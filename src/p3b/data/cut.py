@@ -16,7 +16,8 @@ def stratified_cut(targets: NDArray[np.int64], share: float, seed: int) -> tuple
 
     Returns:
         Positions that stay and positions that go, both ascending, together 0 .. n-1. max(1, round(share * n)) go,
-        unless that would take a class's last image: every class keeps at least one.
+        unless that would take a class's last image: every class keeps at least one. And of every class of two or more
+        images at least one goes, so that a few more may go where classes are small.
     """
     rank, class_size, order = _rank_in_class(targets, seed)
     # The k-th of n images of a class stands at (k + 1/2) / n: the lowest share of all are round(share * n) of each
@@ -25,6 +26,7 @@ def stratified_cut(targets: NDArray[np.int64], share: float, seed: int) -> tuple
     wanted = min(max(1, round(share * len(targets))), int(np.isfinite(place).sum()))
     goes = np.zeros(len(targets), dtype=bool)
     goes[np.lexsort((order, place))[:wanted]] = True
+    goes |= (rank == 0) & (class_size > 1)
     return np.flatnonzero(~goes), np.flatnonzero(goes)
 
 

@@ -242,9 +242,10 @@ def _images_below(tree: Tree, root: Folder) -> Iterator[tuple[Folder, Leaf]]:
 
 
 def _with_class_folders(tree: Tree, root: Folder, part: str, files: list[tuple[Folder, Leaf]]) -> PartFiles:
-    """Listed images, each of the class that its folder names: the one below the folder that holds all of them."""
-    below = {folder[: len(root) + 1] for folder in tree.images if folder[: len(root)] == root}
-    level = len(root) + (1 if len(below) == 1 else 0)
+    """Listed images, each of the class that its folder names: the one below the innermost folder that holds all of them."""
+    folders, level = [folder for folder in tree.images if folder[: len(root)] == root], len(root)
+    while all(len(folder) > level + 1 for folder in folders) and len({folder[level] for folder in folders}) == 1:
+        level += 1
     labels = [(*folder, "")[min(level, len(folder))] for folder, _ in files]
     return PartFiles(f"{_place(tree, root)} ({part})", tree, files, labels)
 
