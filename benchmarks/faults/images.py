@@ -119,9 +119,7 @@ def try_image(entry: Format, draw: random.Random, folder: Path) -> dict[str, Any
         file = folder / "a" / f"x{ending}"
         _write(file, entry, drawn, orientation, frames)
         Image.new("RGB", drawn.image.size).save(_made(folder / "b" / "y.png"))
-        case["detail"] = _difference(
-            folder, drawn, orientation, channels, EXACT if not entry.lossy else LOSSY, entry.lossy, frames
-        )
+        case["detail"] = _difference(folder, drawn, orientation, channels, entry.lossy, frames)
         case["ok"] = not case["detail"]
     except UserError as error:
         case["ok"], case["detail"] = drawn.seen is REFUSED and "white" in str(error), f"refused: {error}"

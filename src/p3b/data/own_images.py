@@ -59,6 +59,7 @@ def own_parts(
         labelled["train"] = some_part.subset(np.empty(0, np.int64))
     where = ", ".join(dict.fromkeys(str(path) for path in (data_path, val_path, test_path) if path is not None))
     unlabelled = tuple(why for part, why in found.unlabelled.items() if part == "val" and "val" not in labelled)
+    names = names if class_names is None else tuple(class_names)  # as the model spells them
     return Parts(where, names, **labelled, said=(*found.said, *frames), unlabelled=unlabelled)
 
 
