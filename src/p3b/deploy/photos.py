@@ -12,11 +12,11 @@ from matplotlib.cbook import get_sample_data
 from numpy.typing import NDArray
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.data.readers.img_extensions import get_img_extensions
 from timm.models.vision_transformer import VisionTransformer
 from timm.utils.misc import natural_key
 
-from p3b.data.images import to_rgb
+from p3b.data.prepare import prepare_image, read_image
+from p3b.data.scan import scan
 from p3b.data.transforms import Preprocessing, eval_transform
 from p3b.deploy.agreement import Logits
 from p3b.deploy.metadata import Metadata
@@ -25,11 +25,9 @@ from p3b.errors import DataError
 
 
 def find_files(folder: Path) -> list[Path]:
-    """All image files under a folder, at any depth, in natural order; hidden files and folders are left out."""
-    endings = get_img_extensions(as_set=True)
-    found = (path for path in folder.rglob("*") if path.suffix.lower() in endings and path.is_file())
-    shown = [path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
-    return sorted(shown, key=lambda path: natural_key(str(path)))
+    """All image files under a folder, at any depth, in natural order; what counts as one is said in `p3b.data.scan`."""
+    found = [folder.joinpath(*below, leaf.name) for below, leaves in scan(folder).images.items() for leaf in leaves]
+    return sorted(found, key=lambda path: natural_key(str(path)))
 
 
 def read_some(folder: Path, count: int) -> list[Image.Image]:
@@ -64,11 +62,9 @@ def evenly(items: Sequence[Any], count: int) -> list[Any]:
 
 
 def read(file: Path) -> Image.Image:
-    """A decoded image; DataError where it cannot be read."""
+    """An image as a person sees it; DataError where it cannot be read."""
     try:
-        with Image.open(file) as image:
-            image.load()
-            return image
+        return read_image(file)
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, zlib.error ...
         raise DataError(f"Cannot read the image {file} ({type(error).__name__}: {error}).") from error
 
@@ -106,7 +102,7 @@ class Preparation:
 
     def __call__(self, image: Image.Image) -> NDArray[Any]:
         """A decoded image of any mode to (C, H, W): uint8 as it is, or float32, resized, cropped and normalised."""
-        image = image.convert("L") if self._preprocessing.input_size[0] == 1 else to_rgb(image)
+        image = prepare_image(image, self._preprocessing.input_size[0])
         if self._inside:
             pixels = np.asarray(image)
             return np.ascontiguousarray(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1))

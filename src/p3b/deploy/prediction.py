@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from p3b.data.formats import load_plugins
 from p3b.deploy.photos import Preparation, find_files
 from p3b.deploy.runners import Runner
 from p3b.errors import DataError
@@ -150,11 +151,11 @@ def _prepared(source: Source, prepare: Preparation, max_pixels: int) -> NDArray[
         with source.open() as file:
             if _size(file) > MOST_FILE_BYTES:
                 return f"more than {MOST_FILE_BYTES >> 20} MB"
+            load_plugins()
             with Image.open(file) as image:
                 width, height = image.size
                 if width * height > max_pixels:
                     return f"{width} x {height} pixels, more than the {max_pixels:,} that are allowed"
-                image.load()
                 return prepare(image)
     except Image.DecompressionBombError:
         return f"far more than the {max_pixels:,} pixels that are allowed"
