@@ -17,8 +17,8 @@ from torch import Tensor, nn
 import p3b
 from p3b.errors import BudgetError, ConfigError, ModelError, ScheduleError, TrainingError, WeightsError
 from p3b.methods.base import Decision
-from p3b.vit.compact import branch_shapes
 from p3b.vit.layout import read_layout
+from p3b.vit.shapes import branch_shapes
 from tiny import VARIANTS, images, labels, parameters_of, tiny_vit
 
 CE = nn.functional.cross_entropy

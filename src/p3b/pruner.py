@@ -14,15 +14,19 @@ from torch import Tensor, nn
 from p3b.core.finite import all_finite
 from p3b.core.masks import hard_masks
 from p3b.core.schedule import Schedule
-from p3b.errors import ScheduleError, WeightsError
+from p3b.errors import ModelError, ScheduleError, TrainingError, WeightsError
 from p3b.methods import create_method, method_dims
 from p3b.methods.base import Criterion, Decision
 from p3b.scoring.meter import Reduce
-from p3b.train.distributed import all_reduce_mean, require_agreement, unwrap
+from p3b.train.distributed import all_reduce_mean, require_agreement
 from p3b.vit.compact import apply_cuts, plan_cuts
 from p3b.vit.cost import dense_params, kept_other_params, kept_params
+from p3b.vit.coverage import require_not_gated, require_nothing_shared, require_prunable_layers
+from p3b.vit.described import require_described
 from p3b.vit.gates import Gates
-from p3b.vit.layout import read_layout, require_vision_transformer
+from p3b.vit.layout import read_layout
+from p3b.vit.replaced import forbid_steps
+from p3b.vit.wrappers import forget_compiled, require_single_replica, require_vision_transformer
 
 
 class Pruner:
@@ -40,8 +44,8 @@ class Pruner:
         model = pruner.finalize()  # an ordinary module, small; it has new parameters, so give it a new optimizer
 
     Args:
-        model: dense timm VisionTransformer; may be wrapped in DistributedDataParallel before or after,
-            and in torch.compile, as long as no forward pass has been compiled before.
+        model: dense timm VisionTransformer; may be wrapped in DistributedDataParallel and torch.compile, before or after.
+            Layers may be frozen: they are scored and cut like any other, and stay frozen (docs/model.md says what is covered).
         prune_ratio: share of all parameters that goes, in [0, 1).
         method: name of a method: "block_benefit" (P3B, published as "block_pr"), or one to compare it with: "uniform",
             "random", "magnitude", "taylor", "wdpruning", "savit".
@@ -52,7 +56,8 @@ class Pruner:
             does not take are refused.
 
     Raises:
-        ModelError: a part of the model is not covered. BudgetError, ConfigError, ScheduleError: settings that cannot be met.
+        ModelError: a part of the model is not covered, or a pruner is attached already; the message says how to mend it.
+            BudgetError, ConfigError, ScheduleError: settings that cannot be met.
     """
 
     def __init__(
@@ -69,14 +74,24 @@ class Pruner:
             raise ScheduleError(
                 "Pruner needs a schedule: schedule=p3b.Schedule(start=, sparse=, final=, update_every=), in steps."
             )
-        self._model: VisionTransformer = require_vision_transformer(unwrap(model))
+        require_single_replica(model)
+        self._model: VisionTransformer = require_vision_transformer(model)
         self.schedule = schedule
+        require_not_gated(self._model, "Call finalize() or detach() of that pruner first.")
+        require_nothing_shared(self._model)
         self.layout = read_layout(self._model, method_dims(method, method_options))
+        require_described(self._model, "pruned")
+        require_prunable_layers(self._model)
         self._reduce = reduce
         self._method = create_method(method, self._model, self.layout, prune_ratio, reduce, method_options)
         self.gates = Gates(self.layout, self._model)
         self.gates.attach(self._model)
         self._method.attach(self.gates, schedule)
+        forget_compiled()
+        self._attached = True
+        self._parts = _parts(self._model)
+        first = next(self._model.parameters())
+        self._place = first.device, first.dtype
         self._kept_params = {block.name: dense_params(block) for block in self.layout.blocks}
         self._kept_other_params = self.layout.other_params
         sizes = torch.tensor([size for block in self.layout.blocks for size in block.dims.values()])
@@ -84,12 +99,14 @@ class Pruner:
         self._block_of_element_N = torch.repeat_interleave(blocks, sizes)
         self._pruned_N = torch.zeros(int(sizes.sum()), dtype=torch.bool)
         self.steps_done = 0
+        self._see_to_frozen()
 
     def loss(self, criterion: Criterion, targets: Any) -> Tensor:
         """What the method adds to the loss of the forward pass just done (P3B: its probe losses); a scalar, 0 where nothing.
 
         Call it once after each forward pass, micro-batches included, inside the same autocast context.
         """
+        self._require_attached()
         return self._method.loss(criterion, targets)
 
     def step(self, scaler: torch.amp.GradScaler | None = None, gradients_finite: Tensor | None = None) -> Decision | None:
@@ -110,16 +127,19 @@ class Pruner:
         Raises:
             TrainingError: a call of `loss` or earlier steps are missing, or the processes have come to different masks.
         """
+        self._require_attached()
         step = self.steps_done
         self.steps_done += 1
         if gradients_finite is None:
             gradients_finite = self._gradients_finite()
         if step >= self.schedule.start:
-            self._method.collect(gradients_finite)
+            self._method.collect(gradients_finite, scaler)
         else:
             self._method.discard()
         self._method.train_own(gradients_finite, scaler)
-        return self._renew(step) if self.schedule.update_due(step) else None
+        decision = self._renew(step) if self.schedule.update_due(step) else None
+        self._see_to_frozen()
+        return decision
 
     @property
     def done(self) -> bool:
@@ -144,7 +164,10 @@ class Pruner:
 
         Raises:
             TrainingError: nothing has been measured, or the processes have come to different masks.
+            ModelError: layers were exchanged since the pruner was attached.
         """
+        self._require_attached()
+        self._require_unchanged()
         decision = self._method.last(self._kept_params)
         return self._adopt(decision, hard_masks(decision.masks))
 
@@ -153,17 +176,35 @@ class Pruner:
 
         Returns:
             The model itself, now small: hard masks applied, gates and probes gone, an ordinary module that computes exactly
-            what the masked one computed. Its replaced parameters are new ones: build a new optimizer.
+            what the masked one computed. What was frozen, modes, dtypes and attributes stay. Its replaced parameters are new
+            ones: build a new optimizer (a step of the old one raises a TrainingError).
         """
         self.decide_last()
         return self.shrink()
 
     def shrink(self) -> nn.Module:
-        """Cut the model by the masks that the gates hold, and detach everything. `finalize` is `decide_last` and this."""
+        """Cut the model by the masks that the gates hold, and detach everything. `finalize` is `decide_last` and this.
+
+        Raises:
+            ModelError: the model was changed since the pruner was attached: layers exchanged, hooks or adapters added.
+        """
+        self._require_attached()
+        self._require_unchanged()
+        require_described(self._model, "pruned")
+        require_prunable_layers(self._model)
         plan = plan_cuts(self.layout, self.gates.masks)
+        self.detach()
+        before = dict(self._model.named_parameters())
+        small = apply_cuts(self._model, plan)
+        forbid_steps(before, small)
+        return small
+
+    def detach(self) -> None:
+        """Take everything off the model, which stays dense and computes what it did before; the pruner has ended then."""
         self.gates.detach()
         self._method.detach()
-        return apply_cuts(self._model, plan)
+        self._attached = False
+        forget_compiled()
 
     def state_dict(self) -> dict[str, Any]:
         """All that the next step depends on, besides the model's own weights: tensors and plain values only."""
@@ -175,6 +216,7 @@ class Pruner:
         Raises:
             WeightsError: the state belongs to another model or method.
         """
+        self._require_attached()
         try:
             self._method.load_state_dict(state["method"])
             self.steps_done = int(state["steps_done"])
@@ -182,9 +224,40 @@ class Pruner:
                 self._set_masks(state["masks"])
         except (KeyError, RuntimeError, ValueError) as error:
             raise WeightsError(f"The pruner's state belongs to another model, method or version: {error}") from error
+        self._see_to_frozen()
+
+    def _see_to_frozen(self) -> None:
+        """Once pruning has begun: where a gated weight is frozen its score is found by the gates."""
+        if self.steps_done < self.schedule.start or self.gates.collects or not self._method.needs_gradients:
+            return
+        if not all(parameter.requires_grad for parameter in self.gates.gated_parameters(self._model).values()):
+            self.gates.collect_gradients(writers_only=True)
+
+    def _require_attached(self) -> None:
+        if not self._attached:
+            raise TrainingError(
+                "This pruner has ended: its model was shrunk, or it was detached. Go on with the model that finalize() "
+                "returned, or make a new pruner for a dense model."
+            )
+        first = next(self._model.parameters())
+        if (first.device, first.dtype) != self._place:
+            raise TrainingError(
+                f"The model is on {first.device} as {first.dtype} now; when the pruner was made it was on {self._place[0]} as "
+                f"{self._place[1]}. Move the model, or change its dtype, before the pruner is made."
+            )
+
+    def _require_unchanged(self) -> None:
+        now = _parts(self._model)
+        changed = [name for name in {**self._parts, **now} if self._parts.get(name) != now.get(name)]
+        if changed:
+            raise ModelError(
+                f"{changed[0]} was exchanged, added or taken away since the pruner was attached, which scores and masks know "
+                "nothing of. Change the model first (heads, adapters, sizes), then make the pruner."
+            )
 
     def _renew(self, step: int) -> Decision:
         """A mask update, as it is due at the end of a step."""
+        self._require_unchanged()
         decision = self._method.renew(self._kept_params, self.schedule.progress(step), self.schedule.tau(step))
         return self._adopt(decision, decision.masks)
 
@@ -217,6 +290,12 @@ class Pruner:
         parameters = list(self._model.parameters())
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         return self._reduce(all_finite(gradients).to(parameters[0].device, torch.float32)) == 1
+
+
+def _parts(model: nn.Module) -> dict[str, int]:
+    """Identity of every module and parameter of the model, by name."""
+    parts = {name: id(module) for name, module in model.named_modules()}
+    return parts | {name: id(parameter) for name, parameter in model.named_parameters()}
 
 
 def _digest(masks: Mapping[str, Tensor]) -> str:

@@ -13,8 +13,8 @@ import layouts
 from harness.records import read_lines
 from layouts import BENCH, MODELS, NAMES, PRUNE_RATIOS, RUNTIMES, WIDTHS, Widths, dense_model, small_model, tables
 from p3b.core.masks import Heads
-from p3b.vit.compact import branch_shapes
 from p3b.vit.cost import count_parameters
+from p3b.vit.shapes import branch_shapes
 
 
 @pytest.fixture(scope="module", params=PRUNE_RATIOS)

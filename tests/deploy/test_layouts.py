@@ -15,9 +15,10 @@ from layouts import OnnxModel
 from p3b.deploy.layouts import GATHER_COST, LAYOUTS, ROWS, BranchPlan, apply_layout, plan_layout
 from p3b.deploy.sides import GatherNorm, GatherWrite, SliceNorm, SliceWrite
 from p3b.errors import ConfigError, ModelError
-from p3b.vit.compact import apply_cuts, branch_shapes, plan_cuts
+from p3b.vit.compact import apply_cuts, plan_cuts
 from p3b.vit.deployment import compact_of, layout_of
 from p3b.vit.layout import ModelLayout, read_layout
+from p3b.vit.shapes import branch_shapes
 from tiny import VARIANTS, images, random_masks, tiny_vit
 
 FORMS = ("whole", "small", "constant", "gone")

@@ -18,10 +18,10 @@ from p3b.methods.base import Decision
 from p3b.methods.wdpruning import WDPruning, default_lr, width_cost
 from p3b.run.method_options import method_options_of
 from p3b.run.options import PruneOptions
-from p3b.vit.compact import branch_shapes
 from p3b.vit.cost import count_parameters, dense_params, kept_params
 from p3b.vit.gates import Gates
 from p3b.vit.layout import ModelLayout, read_layout
+from p3b.vit.shapes import branch_shapes
 from runs import CALM, flags, lines, read, run
 from tiny import VARIANTS, images, in_ranks, labels, parameters_of, random_masks, tiny_vit
 

@@ -18,9 +18,9 @@ from p3b.errors import ConfigError, WeightsError
 from p3b.methods import METHODS, create_method, effective_options, method_dims
 from p3b.methods.base import Decision
 from p3b.storage.saved_model import read_config
-from p3b.vit.compact import CONSTANT, GONE, SMALL, branch_shapes
 from p3b.vit.cost import kept_params
 from p3b.vit.layout import DEFAULT_DIMS, ModelLayout, read_layout
+from p3b.vit.shapes import CONSTANT, GONE, SMALL, branch_shapes
 from tiny import VARIANTS, images, labels, parameters_of, tiny_vit
 
 CE = nn.functional.cross_entropy

@@ -57,7 +57,7 @@ def test_a_gate_that_is_shut_has_no_score_and_an_almost_shut_one_has() -> None:
     assert (score[1:] > 0).all()
 
 
-def test_frozen_weights_count_as_zero() -> None:
+def test_by_weights_alone_frozen_ones_count_as_zero() -> None:
     model = tiny_vit()
     model.blocks[0].requires_grad_(False)
     model.blocks[1].attn.qkv.requires_grad_(False)

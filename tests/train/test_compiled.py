@@ -17,10 +17,10 @@ from torch import nn
 import p3b
 from p3b.methods.base import Decision
 from p3b.train.compiled import compiled, require_compiler
-from p3b.train.distributed import unwrap
 from p3b.train.loop import EpochProgress, Learner, train_epoch
 from p3b.train.losses import TrainingLoss
 from p3b.train.optim import Precision
+from p3b.vit.wrappers import unwrap
 from runs import flags
 from tiny import images, labels, tiny_vit
 

@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from p3b import load, save
 from p3b.core.allocation import keep_ratios
 from p3b.core.masks import GATE_FACTORS, block_masks, hard_masks, order_elements, shares_to_counts
-from p3b.vit.compact import ConstantBranch, NoBranch, ReadChannels, WriteChannels, apply_cuts, branch_shapes, plan_cuts
+from p3b.vit.compact import apply_cuts, plan_cuts
 from p3b.vit.cost import block_params, dense_params, kept_channels, prefix_cost
 from p3b.vit.gates import Gates
 from p3b.vit.layout import ModelLayout, read_layout
+from p3b.vit.parts import ConstantBranch, NoBranch, ReadChannels, WriteChannels
+from p3b.vit.shapes import branch_shapes
 from tiny import VARIANTS, images, labels, masks_of, parameters_of, random_masks, soft_random_masks, tiny_vit
 
 Masks = dict[str, Tensor]

@@ -28,7 +28,7 @@ from p3b.scoring.scores import RandomScores
 from p3b.storage.models import build_model
 from p3b.storage.saved_model import CONFIG_FILE, read_config, save_checkpoint
 from p3b.vit.architecture import describe_dense
-from p3b.vit.compact import ConstantBranch, NoBranch, ReadChannels, WriteChannels, apply_cuts, branch_shapes, plan_cuts
+from p3b.vit.compact import apply_cuts, plan_cuts
 from p3b.vit.cost import (
     block_params,
     count_macs,
@@ -44,6 +44,8 @@ from p3b.vit.cost import (
 )
 from p3b.vit.gates import Gates
 from p3b.vit.layout import DEFAULT_DIMS, DIMS, ModelLayout, read_layout
+from p3b.vit.parts import ConstantBranch, NoBranch, ReadChannels, WriteChannels
+from p3b.vit.shapes import branch_shapes
 from tiny import DISTILLED, VARIANTS, images, labels, parameters_of, tiny_vit
 
 Masks = dict[str, Tensor]

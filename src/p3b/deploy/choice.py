@@ -15,7 +15,7 @@ from p3b.errors import ConfigError
 from p3b.storage import saved_model
 from p3b.vit.attention import choose_attention
 from p3b.vit.deployment import compact_of, layout_of
-from p3b.vit.layout import require_vision_transformer
+from p3b.vit.wrappers import require_vision_transformer
 
 AUTO = "auto"
 CANDIDATES = ("index", "folded", "gathered", "balanced", "zeros")
@@ -58,7 +58,7 @@ def with_layout(model: nn.Module, layout: str = AUTO, *, batch_size: int = 1) ->
         ConfigError: unknown layout, or a batch size below 1. ModelError: no VisionTransformer, or a part that is not covered.
     """
     check_layout(layout, [AUTO])
-    vit = require_vision_transformer(model)
+    vit = require_vision_transformer(model, "carried out")
     name = choose_layout(vit, batch_size=batch_size).layout if layout == AUTO else layout
     return vit if layout_of(vit) == name else _laid_out(vit, plan_layout(vit, name))
 
@@ -93,7 +93,7 @@ def choose_layout(model: nn.Module, *, batch_size: int = 1, seconds: float = 4.0
     """
     if batch_size < 1:
         raise ConfigError(f"The batch size must be 1 or more, got {batch_size}.")
-    compact = compact_of(require_vision_transformer(model))
+    compact = compact_of(require_vision_transformer(model, "carried out"))
     was_training = compact.training
     plans: dict[tuple[BranchPlan, ...], LayoutPlan] = {}
     for name in CANDIDATES:

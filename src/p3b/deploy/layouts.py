@@ -26,6 +26,7 @@ import math
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -35,8 +36,9 @@ from torch.nn import functional as F
 
 from p3b.deploy.sides import Addend, FloatWrite, GatherNorm, GatherWrite, IndexNorm, SliceNorm, SliceWrite
 from p3b.errors import ConfigError, ModelError, unknown_name
-from p3b.vit.compact import CONSTANT, GONE, WHOLE, BranchShape, ConstantBranch, branch_shapes
 from p3b.vit.deployment import Deployment, compact_of
+from p3b.vit.parts import ConstantBranch
+from p3b.vit.shapes import CONSTANT, GONE, WHOLE, BranchShape, branch_shapes
 
 Side = Literal["index", "folded", "gather", "zeros", "slice"]
 
@@ -140,7 +142,7 @@ def apply_layout(model: VisionTransformer, plan: LayoutPlan) -> VisionTransforme
             else:
                 _build(block, half, _pieces(block, half, shape, width, place), branch, width)
     built.requires_grad_(False)
-    built.add_module("deployment", Deployment(plan.name, compact))
+    built.add_module("deployment", Deployment(plan.name, compact, partial(apply_layout, plan=plan)))
     return built
 
 

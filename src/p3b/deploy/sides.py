@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from p3b.vit.compact import flat_select
+from p3b.vit.parts import flat_select
 
 
 class IndexNorm(nn.Module):

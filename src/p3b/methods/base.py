@@ -69,6 +69,11 @@ class Method(Protocol):
     `discard`, in the warm-up) and `train_own`; at a mask update `renew`; at the end `last`.
     """
 
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether elements are scored by gradients, so that those of frozen weights have to be found by their gates."""
+        ...
+
     def attach(self, gates: Gates, schedule: Schedule) -> None:
         """Take note of the gates that the masks act through and of the phases; a method that learns masks needs both."""
         ...
@@ -77,7 +82,7 @@ class Method(Protocol):
         """What the method adds to the training loss of the forward pass just done: a scalar, 0 where it adds nothing."""
         ...
 
-    def collect(self, gradients_finite: Tensor) -> None:
+    def collect(self, gradients_finite: Tensor, scaler: torch.amp.GradScaler | None = None) -> None:
         """Take in what the step measured; a step whose gradients are not finite (0-dim bool) counts for nothing."""
         ...
 
@@ -132,14 +137,18 @@ class ScoreMethod:
     def __init__(self, name: str, model: nn.Module, scores: ElementScores, decide: Decide) -> None:
         self._name, self._model, self._scores, self._decide = name, model, scores, decide
 
+    @property
+    def needs_gradients(self) -> bool:
+        return self._scores.needs_gradients
+
     def attach(self, gates: Gates, schedule: Schedule) -> None:
-        pass
+        self._scores.attach(gates)
 
     def loss(self, criterion: Criterion, targets: Any) -> Tensor:
         return torch.zeros((), device=next(self._model.parameters()).device)
 
-    def collect(self, gradients_finite: Tensor) -> None:
-        self._scores.collect(gradients_finite)
+    def collect(self, gradients_finite: Tensor, scaler: torch.amp.GradScaler | None = None) -> None:
+        self._scores.collect(gradients_finite, scaler)
 
     def discard(self) -> None:
         pass

@@ -23,27 +23,31 @@ Departures from the paper and its published code:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from timm.layers import PatchDropout
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from p3b.core.allocation import block_budget, given_keep_ratios, keep_ratios, mix_importance, update_importance
 from p3b.core.schedule import Schedule
-from p3b.errors import ConfigError, TrainingError
+from p3b.errors import ConfigError, ModelError, TrainingError
 from p3b.methods.base import BlockShares, Criterion, Decision
-from p3b.scoring.criteria import by_gate, taylor
+from p3b.scoring.criteria import by_gate
 from p3b.scoring.estimator import BenefitEstimator
 from p3b.scoring.estimators import ProbeSettings, create_estimator
+from p3b.scoring.first_order import FirstOrder, require_signal
 from p3b.scoring.meter import IntervalMeter, Reduce
-from p3b.scoring.scores import of_all
 from p3b.vit.gates import Gates
 from p3b.vit.layout import ModelLayout
 from p3b.vit.taps import Taps
 
 LEAST_KEPT_SHARE = 0.01
+ESTIMATORS_OF_MEANS = ("linear", "ridge")
+"""Those that read the mean of the patches, whatever their number and places; the others read them as a map."""
 
 
 class BlockBenefit:
@@ -72,6 +76,7 @@ class BlockBenefit:
     Raises:
         ConfigError: an option outside its range.
         BudgetError: a prune ratio that cannot be met, or keep ratios that do not fit the blocks.
+        ModelError: the model has no head, or leaves out patches that the estimator reads.
     """
 
     def __init__(
@@ -107,36 +112,42 @@ class BlockBenefit:
         if self._given is None:
             block_budget(float(self._params.sum()), self._other_params, prune_ratio)  # cannot be met: say so before training
 
-        self._weights = dict(model.named_parameters())
+        self._device = next(model.parameters()).device
+        self._first_order = FirstOrder(layout, model, reduce)
         self._meter = IntervalMeter()
         self._pending_benefits: list[Tensor] = []
         self._importance: list[Tensor | None] = [None, None]
         self._taps = Taps()
         self._estimator: BenefitEstimator | None = None
+        self._reads_maps = estimator not in ESTIMATORS_OF_MEANS
         if self._given is None:
+            self._require_readable(model, estimator)
             first = next(model.parameters())
             settings = ProbeSettings(layout, reduce, first.device, first.dtype, probe_lr, probe_weight_decay, probe_seed)
             self._estimator = create_estimator(estimator, settings)
             self._taps.attach(model)
             self._taps.recording = self._estimator.due()
 
+    needs_gradients = True
+
     def attach(self, gates: Gates, schedule: Schedule) -> None:
-        pass
+        self._first_order.attach(gates)
 
     def loss(self, criterion: Criterion, targets: Any) -> Tensor:
         if self._estimator is None or not self._estimator.due():
-            return torch.zeros((), device=next(iter(self._weights.values())).device)
+            return torch.zeros((), device=self._device)
         stream = self._taps.take()
         if not stream:
             raise TrainingError(
                 "No forward pass has been recorded: call model(images), with gradients enabled, before pruner.loss."
             )
+        self._require_fitting(stream[0])
         benefits_2B, loss = self._estimator.observe(stream, criterion, targets)
         self._pending_benefits.append(benefits_2B)
         return loss
 
-    def collect(self, gradients_finite: Tensor) -> None:
-        self._meter.add("scores", of_all(taylor, self._layout, self._weights), gradients_finite)
+    def collect(self, gradients_finite: Tensor, scaler: torch.amp.GradScaler | None = None) -> None:
+        self._first_order.add_to(self._meter, gradients_finite, scaler)
         if self._pending_benefits:
             # Reduced at every step, so that the sums, which a checkpoint keeps, are the same on every rank.
             benefits_2B = self._reduce(torch.stack(self._pending_benefits).mean(0))
@@ -153,6 +164,7 @@ class BlockBenefit:
 
     def renew(self, kept_params: Mapping[str, int], progress: float, tau: float) -> Decision:
         self._meter.close()
+        require_signal(self._meter)
         return self._decide(self._meter.mean, kept_params, progress, tau)
 
     def last(self, kept_params: Mapping[str, int]) -> Decision:
@@ -167,7 +179,7 @@ class BlockBenefit:
         return state if self._estimator is None else state | self._estimator.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._meter.load_state_dict(state["meter"], next(iter(self._weights.values())).device)
+        self._meter.load_state_dict(state["meter"], self._device)
         self._importance = list(state["importance"])
         if self._estimator is not None:
             self._estimator.load_state_dict(state)
@@ -200,6 +212,32 @@ class BlockBenefit:
         # Mean scores over the interval and over ranks.
         scores = by_gate(blocks, self._reduce(mean("scores")).cpu())
         return self._shares.decide(self._goals(importance_B), scores, progress, tau, benefits_2B, importance_B, last=last)
+
+    def _require_readable(self, model: VisionTransformer, estimator: str) -> None:
+        """ModelError where probes could not be built for this model, or not be given what they read."""
+        others = f"{', '.join(map(repr, ESTIMATORS_OF_MEANS))}"
+        if self._layout.num_classes < 1:
+            raise ModelError(
+                "The model has no head (num_classes=0), so the probes of block_benefit do not know how many classes there are. "
+                "Give it the head itself: model.reset_classifier(num_classes). Or choose a method without probes: 'taylor'."
+            )
+        if self._reads_maps and isinstance(model.patch_drop, PatchDropout) and model.patch_drop.prob > 0:
+            raise ModelError(
+                f"patch_drop_rate={model.patch_drop.prob:g}: the estimator {estimator!r} reads the patches as a map, and patch "
+                f"dropout leaves some out. Prune with patch_drop_rate=0, or with an estimator that reads their mean: {others}."
+            )
+
+    def _require_fitting(self, x_SND: Tensor) -> None:
+        """TrainingError where an estimator that reads patches as a map was given another one than that of the model."""
+        grid = self._taps.grid or self._layout.grid
+        patches = x_SND.shape[1] - self._layout.prefix_tokens
+        if self._reads_maps and (grid != self._layout.grid or patches != math.prod(grid)):
+            raise TrainingError(
+                f"An image of this batch has {patches} patches in a grid of {grid[0]}x{grid[1]}; the probes read a grid of "
+                f"{self._layout.grid[0]}x{self._layout.grid[1]}, the size that the model was made for. Call "
+                "model.set_input_size(img_size=...) before the pruner is made, give images of that size, or choose an "
+                f"estimator that reads the mean of the patches: {', '.join(map(repr, ESTIMATORS_OF_MEANS))}."
+            )
 
     def _may_rest(self) -> bool:
         """Whether there may be intervals without a benefit."""

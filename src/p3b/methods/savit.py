@@ -28,10 +28,9 @@ from p3b.core.collaboration import CostSurface, cheapest_shares
 from p3b.core.schedule import Schedule
 from p3b.errors import BudgetError, ConfigError, TrainingError
 from p3b.methods.base import Criterion, Decision, decisions_by_kept
-from p3b.scoring.criteria import taylor, taylor_of_stream
+from p3b.scoring.first_order import FirstOrder, require_signal
 from p3b.scoring.interactions import KINDS, draw_layers, interaction_matrix
 from p3b.scoring.meter import IntervalMeter, Reduce
-from p3b.scoring.scores import of_all
 from p3b.vit.cost import block_params, other_params
 from p3b.vit.gates import Gates
 from p3b.vit.layout import STREAM, ModelLayout, dims_of
@@ -73,7 +72,8 @@ class Savit:
             raise ConfigError(f"every and images must be at least 1, got {every} and {images}.")
         self._model, self._layout, self._reduce = model, layout, reduce
         self._blocks_only, self._every, self._images, self._seed = blocks_only, every, images, seed
-        self._weights = dict(model.named_parameters())
+        self._device = next(model.parameters()).device
+        self._first_order = FirstOrder(layout, model, reduce)
         self._surface = cost_surface(layout, blocks_only)
         dense = self._surface.at(np.zeros(3))
         if not 0 <= prune_ratio < 1:
@@ -92,7 +92,10 @@ class Savit:
         self._seen: Tensor | None = None
         self._listen()
 
+    needs_gradients = True
+
     def attach(self, gates: Gates, schedule: Schedule) -> None:
+        self._first_order.attach(gates)
         # Only the last two intervals count, the last of which may be cut short: what is measured before them is thrown away.
         # Steps are counted from the end of the warm-up, which leaves no trace here, so that runs may share one.
         updates = (schedule.final - schedule.start - 1) // schedule.update_every
@@ -102,15 +105,14 @@ class Savit:
         if self._seen is not None and isinstance(targets, Tensor):
             self._batch = (criterion, self._seen[: self._images], targets[: self._images])
         self._seen = None
-        return torch.zeros((), device=next(iter(self._weights.values())).device)
+        return torch.zeros((), device=self._device)
 
-    def collect(self, gradients_finite: Tensor) -> None:
+    def collect(self, gradients_finite: Tensor, scaler: torch.amp.GradScaler | None = None) -> None:
         if self._measures():
-            assert self._layout.stream is not None
-            scores = [of_all(taylor, self._layout, self._weights), taylor_of_stream(self._layout.stream, self._weights)]
-            self._meter.add("scores", torch.cat(scores), gradients_finite)
+            self._first_order.add_to(self._meter, gradients_finite, scaler)
             if self._batch is not None:
                 self._look(*self._batch, gradients_finite)
+        self._first_order.forget()
         self._steps += 1
         self.discard()
 
@@ -127,6 +129,7 @@ class Savit:
 
     def last(self, kept_params: Mapping[str, int]) -> Decision:
         self._meter.close()
+        require_signal(self._meter)
         scores_N, interactions = (self._meter.mean_of_last_two(name) for name in ("scores", "interactions"))
         if scores_N is None or interactions is None:
             raise TrainingError(
@@ -162,7 +165,7 @@ class Savit:
         """
         if state["name"] != "savit":
             raise ValueError(f"it is a state of {state['name']}, this is savit")
-        self._meter.load_state_dict(state["meter"], next(iter(self._weights.values())).device)
+        self._meter.load_state_dict(state["meter"], self._device)
         self._steps, self._looks, self._next_look = (int(state[key]) for key in ("steps", "looks", "next_look"))
 
     def _listen(self) -> None:

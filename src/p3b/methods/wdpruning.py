@@ -135,6 +135,8 @@ class WDPruning:
             groups = param_groups_weight_decay(self._classifiers.tails, weight_decay=0.05)
             self._classifier_optimizer = torch.optim.AdamW(groups, lr=5e-4 if classifier_lr is None else classifier_lr)
 
+    needs_gradients = False  # it collects those of the gates in any case
+
     def attach(self, gates: Gates, schedule: Schedule) -> None:
         self._gates, self._schedule = gates, schedule
         self._follow()
@@ -150,7 +152,7 @@ class WDPruning:
         losses = [criterion(each.to(torch.promote_types(each.dtype, torch.float32)), targets) for each in logits]
         return torch.stack(losses).sum()
 
-    def collect(self, gradients_finite: Tensor) -> None:
+    def collect(self, gradients_finite: Tensor, scaler: torch.amp.GradScaler | None = None) -> None:
         """What a step measures are the gates' gradients: they hold them until `train_own` learns from them."""
 
     def discard(self) -> None:

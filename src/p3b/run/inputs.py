@@ -19,7 +19,7 @@ from p3b.storage.models import build_model, parse_model_kwargs
 from p3b.storage.preparation import decide_preparation
 from p3b.storage.weights_file import Weights, open_weights
 from p3b.train.distributed import Processes, gather, wait_for_all
-from p3b.vit.layout import require_vision_transformer
+from p3b.vit.wrappers import require_vision_transformer
 
 
 @dataclass(frozen=True)

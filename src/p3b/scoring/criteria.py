@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from p3b.vit.layout import Axis, BlockLayout, StreamLayout, dims_of, split_axis
+from p3b.vit.layout import Axis, BlockLayout, ModelLayout, StreamLayout, dims_of, split_axis
+
+ElementCriterion = Callable[[BlockLayout, Mapping[str, Tensor]], Mapping[str, Tensor]]
 
 
 @torch.no_grad()
@@ -19,7 +21,8 @@ def taylor(block: BlockLayout, weights: Mapping[str, Tensor]) -> dict[str, Tenso
 
     Args:
         block: layout of the block.
-        weights: parameters by key; one without a gradient (frozen) counts as zero.
+        weights: parameters by key; one without a gradient counts as zero, which is right where the loss does not depend on it
+            (`p3b.scoring.first_order` sees to frozen ones).
 
     Returns:
         By gate name: (size of the dimension,) float32, >= 0.
@@ -78,6 +81,11 @@ def magnitude(block: BlockLayout, weights: Mapping[str, Tensor]) -> dict[str, Te
                 if dim in squares:
                     squares[dim] += sum_by_element(square, factors, axis, dim, block.sizes)
     return {block.gate(dim): square.sqrt() for dim, square in squares.items()}
+
+
+def of_all(criterion: ElementCriterion, layout: ModelLayout, weights: Mapping[str, Tensor]) -> Tensor:
+    """(N,) scores of all elements by one of these criteria, on the weights' device."""
+    return torch.cat([score for block in layout.blocks for score in criterion(block, weights).values()])
 
 
 def by_gate(blocks: Sequence[BlockLayout], values_N: Tensor) -> dict[str, Tensor]:

@@ -83,6 +83,10 @@ class IntervalMeter:
         """Mean over the last two finished intervals together; None where nothing was added."""
         return self._mean(name, self._finished()[-2:])
 
+    def steps(self, name: str) -> int:
+        """How often something was added in the last finished interval. Waits for the device."""
+        return sum(int(interval[name][1]) for interval in self._finished()[-1:] if name in interval)
+
     def state_dict(self) -> dict[str, Any]:
         return {"intervals": [dict(interval) for interval in self._intervals]}
 

@@ -5,23 +5,32 @@ N elements over all gates, block after block and gate after gate, as the layout 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from p3b.scoring.criteria import magnitude, taylor
+from p3b.scoring.criteria import magnitude, of_all
+from p3b.scoring.first_order import FirstOrder, require_signal
 from p3b.scoring.meter import IntervalMeter, Reduce
-from p3b.vit.layout import BlockLayout, ModelLayout
-
-ElementCriterion = Callable[[BlockLayout, Mapping[str, Tensor]], Mapping[str, Tensor]]
+from p3b.vit.gates import Gates
+from p3b.vit.layout import ModelLayout
 
 
 class ElementScores(Protocol):
     """A score for every element, whichever it is; the same on every rank."""
 
-    def collect(self, gradients_finite: Tensor) -> None:
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether scores are read off gradients, so that those of frozen weights have to be found by their gates."""
+        ...
+
+    def attach(self, gates: Gates) -> None:
+        """Take note of the gates that the masks act through."""
+        ...
+
+    def collect(self, gradients_finite: Tensor, scaler: torch.amp.GradScaler | None = None) -> None:
         """Take in what the step measured; a step whose gradients are not finite (0-dim bool) counts for nothing."""
         ...
 
@@ -47,7 +56,7 @@ class ElementScores(Protocol):
 
 
 class TaylorScores:
-    """Squared first-order Taylor scores (`criteria.taylor`), averaged over the interval and over ranks.
+    """Squared first-order Taylor scores (`FirstOrder`), averaged over the interval and over ranks.
 
     Args:
         layout: of the model.
@@ -55,17 +64,24 @@ class TaylorScores:
         reduce: mean of a tensor over all ranks.
     """
 
+    needs_gradients = True
+
     def __init__(self, layout: ModelLayout, model: nn.Module, reduce: Reduce) -> None:
-        self._layout, self._weights, self._reduce = layout, dict(model.named_parameters()), reduce
+        self._reduce, self._device = reduce, next(model.parameters()).device
+        self._first_order = FirstOrder(layout, model, reduce)
         self._meter = IntervalMeter()
 
-    def collect(self, gradients_finite: Tensor) -> None:
-        self._meter.add("scores", of_all(taylor, self._layout, self._weights), gradients_finite)
+    def attach(self, gates: Gates) -> None:
+        self._first_order.attach(gates)
+
+    def collect(self, gradients_finite: Tensor, scaler: torch.amp.GradScaler | None = None) -> None:
+        self._first_order.add_to(self._meter, gradients_finite, scaler)
 
     def close(self) -> None:
         self._meter.close()
 
     def of_interval(self) -> Tensor | None:
+        require_signal(self._meter)
         return self._reduced(self._meter.mean("scores"))
 
     def of_last_two(self) -> Tensor | None:
@@ -75,7 +91,7 @@ class TaylorScores:
         return self._meter.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._meter.load_state_dict(state, next(iter(self._weights.values())).device)
+        self._meter.load_state_dict(state, self._device)
 
     def _reduced(self, scores_N: Tensor | None) -> Tensor | None:
         return None if scores_N is None else self._reduce(scores_N).cpu()
@@ -90,10 +106,15 @@ class MagnitudeScores:
         reduce: mean of a tensor over all ranks, whose weights are equal: it irons out what their devices round differently.
     """
 
+    needs_gradients = False
+
     def __init__(self, layout: ModelLayout, model: nn.Module, reduce: Reduce) -> None:
         self._layout, self._weights, self._reduce = layout, dict(model.named_parameters()), reduce
 
-    def collect(self, gradients_finite: Tensor) -> None:
+    def attach(self, gates: Gates) -> None:
+        pass
+
+    def collect(self, gradients_finite: Tensor, scaler: torch.amp.GradScaler | None = None) -> None:
         pass
 
     def close(self) -> None:
@@ -122,11 +143,16 @@ class RandomScores:
         seed: of the draw, the same on all ranks; torch's global generator is left alone.
     """
 
+    needs_gradients = False
+
     def __init__(self, layout: ModelLayout, seed: int) -> None:
         elements = sum(size for block in layout.blocks for size in block.dims.values())
         self._scores_N = torch.rand(elements, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
-    def collect(self, gradients_finite: Tensor) -> None:
+    def attach(self, gates: Gates) -> None:
+        pass
+
+    def collect(self, gradients_finite: Tensor, scaler: torch.amp.GradScaler | None = None) -> None:
         pass
 
     def close(self) -> None:
@@ -150,8 +176,3 @@ class RandomScores:
         if state["scores"].shape != self._scores_N.shape:
             raise ValueError(f"{len(state['scores'])} random scores for {len(self._scores_N)} elements")
         self._scores_N = state["scores"].cpu()
-
-
-def of_all(criterion: ElementCriterion, layout: ModelLayout, weights: Mapping[str, Tensor]) -> Tensor:
-    """(N,) scores of all elements by a criterion of `p3b.scoring.criteria`, on the weights' device."""
-    return torch.cat([score for block in layout.blocks for score in criterion(block, weights).values()])

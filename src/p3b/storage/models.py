@@ -35,7 +35,7 @@ from p3b.storage.suggestions import unknown_model
 from p3b.storage.untrusted import first_line
 from p3b.storage.weights import load_weights
 from p3b.storage.weights_file import Weights, open_weights
-from p3b.vit.compact import ConstantBranch, NoBranch
+from p3b.vit.parts import ConstantBranch, NoBranch
 
 _BUILD_ERRORS = (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
 

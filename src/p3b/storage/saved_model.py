@@ -6,17 +6,15 @@ provenance. A model that has lost whole attention heads or channels of its resid
 are left; any other is of schema 2. The published `first_sparse_checkpoint.pth` holds the same text beside the same tensors and
 loads in torch's weights-only mode.
 
-Two digests tell damage: `digest` is of the other entries of the config, `weights_digest` of the tensors (names, dtypes, shapes,
-bytes), so that the config also tells which weights it belongs to. Files of schema 1 have none and load with every other check:
-before any tensor is read, the config has to describe a model that can be built, and the file has to claim this model's tensors.
+What is saved is what its description says, layer by layer (`p3b.vit.described`); what a file cannot hold, such as a hook, is
+refused. When a model is loaded, its config has to be whole (`p3b.storage.model_config`) and to describe a model that can be
+built, and the file has to claim this model's tensors, before any tensor is read.
 
     config.json.new     the next config, complete: there while `save` puts both files in their places, and after a crash of it
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -32,36 +30,29 @@ from p3b import __version__
 from p3b.errors import ModelError, RunFolderError, WeightsError
 from p3b.storage.files import flush_to_disk, write_atomically
 from p3b.storage.hub_folder import is_hub_folder
+from p3b.storage.model_config import FORMAT, checked_config, read_config_file, sealed, skeleton_of, weights_digest
 from p3b.storage.pickles import Sketch, TensorClaim
 from p3b.storage.untrusted import (
-    MOST_JSON,
-    READ_ERRORS,
     Header,
     first_line,
     inspect_pickle,
     inspect_safetensors,
     is_finite,
     parse_json,
-    read_json,
     read_pickle,
     read_safetensors,
 )
-from p3b.vit.architecture import build_skeleton, check_description, describe_dense
-from p3b.vit.compact import BranchShape, branch_shapes, reshape_branches, shapes_from_plain
-from p3b.vit.cost import count_parameters
+from p3b.vit.architecture import classes_of, describe_dense
+from p3b.vit.coverage import require_saveable_layers
 from p3b.vit.deployment import compact_of
-from p3b.vit.layout import require_vision_transformer
+from p3b.vit.described import require_described
+from p3b.vit.shapes import branch_shapes
+from p3b.vit.wrappers import require_vision_transformer
 
-FORMAT = "p3b-model"
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 CHECKPOINT_KEY = "p3b"
 _NEW_CONFIG_FILE = "config.json.new"
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_ENTRIES_OF_SCHEMA = {
-    1: {"format", "schema", "architecture", "blocks", "params", "class_names", "preprocessing", "provenance"},
-}
-_ENTRIES_OF_SCHEMA[2] = _ENTRIES_OF_SCHEMA[1] | {"p3b_version", "weights_digest", "digest"}
-_ENTRIES_OF_SCHEMA[3] = _ENTRIES_OF_SCHEMA[2] | {"stream"}
 
 
 def save(
@@ -77,7 +68,8 @@ def save(
     Wherever the process or the machine stops, the folder holds the earlier model or the new one, whole.
 
     Args:
-        model: the module; its weights are written in their own dtype. Of a model in a layout the compact one is written.
+        model: the module; its weights are written in their own dtype. Of a wrapped one (torch.compile, DistributedDataParallel,
+            an average) the model inside is written, of a model in a layout the compact one.
         folder: made if absent; files of an earlier save are replaced only when the new ones are complete.
         class_names: one for each output of the head.
         preprocessing: how images must be prepared (plain JSON values).
@@ -87,13 +79,14 @@ def save(
         The folder.
 
     Raises:
-        ModelError: the model has a part that its architecture cannot be described with, or values that are not finite.
+        ModelError: the model has a part that its architecture cannot be described with, something that a file cannot hold (a
+            hook, a pruner that is still attached), or values that are not finite.
         RunFolderError: the folder cannot be written.
     """
-    folder, model = Path(folder), compact_of(require_vision_transformer(model))
+    folder, model = Path(folder), _saveable(model)
     config = model_config(model, class_names=class_names, preprocessing=preprocessing, provenance=provenance)
     tensors = _tensors_of(model)
-    text = _sealed(config, tensors)
+    text = sealed(config, tensors)
     try:
         _settle(folder)
         write_atomically(folder / _NEW_CONFIG_FILE, lambda path: path.write_text(text, encoding="utf-8"))
@@ -112,9 +105,9 @@ def save_checkpoint(model: nn.Module, file: str | Path, **description: Any) -> P
         ModelError: as for `save`.
         RunFolderError: the file cannot be written.
     """
-    model = compact_of(require_vision_transformer(model))
+    model = _saveable(model)
     tensors = _tensors_of(model)
-    content = {CHECKPOINT_KEY: _sealed(model_config(model, **description), tensors), "model": tensors}
+    content = {CHECKPOINT_KEY: sealed(model_config(model, **description), tensors), "model": tensors}
     try:
         write_atomically(Path(file), lambda path: torch.save(content, path))
     except (OSError, RuntimeError) as error:  # torch tells of a full disk by a RuntimeError
@@ -154,7 +147,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
         return _config_in(_sketch(path), path)
     if (path / _NEW_CONFIG_FILE).exists():  # which config belongs to the weights is only told by the weights
         return _read_folder(path)[0]
-    return _read_config_file(path / CONFIG_FILE)
+    return read_config_file(path / CONFIG_FILE)
 
 
 def is_artifact(path: str | Path) -> bool:
@@ -184,9 +177,9 @@ def model_config(
         ModelError: the architecture cannot be described, so that `load` would not give the model back, or the class names are
             not as many as the head's outputs.
     """
-    vit = compact_of(require_vision_transformer(model))
-    if class_names is not None and len(class_names) != vit.num_classes:
-        raise ModelError(f"Got {len(class_names)} class names for a head of {vit.num_classes} outputs.")
+    vit = _saveable(model)
+    if class_names is not None and len(class_names) != classes_of(vit):
+        raise ModelError(f"Got {len(class_names)} class names for a head of {classes_of(vit)} outputs.")
     shapes, architecture = branch_shapes(vit), describe_dense(vit)
     dense = architecture["arguments"]
     # What schema 2 can say is said in it: every version that reads it can read such a model.
@@ -195,7 +188,7 @@ def model_config(
     if not narrower:
         for block in blocks:
             del block["heads"]
-    config = {
+    return {
         "format": FORMAT,
         "schema": 3 if narrower else 2,
         "p3b_version": __version__,
@@ -207,22 +200,14 @@ def model_config(
         "preprocessing": None if preprocessing is None else dict(preprocessing),
         "provenance": None if provenance is None else dict(provenance),
     }
-    _require_described(vit, config)
-    return config
 
 
-def _require_described(model: VisionTransformer, config: Mapping[str, Any]) -> None:
-    """ModelError where what the config describes has other tensors than the model."""
-    described = build_skeleton(config["architecture"])
-    reshape_branches(described, *_shapes_of(config))
-    found, expected = ({key: tuple(t.shape) for key, t in each.state_dict().items()} for each in (model, described))
-    if odd := [key for key in {**found, **expected} if found.get(key) != expected.get(key)]:
-        key = odd[0]
-        raise ModelError(
-            f"{key} cannot be described in config.json: the model has {found.get(key, 'no such tensor')}, one built from its "
-            f"description {expected.get(key, 'none')}. Blocks that differ in more than what was pruned, and norms without "
-            "affine part, cannot be saved."
-        )
+def _saveable(model: nn.Module) -> VisionTransformer:
+    """The model inside its wrappers and layouts, all of which a file can hold."""
+    vit = compact_of(require_vision_transformer(model, "saved"))
+    require_described(vit)
+    require_saveable_layers(vit)
+    return vit
 
 
 # ----------------------------------------------------------------------------------------------------------- writing
@@ -246,16 +231,6 @@ def _tensors_of(model: nn.Module) -> dict[str, Tensor]:
         tensors[key] = tensor if whole else tensor.clone()
     places = [tensor.data_ptr() for tensor in tensors.values() if tensor.numel()]
     return tensors if len(set(places)) == len(places) else {key: tensor.clone() for key, tensor in tensors.items()}
-
-
-def _sealed(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
-    """The config with its digests, as text."""
-    # Digests are of what will be read: JSON has lists for tuples and text for every key.
-    plain = json.loads(json.dumps({**config, "weights_digest": _weights_digest(tensors)}))
-    text = _readable_json({**plain, "digest": _config_digest(plain)})
-    if len(text) > MOST_JSON:
-        raise ModelError(f"The config would take {len(text)} bytes, expected at most {MOST_JSON}: shorten the provenance.")
-    return text
 
 
 def _replace_weights(folder: Path, tensors: dict[str, Tensor]) -> None:
@@ -283,36 +258,10 @@ def _settle(folder: Path) -> None:
     if not waiting.exists():
         return
     try:
-        if _read_folder(folder)[0] == _read_config_file(waiting):
+        if _read_folder(folder)[0] == read_config_file(waiting):
             waiting.replace(folder / CONFIG_FILE)
     except WeightsError:
         return  # nothing complete is there: nothing is lost
-
-
-def _readable_json(config: Mapping[str, Any]) -> str:
-    """One line for each entry, and for each block: the lists of channels would fill pages otherwise."""
-    entries = {key: json.dumps(value) for key, value in config.items()}
-    entries["blocks"] = "[\n  " + ",\n  ".join(json.dumps(block) for block in config["blocks"]) + "\n ]"
-    return "{\n" + ",\n".join(f' "{key}": {value}' for key, value in entries.items()) + "\n}\n"
-
-
-# ----------------------------------------------------------------------------------------------------------- digests
-
-
-def _weights_digest(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of the tensors' content: independent of the file that they lie in and of their order."""
-    digest = hashlib.sha256()
-    for key in sorted(tensors):
-        tensor = tensors[key]
-        digest.update(json.dumps([key, str(tensor.dtype), list(tensor.shape)]).encode())
-        digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def _config_digest(config: Mapping[str, Any]) -> str:
-    """SHA-256 of all entries but the digest itself, independent of their order and spacing."""
-    entries = {key: value for key, value in config.items() if key != "digest"}
-    return hashlib.sha256(json.dumps(entries, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 # ----------------------------------------------------------------------------------------------------------- reading
@@ -325,7 +274,7 @@ def _read_folder(folder: Path) -> tuple[dict[str, Any], VisionTransformer, dict[
     for file in (folder / CONFIG_FILE, folder / _NEW_CONFIG_FILE):
         if file.exists() or file.name == CONFIG_FILE:
             try:
-                configs.append((_read_config_file(file), file))
+                configs.append((read_config_file(file), file))
             except WeightsError as error:
                 problems.append(error)
     if configs and not weights.exists():
@@ -336,7 +285,7 @@ def _read_folder(folder: Path) -> tuple[dict[str, Any], VisionTransformer, dict[
     # A config of schema 1 cannot prove that the weights are its own: one that can goes first.
     for config, file in sorted(configs, key=lambda found: found[0]["schema"] == 1):
         try:
-            model = _skeleton(config, file)
+            model = skeleton_of(config, file)
             _compare_claims(inspect_safetensors(weights), model, weights)
             tensors = read_safetensors(weights)
             _check_values(tensors, config, weights)
@@ -350,7 +299,7 @@ def _read_folder(folder: Path) -> tuple[dict[str, Any], VisionTransformer, dict[
 def _read_checkpoint(file: Path) -> tuple[dict[str, Any], VisionTransformer, dict[str, Tensor]]:
     sketch = _sketch(file)
     config = _config_in(sketch, file)
-    model = _skeleton(config, file)
+    model = skeleton_of(config, file)
     claims = sketch.content["model"]
     for key, claim in claims.items():
         if not isinstance(claim, TensorClaim) or not claim.is_whole:
@@ -379,82 +328,7 @@ def _config_in(sketch: Sketch, file: Path) -> dict[str, Any]:
             config = parse_json(config)
         except ValueError as error:
             raise WeightsError(f"{file}: its config is not valid JSON ({first_line(error)}). The file is damaged.") from error
-    return _checked_config(config, file)
-
-
-def _read_config_file(file: Path) -> dict[str, Any]:
-    if not file.exists():
-        raise WeightsError(f"{file} is missing; expected a folder that p3b.save wrote.")
-    return _checked_config(read_json(file), file)
-
-
-def _checked_config(config: object, file: Path) -> dict[str, Any]:
-    """A config of a schema that is known, unaltered, with every entry in its range."""
-    if not isinstance(config, dict) or config.get("format") != FORMAT:
-        raise WeightsError(f"{file} is not the config of a model that p3b saved (its format is not '{FORMAT}').")
-    schema = config.get("schema")
-    *earlier, latest = _ENTRIES_OF_SCHEMA
-    if type(schema) is not int or schema not in _ENTRIES_OF_SCHEMA:
-        writer = str(config.get("p3b_version", "of unknown version"))[:40]
-        raise WeightsError(
-            f"{file} has schema {repr(schema)[:40]}, written by p3b {writer}. This is p3b {__version__}, which reads schemas "
-            f"{', '.join(map(str, earlier))} and {latest}: install the version that wrote it, or a newer one."
-        )
-    try:
-        if schema > 1 and config.get("digest") != _config_digest(config):
-            raise WeightsError(
-                f"{file} is damaged or was edited by hand: its content does not match its digest. Copy it again from where it "
-                "was whole; to change class names or preprocessing, load the model with p3b.load and p3b.save it with others."
-            )
-        _check_entries(config, _ENTRIES_OF_SCHEMA[schema])
-    except (ModelError, *READ_ERRORS) as error:
-        raise error if isinstance(error, WeightsError) else _unbuildable(file, error) from error
-    return config
-
-
-def _check_entries(config: Mapping[str, Any], names: set[str]) -> None:
-    """ModelError where an entry is missing, unknown, of another type or out of its range."""
-    if config.keys() != names:
-        raise ModelError(f"it lacks entries or has unknown ones ({', '.join(sorted(config.keys() ^ names)[:5])[:200]})")
-    check_description(config["architecture"])
-    arguments = config["architecture"]["arguments"]
-    _shapes_of(config)
-    classes = config["class_names"]
-    if classes is not None and not (isinstance(classes, list) and all(isinstance(name, str) for name in classes)):
-        raise ModelError("class_names is not a list of names")
-    if classes is not None and len(classes) != arguments["num_classes"]:
-        raise ModelError(f"there are {len(classes)} class names for a head of {arguments['num_classes']} outputs")
-    for key in ("preprocessing", "provenance"):
-        if config[key] is not None and not isinstance(config[key], dict):
-            raise ModelError(f"{key} is a {type(config[key]).__name__}")
-
-
-def _shapes_of(config: Mapping[str, Any]) -> tuple[list[BranchShape], int]:
-    """Shapes of the blocks and width of the residual stream; ModelError where one of them cannot be."""
-    arguments, tells_heads = config["architecture"]["arguments"], config["schema"] >= 3
-    dense_width = arguments["embed_dim"]
-    width = config["stream"] if tells_heads else dense_width
-    if type(width) is not int or not 1 <= width <= dense_width:
-        raise ModelError(f"stream is {str(width)[:40]}; expected a whole number of channels from 1 to {dense_width}")
-    shapes = shapes_from_plain(config["blocks"], arguments["depth"], width, arguments["num_heads"], tells_heads=tells_heads)
-    return shapes, width
-
-
-def _skeleton(config: Mapping[str, Any], file: Path) -> VisionTransformer:
-    """The model that a checked config describes, without memory for its weights."""
-    try:
-        model = build_skeleton(config["architecture"])
-        reshape_branches(model, *_shapes_of(config))
-        if config["params"] != count_parameters(model):
-            raise ModelError(f"params is {str(config['params'])[:40]}, the model has {count_parameters(model)}")
-    except (ModelError, *READ_ERRORS) as error:
-        raise _unbuildable(file, error) from error
-    return model
-
-
-def _unbuildable(file: Path, error: BaseException) -> WeightsError:
-    why = str(error) if isinstance(error, ModelError) else first_line(error)
-    return WeightsError(f"{file} does not describe a model that can be built: {why}. It is damaged or edited.")
+    return checked_config(config, file)
 
 
 def _compare_claims(found: Mapping[str, Header], model: nn.Module, file: Path) -> None:
@@ -480,7 +354,7 @@ def _check_values(tensors: Mapping[str, Tensor], config: Mapping[str, Any], file
     for key, tensor in tensors.items():
         if not is_finite(tensor):
             raise WeightsError(f"{file}: '{key}' holds NaN or infinite values. The file is damaged, or of a run that diverged.")
-    if config["schema"] > 1 and config["weights_digest"] != _weights_digest(tensors):
+    if config["schema"] > 1 and config["weights_digest"] != weights_digest(tensors):
         raise WeightsError(
             f"{file} is damaged, or of another model than the config: the tensors do not match the config's digest. Copy both "
             "from where they were whole, or save the model again."

@@ -22,8 +22,9 @@ import torch
 from p3b.errors import RunFolderError, WeightsError
 from p3b.storage.files import flush_to_disk, remove_unfinished, write_atomically
 from p3b.storage.untrusted import read_pickle
-from p3b.train.distributed import gather, require_agreement, unwrap
+from p3b.train.distributed import gather, require_agreement
 from p3b.train.loop import Learner
+from p3b.vit.wrappers import unwrap
 
 _NAME = re.compile(r"(\d{6,})-([0-9a-f]{16})\.pth")
 

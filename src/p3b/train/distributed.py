@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
-from torch.nn.parallel import DistributedDataParallel
 
 from p3b.errors import ConfigError, TrainingError
 
@@ -120,13 +119,6 @@ def require_agreement(what: str, digest: str) -> None:
             f"The processes disagree on {what} ({found}); the run stops and keeps its last checkpoint. They must run the same "
             "code on the same kind of device; --resume continues from the checkpoint."
         )
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The model itself, without the wrappers of many processes and of torch.compile."""
-    inner = model.module if isinstance(model, DistributedDataParallel) else model
-    compiled_from: nn.Module = getattr(inner, "_orig_mod", inner)
-    return compiled_from
 
 
 def wait_for_all() -> None:

@@ -16,9 +16,9 @@ from torch.nn.parallel import DistributedDataParallel
 from p3b.core.finite import all_finite, step_where
 from p3b.errors import TrainingError
 from p3b.methods.base import Criterion, Decision
-from p3b.train.distributed import unwrap
 from p3b.train.losses import TrainingLoss
 from p3b.train.optim import Precision
+from p3b.vit.wrappers import unwrap
 
 CHECK_LOSS_EVERY = 10
 """Optimizer steps between two looks at the loss and at the steps skipped: each look waits for the device."""

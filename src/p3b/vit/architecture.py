@@ -121,7 +121,7 @@ def describe_dense(vit: VisionTransformer) -> dict[str, Any]:
         "img_size": list(patch.img_size),
         "patch_size": list(patch.patch_size),
         "in_chans": conv.in_channels,
-        "num_classes": vit.num_classes,
+        "num_classes": classes_of(vit),
         "global_pool": vit.global_pool,
         "embed_dim": vit.embed_dim,
         "depth": len(vit.blocks),
@@ -138,6 +138,11 @@ def describe_dense(vit: VisionTransformer) -> dict[str, Any]:
     description = {"class": kind, "arguments": {**arguments, **describe_blocks(vit)}}
     check_description(description)
     return description
+
+
+def classes_of(vit: VisionTransformer) -> int:
+    """Outputs of the head as it is: a head that was replaced by another layer leaves `vit.num_classes` behind."""
+    return vit.head.out_features if isinstance(vit.head, nn.Linear) else vit.num_classes
 
 
 def describe_blocks(vit: VisionTransformer) -> dict[str, Any]:
@@ -160,7 +165,7 @@ def describe_blocks(vit: VisionTransformer) -> dict[str, Any]:
         "qkv_bias": block.attn.qkv.bias is not None,
         "proj_bias": block.attn.proj.bias is not None,
         "init_values": 1e-5 if isinstance(block.ls1, LayerScale) else None,
-        "act_layer": _activation_name(block.mlp.act),
+        "act_layer": activation_name(block.mlp.act),
         "norm_layer": norms[0],
         "norm_eps": block.norm1.eps,
         "embed_dim": vit.embed_dim,
@@ -193,14 +198,22 @@ def _build(architecture: Mapping[str, Any], **more: Any) -> VisionTransformer:
     return _CLASSES[architecture["class"]](**arguments, norm_layer=norm, **more)
 
 
-def _activation_name(activation: nn.Module) -> str:
-    """timm's name of an activation. Its default is torch's own GELU, its named ones are classes of its own."""
+def activation_name(activation: nn.Module) -> str:
+    """timm's name of an activation. Its default is torch's own GELU, its named ones are classes of its own.
+
+    Raises:
+        ModelError: it has no name here, or other settings (a slope) than the one of that name.
+    """
     if type(activation) is nn.GELU:
         return "gelu" if activation.approximate == "none" else "gelu_tanh"
     for name in _ACTIVATIONS:
-        if type(get_act_layer(name)()) is type(activation):
+        if type(known := get_act_layer(name)()) is type(activation) and _settings(known) == _settings(activation):
             return name
-    raise ModelError(
-        f"blocks.0.mlp.act: {type(activation).__name__} cannot be described in config.json; covered are "
-        f"{', '.join(_ACTIVATIONS)}."
-    )
+    raise ModelError(f"mlp.act: {activation} cannot be described in config.json; covered are {', '.join(_ACTIVATIONS)}.")
+
+
+def _settings(activation: nn.Module) -> dict[str, object]:
+    """What an activation was built with; whether it works in place makes no difference."""
+    return {
+        key: value for key, value in vars(activation).items() if not key.startswith("_") and key not in ("training", "inplace")
+    }

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from p3b.errors import ModelError
+from p3b.errors import ModelError, TrainingError
 from p3b.vit.layout import STREAM, Axis, ModelLayout, Weight, expand_along
 
 
@@ -64,7 +64,7 @@ class Gates:
         device = next(model.parameters()).device
         self.masks: dict[str, Tensor] = {gate: torch.ones(size, device=device) for gate, size in layout.gates.items()}
         self._closed = False
-        self._collects = False
+        self._collects = self._writers_only = False
         self._leaf: Tensor | None = None
         """All masks in one vector, where gradients are collected: it gets them."""
         self._scales: dict[tuple[str, str], list[Tensor]] = {}
@@ -125,8 +125,9 @@ class Gates:
         values = dict(zip(self.masks, together.split(sizes), strict=True))
         self.masks = {name: mask.detach() for name, mask in values.items()}
         self._closed = True
-        untouched = stream is None or (not together.requires_grad and bool((stream == 1).all()))
-        self._stream = None if untouched else values[STREAM]
+        through_norms = together.requires_grad and not self._writers_only
+        untouched = stream is None or (not through_norms and bool((stream == 1).all()))
+        self._stream = None if untouched else values[STREAM] if through_norms else self.masks[STREAM]
         expanded = {
             gate.along: expand_along(values[gate.name], gate.factors, gate.dim, gate.sizes)
             for weights in self._gated.values()
@@ -139,11 +140,30 @@ class Gates:
             for gated in weights
         }
 
-    def collect_gradients(self) -> None:
-        """From now on each backward pass leaves the gradient with respect to all masks, those of masked elements included."""
+    def collect_gradients(self, *, writers_only: bool = False) -> None:
+        """From now on each backward pass leaves the gradient with respect to all masks, those of masked elements included.
+
+        Args:
+            writers_only: leave out what the stream's mask does to the norms: the gradient that its writers' weights tell.
+        """
         if not self._collects:
-            self._collects = True
+            self._collects, self._writers_only = True, writers_only
             self.set(self.masks)
+
+    @property
+    def collects(self) -> bool:
+        """Whether backward passes leave gradients with respect to the masks."""
+        return self._collects
+
+    def clear_gradients(self) -> None:
+        """Forget the gradients of the backward passes so far."""
+        if self._leaf is not None:
+            self._leaf.grad = None
+
+    def gated_parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """The parameters that a gate multiplies, by key."""
+        keys = [f"{layer}.{gated.parameter}".lstrip(".") for layer, weights in self._gated.items() for gated in weights]
+        return {key: model.get_parameter(key) for key in keys}
 
     def gradients(self) -> dict[str, Tensor]:
         """dLoss/dm of every gate, by name, summed over the backward passes since the last `set`; zeros where there was none.
@@ -168,6 +188,11 @@ class Gates:
             _restore(layer)  # a keyboard interrupt in a forward pass skips the hook after it
             if not self._closed:
                 return
+            if not layer._parameters:
+                raise TrainingError(
+                    "The layers are copies that DataParallel has made for another GPU, and gates do not go along. Train on one "
+                    "GPU, or with DistributedDataParallel."
+                )
             kept: dict[str, nn.Parameter] = {}
             for gated in gated_weights:
                 weight = kept[gated.parameter] = layer._parameters[gated.parameter]

@@ -26,12 +26,14 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from timm.layers import Attention, LayerNorm, LayerNormFp32, LayerScale, Mlp, PatchEmbed
+from timm.layers import Attention, LayerNorm, LayerNormFp32, LayerScale, Mlp
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from p3b.errors import ConfigError, ModelError, unknown_name
-from p3b.vit.architecture import BLOCK_ARGUMENTS
+from p3b.vit.architecture import BLOCK_ARGUMENTS, classes_of
+from p3b.vit.coverage import foreign_parts
+from p3b.vit.wrappers import require_vision_transformer
 
 Axis = tuple[int | str, ...]
 
@@ -168,8 +170,7 @@ def read_layout(model: nn.Module, dims: Collection[str] = DEFAULT_DIMS) -> Model
     vit = require_vision_transformer(model)
     if BLOCK_ARGUMENTS in vit.__dict__:
         raise ModelError("blocks.0 or a later block has been pruned already; prune the dense model instead.")
-    for depth, block in enumerate(vit.blocks):
-        _check_block(f"blocks.{depth}", block)
+    require_standard_blocks(vit)
     blocks = _block_layouts(vit, dims)
     shapes = {key: parameter.numel() for key, parameter in vit.named_parameters()}
     in_blocks = sum(shapes[weight.key] for block in blocks for weight in block.weights)
@@ -180,25 +181,9 @@ def read_layout(model: nn.Module, dims: Collection[str] = DEFAULT_DIMS) -> Model
         prefix_tokens=vit.num_prefix_tokens,
         has_class_token=vit.cls_token is not None,
         grid=tuple(vit.patch_embed.grid_size),
-        num_classes=vit.num_classes,
+        num_classes=classes_of(vit),
         stream=_stream_layout(vit) if STREAM in dims else None,
     )
-
-
-def require_vision_transformer(model: nn.Module) -> VisionTransformer:
-    """The model itself, as a timm VisionTransformer whose parts outside the blocks are covered.
-
-    Raises:
-        ModelError: it is of another kind; the message says which kinds are covered.
-    """
-    if not isinstance(model, VisionTransformer):
-        raise ModelError(
-            f"Only timm VisionTransformer models can be pruned, got {type(model).__name__}. Covered are the ViT and DeiT "
-            "families (also distilled, without class token, with registers or LayerScale), such as deit_small_patch16_224."
-        )
-    if type(model.patch_embed) is not PatchEmbed:
-        raise ModelError(f"patch_embed: {type(model.patch_embed).__name__} is not covered, only timm's PatchEmbed is.")
-    return model
 
 
 def alike(blocks: Sequence[BlockLayout]) -> list[list[int]]:
@@ -232,17 +217,32 @@ def dims_of(axis: Axis) -> tuple[str, ...]:
     return tuple(factor for factor in axis if isinstance(factor, str))
 
 
+def require_standard_blocks(vit: VisionTransformer) -> None:
+    """Refuse anything whose arithmetic is not that of timm's plain pre-norm blocks.
+
+    Raises:
+        ModelError: the message names the layer.
+    """
+    for depth, block in enumerate(vit.blocks):
+        _check_block(f"blocks.{depth}", block)
+
+
 def _check_block(name: str, block: nn.Module) -> None:
-    """Refuse anything whose arithmetic is not that of timm's plain pre-norm block."""
     if type(block) is not Block:
         raise ModelError(f"{name}: {type(block).__name__} is not covered; only timm's standard Block (attention, then MLP) is.")
     attn, mlp = block.attn, block.mlp
     if type(attn) is not Attention:
         raise ModelError(f"{name}.attn: {_pruned_or(type(attn).__name__)}; only timm's standard Attention is covered.")
-    if type(mlp) is not Mlp or type(mlp.fc1) is not nn.Linear:
+    if type(mlp) is not Mlp:
         raise ModelError(f"{name}.mlp: {_pruned_or(type(mlp).__name__)}; only timm's standard Mlp is covered.")
+    for layer in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"):
+        if type(found := block.get_submodule(layer)) is not nn.Linear:
+            raise ModelError(
+                f"{name}.{layer}: {type(found).__name__} is not covered, only torch.nn.Linear is. {foreign_parts(found)}"
+            )
     refused = {
         "attn.q_norm: query/key normalisation": not isinstance(attn.q_norm, nn.Identity),
+        "attn.k_norm: query/key normalisation": not isinstance(attn.k_norm, nn.Identity),
         "attn.norm: a norm on the attention output": not isinstance(attn.norm, nn.Identity),
         "attn.gate: gated attention": attn.gate is not None,
         "mlp.norm: a norm on the hidden channels": not isinstance(mlp.norm, nn.Identity),

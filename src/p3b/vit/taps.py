@@ -10,6 +10,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from p3b.errors import TrainingError
+
 
 class Taps:
     """Records x_0 .. x_B, detached, in every forward pass that builds a graph.
@@ -20,6 +22,11 @@ class Taps:
 
     def __init__(self) -> None:
         self._stream_SND: list[Tensor] = []
+        self._blocks = 0
+        self._open = False
+        """Between the first block of a forward pass and `take`: what gradient checkpointing computes again is no new pass."""
+        self.grid: tuple[int, int] | None = None
+        """(H, W) patches of the last pass where the model takes images of any size; None where its grid is fixed."""
         self._handles: list[RemovableHandle] = []
         self.recording = True
         """Off: forward passes go by unrecorded, and nothing of them is kept."""
@@ -27,6 +34,8 @@ class Taps:
     def attach(self, model: VisionTransformer) -> None:
         """Begin to record."""
         blocks = list(model.blocks)
+        self._blocks = 2 * len(blocks)
+        self._handles.append(model.patch_embed.register_forward_hook(self._record_grid))
         for block in blocks:
             self._handles.append(block.register_forward_pre_hook(self._record_input))
             self._handles.append(block.norm2.register_forward_pre_hook(self._record_input))
@@ -41,17 +50,34 @@ class Taps:
         self._stream_SND.clear()
 
     def take(self) -> list[Tensor]:
-        """The B + 1 features (S, N, D) of the last pass; they are handed over once. Empty where no pass was recorded."""
-        stream, self._stream_SND = self._stream_SND, []
+        """The B + 1 features (S, N, D) of the last pass; they are handed over once. Empty where no pass was recorded.
+
+        Raises:
+            TrainingError: what was recorded is no single whole pass.
+        """
+        stream, self._stream_SND, self._open = self._stream_SND, [], False
+        if stream and len(stream) != self._blocks + 1:
+            raise TrainingError(
+                f"{len(stream)} features were recorded of {self._blocks} blocks: the last forward pass did not go through all "
+                "of them once, one after the other. Where DataParallel or a loop of your own runs them, call model(images) "
+                "itself, in one process for each GPU (DistributedDataParallel)."
+            )
         return stream
 
     def _start(self, _block: nn.Module, _inputs: tuple[Tensor, ...]) -> None:
         self._stream_SND.clear()
+        self._open = True
+
+    def _record_grid(self, _embed: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        self.grid = (output.shape[1], output.shape[2]) if output.ndim == 4 else None
 
     def _record_input(self, _module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        if self.recording and torch.is_grad_enabled():
+        if self._records():
             self._stream_SND.append(inputs[0].detach())
 
     def _record_output(self, _block: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        if self.recording and torch.is_grad_enabled():
+        if self._records():
             self._stream_SND.append(output.detach())
+
+    def _records(self) -> bool:
+        return self._open and self.recording and torch.is_grad_enabled()
