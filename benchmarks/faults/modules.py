@@ -1,4 +1,4 @@
-"""Models that people bring: layers of other kinds, frozen parts, calls in any order. Each comes out exact or is refused in words.
+"""Models that people bring: odd layers, frozen parts, calls in any order. All come out exact or are refused in words.
 
 Three kinds of cases, each drawn at random:
 
@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.utils.prune
 from timm.models.vision_transformer import VisionTransformer
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn

@@ -100,7 +100,7 @@ def test_probes_decay_in_their_weights_alone() -> None:
 def _measured(method: Any, benefits: Tensor, scores_seed: int = 0, finite: bool = True) -> None:
     """Let a method measure given benefits, and scores from random gradients."""
     generator = torch.Generator().manual_seed(scores_seed)
-    for weight in method._weights.values():
+    for weight in method._first_order._weights.values():
         weight.grad = torch.randn(weight.shape, generator=generator)
     method._pending_benefits.append(benefits)
     method.collect(torch.tensor(finite))
@@ -181,7 +181,7 @@ def test_ratios_given_by_hand_need_no_probes() -> None:
     method = _method(keep_ratios=[1, 0.5, 0, 0.25])
     assert set(method.state_dict()) == {"meter", "importance"}
     assert method.loss(torch.nn.functional.cross_entropy, None).item() == 0
-    for weight in method._weights.values():
+    for weight in method._first_order._weights.values():
         weight.grad = torch.ones_like(weight)
     method.collect(torch.tensor(True))
     decision = method.renew(_dense(), 1.0, 0.1)

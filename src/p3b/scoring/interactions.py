@@ -76,8 +76,9 @@ def interaction_matrix(
     sizes = layout.gates
     gates = {name: torch.ones(size, device=images.device, requires_grad=True) for name, size in sizes.items()}
     chosen = [[_gate(layout, kind, layer) for kind, layer in zip(KINDS, below, strict=True)] for _, below in layers]
-    was_training = model.training
+    was_training, checkpoints = model.training, model.grad_checkpointing
     model.eval()
+    model.grad_checkpointing = False  # what is computed again in backward would not find these parameters
     assert layout.stream is not None
     reads = [model.get_submodule(name).register_forward_hook(_times(gates[STREAM])) for name in layout.stream.norms]
     try:
@@ -102,6 +103,7 @@ def interaction_matrix(
         for read in reads:
             read.remove()
         model.train(was_training)
+        model.grad_checkpointing = checkpoints
     weights = kind_weights(layout).to(images.device)
     return torch.stack([torch.stack([second.double().sum() for second in row]) for row in rows]) / weights.outer(weights)
 

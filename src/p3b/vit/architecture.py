@@ -116,6 +116,9 @@ def describe_dense(vit: VisionTransformer) -> dict[str, Any]:
     patch, conv = vit.patch_embed, vit.patch_embed.proj
     if not isinstance(patch.norm, nn.Identity):
         raise ModelError("patch_embed.norm: a norm in the patch embedding is not covered.")
+    for name in ("norm_pre", "norm", "fc_norm"):
+        if type(part := vit.get_submodule(name)) not in (nn.Identity, nn.LayerNorm, *_NORMS.values()):
+            raise ModelError(f"{name}: {type(part).__name__} cannot be described in config.json; put timm's own layer back.")
     final_norm = vit.norm if not isinstance(vit.norm, nn.Identity) else vit.fc_norm
     arguments = {
         "img_size": list(patch.img_size),

@@ -29,9 +29,9 @@ def compact_of(model: VisionTransformer) -> VisionTransformer:
     compact, example = deployment.compact[0], next(model.parameters())
     if (changed := _changed(deployment.rebuild(compact), model)) is not None:
         raise ModelError(
-            f"{changed} is not what it was when this model was brought into the layout '{deployment.layout}': a change of it, or "
-            "of the model that it was made of, would be lost. Change the compact model (p3b.load without a layout), then bring it "
-            "into a layout again: p3b.with_layout."
+            f"{changed} is not what it was when this model was brought into the layout '{deployment.layout}': a change of it, "
+            "or of the model that it was made of, would be lost. Change the compact model (p3b.load without a layout), then "
+            "bring it into a layout again: p3b.with_layout."
         )
     theirs = next(compact.parameters())
     same = (theirs.device, theirs.dtype) == (example.device, example.dtype)

@@ -35,6 +35,7 @@ _IN_TRAINING = {
     "weight_init_mode",
     "distilled_training",
 }
+_PLAIN = (bool, int, float, str, tuple, type(None))
 _OF_NO_MATTER = _IN_TRAINING | {"num_classes", "init_values"}
 """Settings that may differ: they act in training or at the start alone, or follow from something else."""
 
@@ -97,7 +98,11 @@ def _differences_of_one(name: str, module: nn.Module, expected: nn.Module) -> It
             f"the model's description. {_reason(module, key, known)}"
         )
     for key, value in vars(expected).items():
-        if key.startswith("_") or key in _OF_NO_MATTER or not isinstance(value, (bool, int, float, str, tuple, type(None))):
+        if (
+            key.startswith(("_", "p3b_"))
+            or key in _OF_NO_MATTER
+            or not isinstance(value, (bool, int, float, str, tuple, type(None)))
+        ):
             continue
         if (has := getattr(module, key, None)) != value:
             yield f"{place}.{key} is {has!r}, expected {value!r}: blocks must be alike, and settings as they were built."
