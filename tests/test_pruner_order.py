@@ -182,7 +182,7 @@ def test_what_was_compiled_before_the_pruner_came_is_compiled_anew() -> None:
     wrapped = torch.compile(model, backend="eager")
     batch = images(dtype=torch.float64)
     dense = wrapped(batch)
-    pruner = _to_the_end(wrapped, _pruner(model))
+    pruner = _to_the_end(model, _pruner(model))
     pruner.decide_last()
     with torch.no_grad():
         masked = wrapped(batch)

@@ -90,8 +90,9 @@ class Pruner:
         forget_compiled()
         self._attached = True
         self._parts = _parts(self._model)
-        first = next(self._model.parameters())
-        self._place = first.device, first.dtype
+        self._gated = list(self.gates.gated_parameters(self._model).values())
+        self._first = next(self._model.parameters())
+        self._place = self._first.device, self._first.dtype
         self._kept_params = {block.name: dense_params(block) for block in self.layout.blocks}
         self._kept_other_params = self.layout.other_params
         sizes = torch.tensor([size for block in self.layout.blocks for size in block.dims.values()])
@@ -230,7 +231,7 @@ class Pruner:
         """Once pruning has begun: where a gated weight is frozen its score is found by the gates."""
         if self.steps_done < self.schedule.start or self.gates.collects or not self._method.needs_gradients:
             return
-        if not all(parameter.requires_grad for parameter in self.gates.gated_parameters(self._model).values()):
+        if not all(parameter.requires_grad for parameter in self._gated):
             self.gates.collect_gradients(writers_only=True)
 
     def _require_attached(self) -> None:
@@ -239,10 +240,9 @@ class Pruner:
                 "This pruner has ended: its model was shrunk, or it was detached. Go on with the model that finalize() "
                 "returned, or make a new pruner for a dense model."
             )
-        first = next(self._model.parameters())
-        if (first.device, first.dtype) != self._place:
+        if (self._first.device, self._first.dtype) != self._place:
             raise TrainingError(
-                f"The model is on {first.device} as {first.dtype} now; when the pruner was made it was on {self._place[0]} as "
+                f"The model is on {self._first.device} as {self._first.dtype} now; when the pruner was made it was on {self._place[0]} as "
                 f"{self._place[1]}. Move the model, or change its dtype, before the pruner is made."
             )
 
