@@ -240,9 +240,10 @@ class Pruner:
                 "This pruner has ended: its model was shrunk, or it was detached. Go on with the model that finalize() "
                 "returned, or make a new pruner for a dense model."
             )
-        if (self._first.device, self._first.dtype) != self._place:
+        place = self._first.device, self._first.dtype
+        if place != self._place:
             raise TrainingError(
-                f"The model is on {self._first.device} as {self._first.dtype} now; when the pruner was made it was on {self._place[0]} as "
+                f"The model is on {place[0]} as {place[1]} now; when the pruner was made it was on {self._place[0]} as "
                 f"{self._place[1]}. Move the model, or change its dtype, before the pruner is made."
             )
 
