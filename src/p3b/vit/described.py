@@ -80,16 +80,13 @@ def _differences(model: nn.Module, described: nn.Module) -> Iterator[str]:
 
 def _differences_of_one(name: str, module: nn.Module, expected: nn.Module) -> Iterator[str]:
     place = name or "the model"
-    if name.endswith(".mlp.act"):
-        if (found := activation_name(module)) != (known_name := activation_name(expected)):
-            yield f"{name} is {found}, and {known_name} in blocks.0: blocks must be alike."
-        return
-    if (kind := _kind(module)) is not _kind(expected):
+    is_activation = name.endswith(".mlp.act")
+    if is_activation and (found := activation_name(module)) != (first := activation_name(expected)):
+        yield f"{name} is {found}, and {first} in blocks.0: blocks must be alike."
+    if not is_activation and (kind := _kind(module)) is not _kind(expected):
         if is_sharded(type(module)):
             yield f"{place} is sharded by FSDP. Hand in the model before fully_shard."
         yield f"{place} is a {kind.__module__}.{kind.__name__}, expected {type(expected).__name__}. {foreign_parts(module)}"
-    if isinstance(module, nn.Identity):
-        return
     tensors, known = _tensors(module), _tensors(expected)
     for key in [key for key in {**tensors, **known} if tensors.get(key) != known.get(key)]:
         yield (

@@ -49,6 +49,8 @@ def require_vision_transformer(model: nn.Module, purpose: str = "pruned") -> Vis
     assert isinstance(inner, VisionTransformer)
     if type(inner.patch_embed) is not PatchEmbed:
         raise ModelError(f"patch_embed: {type(inner.patch_embed).__name__} is not covered, only timm's PatchEmbed is.")
+    if type(projection := inner.patch_embed.proj) is not nn.Conv2d:
+        raise ModelError(f"patch_embed.proj: {type(projection).__name__} is not covered, only torch.nn.Conv2d is.")
     return inner
 
 
