@@ -58,7 +58,6 @@ PARTS: Mapping[str, Part] = {
     "laws": Part("faults.laws", 10_000, 40, "Laws of the mathematics and of shrinking", "random examples"),
     "ranks": Part("faults.ranks", 12, 3, "The same run in 1, 2 and 4 processes"),
     "damage": Part("faults.damage", 200, 20, "Damaged files and folders"),
-    "modules": Part("faults.modules", 600, 12, "Models that people bring: odd layers, frozen parts, calls in any order"),
     "kills": Part("faults.kills", 50, 3, "Runs killed and resumed", "runs"),
 }
 
