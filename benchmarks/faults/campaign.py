@@ -59,6 +59,11 @@ PARTS: Mapping[str, Part] = {
     "ranks": Part("faults.ranks", 12, 3, "The same run in 1, 2 and 4 processes"),
     "damage": Part("faults.damage", 200, 20, "Damaged files and folders"),
     "kills": Part("faults.kills", 50, 3, "Runs killed and resumed", "runs"),
+    "images": Part("faults.images", 600, 26, "Images of every format and mode", "images"),
+    "modules": Part(
+        "faults.modules", 600, 12, "Models that people bring: odd layers, frozen parts, calls in any order", "models"
+    ),
+    "weights": Part("faults.weights", 600, 12, "Weights of any origin, under any name, into any model", "files"),
 }
 
 
