@@ -16,6 +16,7 @@ import p3b
 from laws.law import SEEDS, Law, demand, lists
 from laws.masks import step_around
 from p3b.core.masks import GATE_FACTORS, block_masks, hard_masks, order_elements
+from p3b.errors import TrainingError
 from p3b.methods.block_benefit import BlockBenefit
 from p3b.scoring.meter import IntervalMeter
 from p3b.vit.compact import apply_cuts, plan_cuts
@@ -222,6 +223,12 @@ def _decision_meets_the_budget(given: Case) -> None:
         meter.add(name, values, torch.tensor(True))
     method.load_state_dict({**method.state_dict(), "meter": meter.state_dict()})
     kept_now = dict(zip((block.name for block in layout.blocks), params, strict=True))
+    if not torch.cat(list(scores.values())).any():
+        try:
+            method.renew(kept_now, given.progress, given.tau)
+        except TrainingError:
+            return
+        demand(False, "scores that are all zero rank nothing, and were not refused")
     decision = method.renew(kept_now, given.progress, given.tau)
 
     missed, largest = 0.0, 0.0
