@@ -49,11 +49,10 @@ def _laid_out(model: VisionTransformer, name: str) -> VisionTransformer:
     return apply_layout(model, plan_layout(model, name))
 
 
-@pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_every_layout_computes_what_the_compact_model_computes(variant: str, layout: str, seed: int) -> None:
-    small = _small(variant, seed=seed)
+def test_every_layout_computes_what_the_compact_model_computes(variant: str, layout: str) -> None:
+    small = _small(variant, seed=len(layout) % 3)
     forms = {shape.form for shape in branch_shapes(small)}
     assert {"whole", "small", "gone"} <= forms <= set(FORMS)
     assert ("constant" in forms) == ("no bias" not in variant)

@@ -311,7 +311,7 @@ def test_gates_of_the_stream_close_in_the_masked_model() -> None:
 
 def test_the_command_prunes_by_it(data: Path, tmp_path: Path) -> None:
     short = ("--epochs", "2", "--prune-start-epoch", "0", "--finetune-epochs", "1", "--savit-every", "1", *CALM)
-    assert run("prune", *flags(data, tmp_path, *short, "--prune-method", "savit"), figures=True) == 0
+    assert run("prune", *flags(data, tmp_path, *short, "--prune-method", "savit")) == 0
     assert abs(read(tmp_path / "prune" / "summary.json")["reached_prune_ratio"] - 0.5) < 0.01
     updates = lines(tmp_path / "prune" / "blocks.jsonl")
     assert "% of heads" in updates[-1]["note"]
