@@ -1,15 +1,15 @@
 """Cheap probes of all blocks at once: one product for all blocks' probes of a kind, one call of the task loss.
 
-S samples, N tokens, D width, (H, W) patch grid, C classes, B blocks, R channels between convolutions. Logits are (2, B, 2, S, C):
-class token and patches, blocks, input and output of the block.
+S samples, N tokens, D width, (H, W) patch grid, C classes, B blocks, R channels between convolutions, P = B + 1 features.
 
 Parameters of a kind are one tensor over all blocks, and so are their gradients and the optimizer's moments. A block's input and
-output go through products of one shape, at one place in them: where a block adds nothing both give the same bits.
+its output go through products of the same shape: where a block adds nothing, both give the same bits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -29,9 +29,9 @@ from p3b.scoring.moments import moments_of_all, normalise
 from p3b.scoring.task_losses import TaskLosses
 from p3b.vit.layout import ModelLayout
 
-CHUNK_BYTES = 2**23
-"""Features and what their probes make of them that are held at a time, about: as many blocks as fit are gone through at once.
-Few enough to stay in a processor's cache and far below what the backbone holds; of a small model it is all blocks."""
+CHUNK_BYTES = 2**25
+"""What probes may hold at a time, about, until their gradients are there: so many blocks are gone through at once. In a small
+model, where calls cost more than arithmetic, these are all; in a large one a few, with a graph small beside the backbone's."""
 
 Weights = Mapping[str, Tensor]
 
@@ -53,7 +53,15 @@ class BatchedProbes(Probes):
         self.rows = nn.ParameterDict(dict(rows))
 
     def logits(self, stream_SND: Sequence[Tensor], weights: Weights) -> Tensor:
-        """(2, b, 2, S, C) for b neighbouring blocks, from the b + 1 features around them and their share of the parameters."""
+        """Logits of neighbouring blocks' probes.
+
+        Args:
+            stream_SND: the features around b blocks, b + 1 of them.
+            weights: parameters by name, of these blocks alone, (b, ...).
+
+        Returns:
+            (2, b, 2, S, C): class token and patches, blocks, input and output of the block.
+        """
         raise NotImplementedError
 
     def bytes_of_block(self, x_SND: Tensor) -> int:
@@ -74,7 +82,7 @@ class BatchedProbes(Probes):
             self._alone = is_alone(self._reduce, next(self.parameters()))
         blocks = len(stream_SND) - 1
         if not (self._alone and torch.is_grad_enabled()) or computes_in_half(targets.device.type):
-            losses = self._losses_of(stream_SND, self.rows, criterion, targets)
+            losses = self._losses_of(stream_SND, dict(self.rows.items()), criterion, targets)
             return _benefits(losses), losses.sum()
         found: list[Tensor] = []
         gradients: list[Sequence[Tensor]] = []
@@ -90,9 +98,9 @@ class BatchedProbes(Probes):
         whole = [torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*gradients, strict=True)]
         return _benefits(together), GradientsKnown.apply(together.sum(), whole, *self.rows.values())
 
-    def _losses_of(self, stream_SND: Sequence[Tensor], rows: Weights, criterion: Criterion, targets: Tensor) -> Tensor:
+    def _losses_of(self, stream_SND: Sequence[Tensor], weights: Weights, criterion: Criterion, targets: Tensor) -> Tensor:
         """(2, b, 2) losses for class token and patches, blocks, input and output."""
-        logits = at_least_float32(self.logits(stream_SND, rows))
+        logits = at_least_float32(self.logits(stream_SND, weights))
         return self._losses(logits.flatten(0, 2), criterion, targets).view(logits.shape[:3])
 
 
@@ -136,31 +144,27 @@ class LowRankProbes(BatchedProbes):
     def __init__(self, layout: ModelLayout, reduce: Reduce, rank: int) -> None:
         blocks, width, classes = len(layout.blocks), layout.width, layout.num_classes
         cls = [nn.Linear(width, classes) for _ in range(blocks)]
-        patch = [_patch_layers(width, rank, classes) for _ in range(blocks)]
-        ones, zeros = torch.ones(blocks, rank), torch.zeros(blocks, rank)
-        super().__init__(
-            layout,
-            reduce,
-            _stacked("cls", cls)
-            | {name: torch.stack([layers[name].weight.detach() for layers in patch]) for name in ("narrow", "first", "second")}
-            | {"first_scale": ones, "first_shift": zeros, "second_scale": ones.clone(), "second_shift": zeros.clone()}
-            | _stacked("patch", [layers["answer"] for layers in patch]),
-        )
+        patch = [_PatchLayers.drawn(width, rank, classes) for _ in range(blocks)]
+        rows = _stacked("cls", cls) | _stacked("patch", [layers.answer for layers in patch])
+        rows["narrow"] = torch.stack([layers.narrow.weight.detach() for layers in patch])
+        for name, convolutions in (("first", [each.first for each in patch]), ("second", [each.second for each in patch])):
+            rows[name] = torch.stack([convolution.weight.detach() for convolution in convolutions])
+            rows |= {f"{name}_scale": torch.ones(blocks, rank), f"{name}_shift": torch.zeros(blocks, rank)}
+        super().__init__(layout, reduce, rows)
 
     def logits(self, stream_SND: Sequence[Tensor], weights: Weights) -> Tensor:
         tokens_PSD = torch.stack([read_class_token(x_SND, self._layout) for x_SND in stream_SND])
-        maps_SKHW = self._narrowed(stream_SND, weights["narrow"])
+        sides = self._narrowed(stream_SND, weights["narrow"])
         for name in ("first", "second"):
-            maps_SKHW = F.conv2d(maps_SKHW, _for_both(weights[name]), padding=1, groups=2 * len(stream_SND) - 2)
-            scale, shift = (_for_both(weights[f"{name}_{part}"]) for part in ("scale", "shift"))
-            maps_SKHW = self._normalised(maps_SKHW, scale, shift).relu_()
-        # torch's pooling gives a gradient in an order that the layer before is slow to read.
-        pooled_SK = maps_SKHW.permute(0, 2, 3, 1).flatten(1, 2).mean(1)
-        pooled_2BSR = pooled_SK.unflatten(1, (2, len(stream_SND) - 1, -1)).permute(1, 2, 0, 3)
+            kernel, scale_K, shift_K = (weights[key].flatten(0, 1) for key in (name, f"{name}_scale", f"{name}_shift"))
+            sides = [F.conv2d(x_SKHW, kernel, padding=1, groups=len(stream_SND) - 1) for x_SKHW in sides]
+            sides = [x_SKHW.relu_() for x_SKHW in self._normalised(sides, scale_K, shift_K)]
+        per_block = weights["first_scale"].shape
+        before_BSR, after_BSR = (_mean_over_places(x_SKHW).unflatten(1, per_block).transpose(0, 1) for x_SKHW in sides)
         return torch.stack(
             [
                 _linear(tokens_PSD[:-1], tokens_PSD[1:], weights["cls_weight"], weights["cls_bias"]),
-                _linear(*pooled_2BSR, weights["patch_weight"], weights["patch_bias"]),
+                _linear(before_BSR, after_BSR, weights["patch_weight"], weights["patch_bias"]),
             ]
         )
 
@@ -169,32 +173,40 @@ class LowRankProbes(BatchedProbes):
         rank, classes = self.rows["narrow"].shape[1], self._layout.num_classes
         return samples * x_SND.element_size() * (tokens * (width + 16 * rank) + 12 * classes)
 
-    def _narrowed(self, stream_SND: Sequence[Tensor], narrow_BRD: Tensor) -> Tensor:
-        """The 1x1 convolution: (S, 2 B R, H, W), channels-last, first all blocks' inputs, then their outputs."""
+    def _narrowed(self, stream_SND: Sequence[Tensor], narrow_BRD: Tensor) -> list[Tensor]:
+        """The 1x1 convolution on all blocks' inputs and on their outputs: (S, K, H, W) each, K = B R, channels-last."""
         patches_PSND = torch.stack([x_SND[:, self._layout.prefix_tokens :] for x_SND in stream_SND])
         kind = patches_PSND.device.type
         if torch.is_autocast_enabled(kind):  # once here, and not by each of the two products that read it
             patches_PSND = patches_PSND.to(torch.get_autocast_dtype(kind))
         sides = [torch.einsum("bsnd,brd->snbr", side_BSND, narrow_BRD) for side_BSND in (patches_PSND[:-1], patches_PSND[1:])]
-        return torch.stack(sides, 2).flatten(2).unflatten(1, self._layout.grid).permute(0, 3, 1, 2)
+        return [x_SNBR.flatten(2).unflatten(1, self._layout.grid).permute(0, 3, 1, 2) for x_SNBR in sides]
 
-    def _normalised(self, x_SKHW: Tensor, scale_K: Tensor, shift_K: Tensor) -> Tensor:
-        """Batch norm over the batch of all ranks."""
+    def _normalised(self, sides: Sequence[Tensor], scale_K: Tensor, shift_K: Tensor) -> list[Tensor]:
+        """Batch norm of inputs and of outputs, each over the batch of all ranks."""
         if self._alone:
-            return F.batch_norm(x_SKHW, None, None, scale_K, shift_K, training=True)
-        return normalise(x_SKHW, scale_K, shift_K, *moments_of_all(self._reduce, [x_SKHW])[0])
+            return [F.batch_norm(x_SKHW, None, None, scale_K, shift_K, training=True) for x_SKHW in sides]
+        moments = moments_of_all(self._reduce, sides)
+        return [normalise(x_SKHW, scale_K, shift_K, *each) for x_SKHW, each in zip(sides, moments, strict=True)]
 
 
-def _patch_layers(width: int, rank: int, classes: int) -> dict[str, nn.Module]:
-    """One block's layers with their first weights, drawn in this order."""
-    first = nn.Conv2d(rank, rank, 3, bias=False)
-    narrow = nn.Linear(width, rank, bias=False)
-    return {
-        "first": first,
-        "narrow": narrow,
-        "second": nn.Conv2d(rank, rank, 3, bias=False),
-        "answer": nn.Linear(rank, classes),
-    }
+@dataclass(frozen=True)
+class _PatchLayers:
+    """The layers of one block's patch probe that have first weights to draw, in the order in which they are drawn."""
+
+    first: nn.Conv2d
+    narrow: nn.Linear
+    second: nn.Conv2d
+    answer: nn.Linear
+
+    @classmethod
+    def drawn(cls, width: int, rank: int, classes: int) -> _PatchLayers:
+        return cls(
+            first=nn.Conv2d(rank, rank, 3, bias=False),
+            narrow=nn.Linear(width, rank, bias=False),
+            second=nn.Conv2d(rank, rank, 3, bias=False),
+            answer=nn.Linear(rank, classes),
+        )
 
 
 def _stacked(name: str, layers: Sequence[nn.Linear]) -> dict[str, Tensor]:
@@ -206,9 +218,9 @@ def _linear(before_BSD: Tensor, after_BSD: Tensor, weight_BCD: Tensor, bias_BC: 
     return torch.stack([torch.baddbmm(bias_BC[:, None], side_BSD, weight_BCD.mT) for side_BSD in (before_BSD, after_BSD)], 1)
 
 
-def _for_both(rows: Tensor) -> Tensor:
-    """(B, R, ...) -> (2 B R, ...): the same parameters for inputs and outputs."""
-    return torch.cat([rows, rows]).flatten(0, 1)
+def _mean_over_places(x_SKHW: Tensor) -> Tensor:
+    """(S, K). torch's pooling gives a gradient in an order that the layer before is slow to read."""
+    return x_SKHW.permute(0, 2, 3, 1).flatten(1, 2).mean(1)
 
 
 def _benefits(losses_2B2: Tensor) -> Tensor:

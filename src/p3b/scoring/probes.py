@@ -4,8 +4,8 @@ S samples, N tokens, D width, (H, W) patch grid, C classes, B blocks.
 Source: Glandorf and Rosenhahn, arXiv 2506.23675, section 3.1.
 
 Batch norm in the patch probe looks at the whole batch, also where several processes share it: otherwise the benefit of a block
-would depend on how many there are. Blocks go one after the other: what is published stays bit for bit (`batched` holds cheaper probes,
-all blocks' at once).
+would depend on how many there are. Blocks go one after the other, so that what is published stays as it is, bit for bit;
+`batched` holds cheaper probes, of all blocks at once.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The task loss of many sets of logits at once, whatever the task loss is.
 
-A criterion is the user's: a mean over a batch's samples as a rule, but nothing says so. Laying all sets out as one large batch would
-ask it for one number where one for each set is needed. `torch.vmap` asks it once, and every operation in it then works on all
-sets side by side, so the answers are those of one call for each set, up to rounding. It refuses what it cannot carry over (a
-random criterion, one that reads a value out, one that calls foreign code); such a criterion is called for each set.
+A criterion is the user's: as a rule a mean over a batch, and so one large batch of all sets would get one number where one for
+each set is needed. `torch.vmap` calls it once, and every operation in it works on all sets side by side: the answers are those
+of one call for each set, up to rounding. What it cannot carry over it refuses (a random criterion, one that reads a value out,
+one that calls foreign code); such a criterion is called for each set.
 
 K sets of logits, S samples, C classes.
 """
@@ -56,9 +56,11 @@ def _agrees(logits_KSC: Tensor, criterion: Criterion, targets: Tensor) -> bool:
             )
     except Exception:  # vmap passes on whatever its parts raise; what is wrong with the criterion itself, its next call tells
         return False
-    return all(
-        mine.shape == its.shape and torch.allclose(mine, its, rtol=1e-5, atol=1e-7) for mine, its in zip(together, apart)
-    )
+    return all(_close(mine, its) for mine, its in zip(together, apart, strict=True))
+
+
+def _close(mine: Tensor, its: Tensor) -> bool:
+    return mine.shape == its.shape and torch.allclose(mine, its, rtol=1e-5, atol=1e-7, equal_nan=True)
 
 
 def _with_gradient(

@@ -29,7 +29,7 @@ class TrainedProbes:
     def __init__(self, probes: Probes, reduce: Reduce, lr: float, weight_decay: float) -> None:
         self.probes, self._reduce = probes, reduce
         self._alone: bool | None = None
-        groups = param_groups_weight_decay(probes, weight_decay, probes.no_weight_decay())
+        groups = param_groups_weight_decay(probes, weight_decay, no_weight_decay_list=probes.no_weight_decay())
         self._optimizer = torch.optim.AdamW(groups, lr=lr, fused=True)
 
     def due(self) -> bool:
@@ -50,7 +50,18 @@ class TrainedProbes:
         return {"probes": self.probes.state_dict(), "probe_optimizer": self._optimizer.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.probes.load_state_dict(state["probes"])
+        """Go on from `state_dict`.
+
+        Raises:
+            ValueError: the state holds other probes.
+        """
+        found, own = state["probes"], self.probes.state_dict()
+        if {name: tensor.shape for name, tensor in found.items()} != {name: tensor.shape for name, tensor in own.items()}:
+            raise ValueError(
+                "its probes are not those that measure benefit here; they belong to another --prune-benefit or model, or to a "
+                "version of P3B that kept the probes of each block apart"
+            )
+        self.probes.load_state_dict(found)
         self._optimizer.load_state_dict(state["probe_optimizer"])
 
     def _average_gradients(self) -> list[Tensor]:
