@@ -104,7 +104,7 @@ def test_they_are_the_modules_of_each_block(
 def test_blocks_may_go_together_or_one_by_one(kind: type[BatchedProbes], monkeypatch: pytest.MonkeyPatch) -> None:
     layout = read_layout(tiny_vit())
     stream, found = _stream(layout), []
-    for limit in (1, 2 * _build(kind, layout).bytes_of_block(stream[0]), 2**25):
+    for limit in (1, 2 * _build(kind, layout).bytes_of_block(stream[0]), 2**30):
         monkeypatch.setattr(batched, "CHUNK_BYTES", limit)
         probes = _build(kind, layout)
         benefits, total = probes(stream, CE, labels(8))

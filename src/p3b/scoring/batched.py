@@ -29,7 +29,7 @@ from p3b.scoring.moments import moments_of_all, normalise
 from p3b.scoring.task_losses import TaskLosses
 from p3b.vit.layout import ModelLayout
 
-CHUNK_BYTES = 2**25
+CHUNK_BYTES = 2**24
 """What probes may hold at a time, about, until their gradients are there: so many blocks are gone through at once. In a small
 model, where calls cost more than arithmetic, these are all; in a large one a few, with a graph small beside the backbone's."""
 
@@ -86,7 +86,8 @@ class BatchedProbes(Probes):
             return _benefits(losses), losses.sum()
         found: list[Tensor] = []
         gradients: list[Sequence[Tensor]] = []
-        size = max(1, CHUNK_BYTES // self.bytes_of_block(stream_SND[0]))
+        chunks = min(blocks, -(-blocks * self.bytes_of_block(stream_SND[0]) // CHUNK_BYTES))
+        size = -(-blocks // chunks)
         for first in range(0, blocks, size):
             chunk = slice(first, min(first + size, blocks))
             rows = {name: rows[chunk].detach().requires_grad_() for name, rows in self.rows.items()}
