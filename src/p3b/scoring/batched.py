@@ -36,6 +36,12 @@ model, where calls cost more than arithmetic, these are all; in a large one a fe
 Weights = Mapping[str, Tensor]
 
 
+def blocks_at_once(blocks: int, bytes_of_block: int) -> int:
+    """How many blocks' probes are evaluated together, in chunks of even size; one block at least."""
+    chunks = min(blocks, -(-blocks * bytes_of_block // CHUNK_BYTES))
+    return -(-blocks // chunks)
+
+
 class BatchedProbes(Probes):
     """Benefits by 2B probes that are evaluated together; what the probes are, a subclass says.
 
@@ -80,14 +86,13 @@ class BatchedProbes(Probes):
         """
         if self._alone is None:
             self._alone = is_alone(self._reduce, next(self.parameters()))
-        blocks = len(stream_SND) - 1
         if not (self._alone and torch.is_grad_enabled()) or computes_in_half(targets.device.type):
             losses = self._losses_of(stream_SND, dict(self.rows.items()), criterion, targets)
             return _benefits(losses), losses.sum()
         found: list[Tensor] = []
         gradients: list[Sequence[Tensor]] = []
-        chunks = min(blocks, -(-blocks * self.bytes_of_block(stream_SND[0]) // CHUNK_BYTES))
-        size = -(-blocks // chunks)
+        blocks = len(stream_SND) - 1
+        size = blocks_at_once(blocks, self.bytes_of_block(stream_SND[0]))
         for first in range(0, blocks, size):
             chunk = slice(first, min(first + size, blocks))
             rows = {name: rows[chunk].detach().requires_grad_() for name, rows in self.rows.items()}
