@@ -166,10 +166,11 @@ def bytes_of_block(estimator: str, size: Size) -> int:
     Args:
         estimator: "linear" or "low_rank".
     """
-    D, C = size.width, size.classes
+    D, C, K = size.width, size.classes, size.rank(estimator)
     if estimator == "linear":
-        return 4 * size.batch * size.feature_bytes * (2 * D + 3 * C)
-    return size.batch * size.feature_bytes * (size.tokens * (D + 16 * size.rank(estimator)) + 12 * C)
+        return 4 * size.batch * size.feature_bytes * (2 * D + 3 * C) + 2 * FLOAT * 2 * size.head
+    gradients = 2 * FLOAT * size.probe_parameters(K) // size.blocks
+    return size.batch * size.feature_bytes * (size.tokens * (D + 16 * K) + 12 * C) + gradients
 
 
 def blocks_at_once(estimator: str, size: Size, ranks: int = 1) -> int:

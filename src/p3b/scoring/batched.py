@@ -70,9 +70,13 @@ class BatchedProbes(Probes):
         """
         raise NotImplementedError
 
-    def bytes_of_block(self, x_SND: Tensor) -> int:
-        """About what a block's probes hold until their gradients are there."""
+    def bytes_of_graph(self, x_SND: Tensor) -> int:
+        """About what autograd holds of a block's probes until their gradients are there."""
         raise NotImplementedError
+
+    def bytes_of_block(self, x_SND: Tensor) -> int:
+        """The same with the gradients from inputs and from outputs: with many classes they are most of it."""
+        return self.bytes_of_graph(x_SND) + 2 * sum(rows[0].nbytes for rows in self.rows.values())
 
     def no_weight_decay(self) -> list[str]:
         return [name for name, parameter in self.named_parameters() if parameter.ndim <= 2]
@@ -131,7 +135,7 @@ class LinearProbes(BatchedProbes):
             ]
         )
 
-    def bytes_of_block(self, x_SND: Tensor) -> int:
+    def bytes_of_graph(self, x_SND: Tensor) -> int:
         samples, _, width = x_SND.shape
         return 4 * samples * x_SND.element_size() * (2 * width + 3 * self._layout.num_classes)
 
@@ -174,7 +178,7 @@ class LowRankProbes(BatchedProbes):
             ]
         )
 
-    def bytes_of_block(self, x_SND: Tensor) -> int:
+    def bytes_of_graph(self, x_SND: Tensor) -> int:
         samples, tokens, width = x_SND.shape
         rank, classes = self.rows["narrow"].shape[1], self._layout.num_classes
         return samples * x_SND.element_size() * (tokens * (width + 16 * rank) + 12 * classes)
