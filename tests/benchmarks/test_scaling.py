@@ -260,7 +260,7 @@ def test_rates_that_made_the_times_are_found_again() -> None:
 @pytest.mark.parametrize("estimator", cost.ESTIMATED)
 def test_what_grows_with_classes_grows_linearly(estimator: str) -> None:
     few, many, more = (cost.Size(3, 128, 2, 8, 8, classes, 8) for classes in (1_000, 2_000, 3_000))
-    for part in (lambda size: cost.probes(estimator, size).traffic, lambda size: cost.memory_probes(estimator, size).total):
+    for part in (lambda size: cost.probes(estimator, size).traffic, lambda size: cost.memory_probes(estimator, size).held):
         assert part(more) - part(many) == pytest.approx(part(many) - part(few)) and part(many) > part(few)
     assert cost.gates(many).traffic - cost.gates(few).traffic == 4 * (many.parameters - few.parameters)
     assert cost.update(many) == cost.update(few)
