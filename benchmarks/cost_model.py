@@ -3,11 +3,13 @@
 S images of a batch (of one process), G patches, N tokens, D width, K channels of a head, C classes, L layers (depth),
 B = 2 L blocks, P = B + 1 places x_0 .. x_B of the residual stream.
 
-Products are counted exactly, as torch's FlopCounterMode counts them, and so are parameters, states, what autograd keeps, and
-what is reduced. Memory traffic is a count of the passes that the code makes over its tensors, good to some tens of percent.
+Products are counted exactly. They are those of torch's FlopCounterMode, except that it counts the weight gradient of a
+grouped convolution as if the convolution were dense. Parameters, states and what is reduced are exact. What autograd keeps
+agrees within 0.5 percent; calls of operators, counted on small models, within 5 percent. Memory traffic is a count of the
+passes that the code makes over its tensors, good to some tens of percent.
 Time is a sum: multiply-accumulates, bytes and operators, each times a rate (`Rates`); nothing hides behind anything else.
 
-Source of the shapes: `p3b.scoring` (probes, trained, ridge), `p3b.vit.gates`, `p3b.scoring.criteria`.
+Source of the shapes: `p3b.scoring` (probes, batched, trained, ridge), `p3b.vit.gates`, `p3b.scoring.criteria`.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from itertools import combinations
 
 import torch
 
+from p3b.scoring import batched
 from p3b.scoring.estimators import LOW_RANK
 from p3b.scoring.ridge import SOLVE_EVERY
 
@@ -35,6 +38,9 @@ LAYER_PASSES = 41
 drop path 10, MLP 17. The backward pass makes twice as many."""
 CONVOLVED_PASSES = 39
 """Passes over (S, G, D) of a patch probe: 13 forward (two convolutions, batch norms that look twice, activations, one mean)."""
+NARROWING_PASSES = 5
+"""Passes over (P, S, G, D) of the 1x1 convolution of low-rank probes, beyond the first read: one to write all features into one
+tensor, two for the products of inputs and outputs, and two for the gradients of their weights."""
 TRAINED_LOGIT_PASSES, RIDGE_LOGIT_PASSES = 8, 26
 """Passes over (S, C): scores, their loss and its gradient; with ridge also the curvature by the factor."""
 
@@ -151,7 +157,27 @@ def gates(size: Size) -> Work:
     weights = size.depth * (12 * D**2 + 5 * D)
     multiplied = 2 * products * 2 * FLOAT
     scored = weights * 3 * FLOAT + products * FLOAT
-    return Work(traffic=multiplied + scored + size.parameters * FLOAT, operators=41 + 105 * size.depth)
+    return Work(traffic=multiplied + scored + size.parameters * FLOAT, operators=27 + 73 * size.depth)
+
+
+def bytes_of_block(estimator: str, size: Size) -> int:
+    """Estimate, by `p3b.scoring.batched`, of what a block's probes hold; it decides how many blocks are evaluated together.
+
+    Args:
+        estimator: "linear" or "low_rank".
+    """
+    D, C, K = size.width, size.classes, size.rank(estimator)
+    if estimator == "linear":
+        return 4 * size.batch * size.feature_bytes * (2 * D + 3 * C) + 2 * FLOAT * 2 * size.head
+    gradients = 2 * FLOAT * size.probe_parameters(K) // size.blocks
+    return size.batch * size.feature_bytes * (size.tokens * (D + 16 * K) + 12 * C) + gradients
+
+
+def blocks_at_once(estimator: str, size: Size, ranks: int = 1) -> int:
+    """Blocks whose graphs of probes are held at the same time; with the paper's probes in one process, one."""
+    if ranks > 1:
+        return size.blocks
+    return 1 if estimator == "paper" else batched.blocks_at_once(size.blocks, bytes_of_block(estimator, size))
 
 
 def probes(estimator: str, size: Size, ranks: int = 1) -> Work:
@@ -184,16 +210,19 @@ def probes(estimator: str, size: Size, ranks: int = 1) -> Work:
     heads = 2 * B * size.head
     logits = 4 * B * TRAINED_LOGIT_PASSES * S * C * FLOAT
     learned = 6 * FLOAT + ADAMW  # two uses forward and backward, gradients added up and looked at, AdamW
+    chunks = -(-B // blocks_at_once(estimator, size, ranks))
     if estimator == "linear":
-        return reading + Work(macs=8 * B * scored, traffic=logits + heads * learned, operators=45 + 88 * B)
+        return reading + Work(macs=8 * B * scored, traffic=logits + heads * learned, operators=58 + 101 * chunks + 4 * B)
     K = size.rank(estimator)
     # Features need no gradient: that of the first convolution is its weight's alone, and with a low rank it is the narrow one.
     convolutions = 5 * 9 * D**2 if K == D else 2 * D * K + 6 * 9 * K**2
     patches = 2 * B * (S * G * convolutions + 3 * S * K * C)
     convolved = 2 * B * CONVOLVED_PASSES * S * G * K * size.feature_bytes
-    operators = 46 + (175 if K == D else 184) * B
+    narrowed = 0 if K == D else NARROWING_PASSES * P * S * G * D * size.feature_bytes
     return reading + Work(
-        macs=4 * B * scored + patches, traffic=logits + size.probe_parameters(K) * learned + convolved, operators=operators
+        macs=4 * B * scored + patches,
+        traffic=logits + size.probe_parameters(K) * learned + convolved + narrowed,
+        operators=49 + 167 * B if K == D else 79 + 262 * chunks + 3 * B,
     )
 
 
@@ -233,7 +262,7 @@ def memory_probes(estimator: str, size: Size, ranks: int = 1) -> Memory:
 
     Args:
         estimator: of `ESTIMATED`. Of the trained ones `held` are their parameters with gradients and moments, `passing` is what
-            autograd keeps, of one probe at a time where there is one process; of ridge `held` are moments and probes,
+            autograd keeps at most (see `blocks_at_once`); of ridge `held` are moments and probes,
             `passing` tokens and targets of one step, and its moments where there are several processes.
         ranks: processes.
     """
@@ -242,15 +271,17 @@ def memory_probes(estimator: str, size: Size, ranks: int = 1) -> Memory:
         moments = (2 * P * (D**2 + D * C + D) + C) * DOUBLE
         held = moments + 2 * B * (D * C + C) * FLOAT + C * FLOAT + (1 + 2 * B) * DOUBLE
         return Memory(held=held, passing=(2 * P * S * D + S * C) * FLOAT + (moments if ranks > 1 else 0))
-    K = size.rank(estimator)
-    logits = 2 * S * C * FLOAT  # of one probe, on its block's input and output
+    K, b = size.rank(estimator), blocks_at_once(estimator, size, ranks)
+    side = 2 * b  # inputs and outputs
+    scored = (1 if estimator == "paper" and ranks == 1 else 2) * side * S * C * FLOAT  # else class token and patches together
     if estimator == "linear":
-        return Memory(held=2 * B * size.head * TRAINED, passing=logits + P * S * D * size.feature_bytes)
+        tokens = 2 * (b + 1) * S * D * size.feature_bytes
+        return Memory(held=2 * B * size.head * TRAINED, passing=scored + tokens)
     maps = 4 if K == D else 5  # in and out of both norms; with a low rank what the narrowing convolution gives
-    each = S * G * K * maps * size.feature_bytes + (S * K + 4 * K) * FLOAT  # and the norms' statistics, the mean
-    together = 1 if ranks == 1 else B  # norms over several ranks go through all probes side by side
-    classes = logits if ranks == 1 else B * logits + logits
-    return Memory(held=size.probe_parameters(K) * TRAINED, passing=together * 2 * each + classes)
+    statistics = 2 * FLOAT if ranks == 1 else 5 * DOUBLE + FLOAT  # of a channel of a norm; in float64 over several ranks
+    convolved = side * (S * G * K * maps * size.feature_bytes + 2 * K * statistics + S * K * FLOAT)  # two norms, the mean
+    copied = 0 if K == D else (b + 1) * S * (G + 1) * D * size.feature_bytes  # patches and class tokens side by side
+    return Memory(held=size.probe_parameters(K) * TRAINED, passing=convolved + copied + scored)
 
 
 @dataclass(frozen=True)

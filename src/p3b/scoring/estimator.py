@@ -63,10 +63,26 @@ class BenefitEstimator(Protocol):
         ...
 
 
+class Probes(nn.Module):
+    """2B probes that learn by gradient; called as `BenefitEstimator.observe` is."""
+
+    def forward(self, stream_SND: Sequence[Tensor], criterion: Criterion, targets: Tensor) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
+    def no_weight_decay(self) -> list[str]:
+        """Names of the parameters that decay does not act on: biases, and what belongs to norms."""
+        raise NotImplementedError
+
+
 def read_tokens(x_SND: Tensor, layout: ModelLayout) -> tuple[Tensor, Tensor]:
     """The class token (or the mean patch token where there is none) and the mean patch token, both (S, D)."""
     mean_SD = x_SND[:, layout.prefix_tokens :].mean(1)
     return (x_SND[:, 0] if layout.has_class_token else mean_SD), mean_SD
+
+
+def read_class_token(x_SND: Tensor, layout: ModelLayout) -> Tensor:
+    """The first of `read_tokens` alone."""
+    return x_SND[:, 0] if layout.has_class_token else x_SND[:, layout.prefix_tokens :].mean(1)
 
 
 def compare(
@@ -84,12 +100,12 @@ def compare(
     Returns:
         (2, B) benefits without a graph, and the sum of all 4B losses.
     """
-    at_once = probes is not None and torch.is_grad_enabled() and not _computes_in_half(targets.device.type)
+    at_once = probes is not None and torch.is_grad_enabled() and not computes_in_half(targets.device.type)
     losses: list[Tensor] = []
     parameters: list[Tensor] = []
     gradients: list[Tensor] = []
     for number, pair in enumerate(logits):
-        both = [criterion(_at_least_float32(each), targets) for each in pair]
+        both = [criterion(at_least_float32(each), targets) for each in pair]
         if at_once:
             assert probes is not None
             own = list(probes[number].parameters())
@@ -99,11 +115,11 @@ def compare(
         losses += both
         del pair, both  # or the graph would live until the next one is there
     together = torch.stack(losses).view(2, -1, 2)
-    total = _WithGradients.apply(together.sum(), gradients, *parameters) if at_once else together.sum()
+    total = GradientsKnown.apply(together.sum(), gradients, *parameters) if at_once else together.sum()
     return (together[..., 0] - together[..., 1]).detach(), total
 
 
-class _WithGradients(torch.autograd.Function):
+class GradientsKnown(torch.autograd.Function):
     """A scalar whose gradients by some parameters are known already."""
 
     @staticmethod
@@ -119,9 +135,9 @@ class _WithGradients(torch.autograd.Function):
         return None, None, *(gradient * by_value[0] for gradient in gradients)
 
 
-def _computes_in_half(kind: str) -> bool:
+def computes_in_half(kind: str) -> bool:
     return torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) is torch.float16
 
 
-def _at_least_float32(tensor: Tensor) -> Tensor:
+def at_least_float32(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 import torch
 
 from p3b.errors import ConfigError, unknown_name
-from p3b.scoring.estimator import BenefitEstimator
+from p3b.scoring.batched import LinearProbes, LowRankProbes
+from p3b.scoring.estimator import BenefitEstimator, Probes
 from p3b.scoring.meter import Reduce
 from p3b.scoring.probes import BlockProbes
 from p3b.scoring.ridge import RidgeProbes
 from p3b.scoring.subsampled import Subsampled
-from p3b.scoring.trained import LinearProbes, TrainedProbes
+from p3b.scoring.trained import TrainedProbes
 from p3b.vit.layout import ModelLayout
 
 LOW_RANK = 32
@@ -48,11 +49,11 @@ def _paper(settings: ProbeSettings) -> TrainedProbes:
 
 def _low_rank(settings: ProbeSettings) -> TrainedProbes:
     rank = max(1, min(LOW_RANK, settings.layout.width // 4))
-    return _trained(settings, lambda: BlockProbes(settings.layout, settings.reduce, rank))
+    return _trained(settings, lambda: LowRankProbes(settings.layout, settings.reduce, rank))
 
 
 def _linear(settings: ProbeSettings) -> TrainedProbes:
-    return _trained(settings, lambda: LinearProbes(settings.layout))
+    return _trained(settings, lambda: LinearProbes(settings.layout, settings.reduce))
 
 
 def _ridge(settings: ProbeSettings) -> RidgeProbes:
@@ -83,7 +84,7 @@ def create_estimator(name: str, settings: ProbeSettings) -> BenefitEstimator:
     return ESTIMATORS[name](settings)
 
 
-def _trained(settings: ProbeSettings, build: Callable[[], torch.nn.Module]) -> TrainedProbes:
+def _trained(settings: ProbeSettings, build: Callable[[], Probes]) -> TrainedProbes:
     """Probes whose first weights are the same on all ranks and take nothing from the global generator."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)

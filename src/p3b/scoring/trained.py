@@ -7,30 +7,30 @@ from typing import Any
 
 import torch
 from timm.optim import param_groups_weight_decay
-from torch import Tensor, nn
+from torch import Tensor
 
 from p3b.core.finite import all_finite, step_where
-from p3b.scoring.estimator import Criterion, compare, read_tokens
+from p3b.scoring.estimator import Criterion, Probes
 from p3b.scoring.meter import Reduce, average, is_alone
-from p3b.vit.layout import ModelLayout
 
 
 class TrainedProbes:
     """Observes at every step; probes learn by the sum of their losses, with AdamW.
 
     Args:
-        probes: a module that is called as `BenefitEstimator.observe` is.
+        probes: what measures and learns.
         reduce: mean of a tensor over all ranks; the identity in a single process.
         lr: learning rate, not scaled with the batch size.
-        weight_decay: of weights; none on biases and norms.
+        weight_decay: of the probes' weights; none on biases and norms.
     """
 
     every = 1
 
-    def __init__(self, probes: nn.Module, reduce: Reduce, lr: float, weight_decay: float) -> None:
+    def __init__(self, probes: Probes, reduce: Reduce, lr: float, weight_decay: float) -> None:
         self.probes, self._reduce = probes, reduce
         self._alone: bool | None = None
-        self._optimizer = torch.optim.AdamW(param_groups_weight_decay(probes, weight_decay), lr=lr, fused=True)
+        groups = param_groups_weight_decay(probes, weight_decay, no_weight_decay_list=probes.no_weight_decay())
+        self._optimizer = torch.optim.AdamW(groups, lr=lr, fused=True)
 
     def due(self) -> bool:
         return True
@@ -50,7 +50,18 @@ class TrainedProbes:
         return {"probes": self.probes.state_dict(), "probe_optimizer": self._optimizer.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.probes.load_state_dict(state["probes"])
+        """Go on from `state_dict`.
+
+        Raises:
+            ValueError: the state holds other probes.
+        """
+        found, own = state["probes"], self.probes.state_dict()
+        if {name: tensor.shape for name, tensor in found.items()} != {name: tensor.shape for name, tensor in own.items()}:
+            raise ValueError(
+                "its probes are not those that measure benefit here; they belong to another --prune-benefit or model, or to a "
+                "version of P3B that kept the probes of each block apart"
+            )
+        self.probes.load_state_dict(found)
         self._optimizer.load_state_dict(state["probe_optimizer"])
 
     def _average_gradients(self) -> list[Tensor]:
@@ -67,29 +78,3 @@ class TrainedProbes:
         if not self._alone:  # a single process is spared the copies
             average(self._reduce, gradients)
         return gradients
-
-
-class LinearProbes(nn.Module):
-    """A linear probe on the class token and one on the mean patch token of every block, on its input and its output.
-
-    Departure from the paper, whose patch probe sees the patches' places: where a block changes the patches without their
-    mean, this one is blind to it.
-    """
-
-    def __init__(self, layout: ModelLayout) -> None:
-        super().__init__()
-        self._layout = layout
-        blocks = range(len(layout.blocks))
-        self.cls_probes, self.patch_probes = (
-            nn.ModuleList(nn.Linear(layout.width, layout.num_classes) for _ in blocks) for _ in range(2)
-        )
-
-    def forward(self, stream_SND: Sequence[Tensor], criterion: Criterion, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """As `BenefitEstimator.observe`."""
-        read = [read_tokens(x_SND, self._layout) for x_SND in stream_SND]
-        logits = (
-            (probe(read[b][kind]), probe(read[b + 1][kind]))
-            for kind, probes in enumerate((self.cls_probes, self.patch_probes))
-            for b, probe in enumerate(probes)
-        )
-        return compare(logits, criterion, targets, [*self.cls_probes, *self.patch_probes])
