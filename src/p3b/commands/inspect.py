@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from p3b.run.look_options import InspectConfig
+from p3b.run.trained_images import ENTRY, trained_on
 from p3b.storage import saved_model
 
 _SHOWN_CLASSES = 10
@@ -36,7 +37,10 @@ def inspect(config: InspectConfig) -> Mapping[str, Any]:
     say(f"preprocessing: {known}")
     console.print(_blocks(found, width, dense_heads))
     for key, value in (found["provenance"] or {}).items():
-        say(f"{key}: {value}")
+        if key != ENTRY:
+            say(f"{key}: {value}")
+    if (known := trained_on(config.model)) is not None:
+        say(f"trained on: {known.record.images:,} images, cut by {dict(known.rule)}")
     return found
 
 

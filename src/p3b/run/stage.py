@@ -22,7 +22,7 @@ import numpy as np
 from timm.models.vision_transformer import VisionTransformer
 
 from p3b.core.schedule import Schedule
-from p3b.data import DataSplits, Preprocessing, keep_decoded
+from p3b.data import DataSplits, LabelledImages, Preprocessing, keep_decoded
 from p3b.errors import ConfigError
 from p3b.run.cautions import Outlook, cautions
 from p3b.run.evaluation import Evaluation
@@ -42,6 +42,7 @@ from p3b.run.recipe import Recipe, open_recipe
 from p3b.run.records import Records
 from p3b.run.same_settings import Settings, require_finished_as_asked
 from p3b.run.screen import Screen, open_screen
+from p3b.run.trained_images import remember, said_of_part, trained_on
 from p3b.storage import saved_model
 from p3b.train.checkpoint import Checkpoint, Checkpoints, newest_for_all, seed_everything
 from p3b.train.compiled import require_compiler
@@ -66,6 +67,7 @@ class Stage:
         model: on the device, with the weights that training starts from.
         provenance: of the models and of the summary.
         opening: lines about model, data and weights.
+        doubts: warnings about them.
         opened_at: seconds since the epoch.
         with_report: whether report.html is written at the end.
     """
@@ -88,6 +90,7 @@ class Stage:
     products: Products
     provenance: dict[str, Any]
     opening: tuple[str, ...]
+    doubts: tuple[str, ...]
     opened_at: float
     with_report: bool
 
@@ -143,7 +146,7 @@ class Stage:
             schedule=schedule,
             asked_interval=asked_interval,
         )
-        for said in cautions(outlook):
+        for said in (*self.doubts, *cautions(outlook)):
             self.screen.warn(f"warning: {said}")
 
     def warn_of_guessing(self, model: str, accuracies: Mapping[str, Accuracy]) -> None:
@@ -266,7 +269,11 @@ def _open(config: TrainConfig, name: str, machine: Machine, folder: StageFolder)
         training, config.augment, splits, opened.preprocessing, opened.model, machine, seed=run.seed, num_workers=workers
     )
     origin = provenance(machine, stage=name, model=config.model.model, data=splits.description, seed=run.seed)
-    saying = {"class_names": splits.class_names, "preprocessing": opened.preprocessing.to_dict(), "provenance": origin}
+    saying = {
+        "class_names": splits.class_names,
+        "preprocessing": opened.preprocessing.to_dict(),
+        "provenance": {**origin, **(remember(splits) if machine.is_main else {})},
+    }
     title = f"{name}: {config.model.model}, {count_parameters(opened.model):,} parameters, seed {run.seed}"
     return Stage(
         name=name,
@@ -294,6 +301,7 @@ def _open(config: TrainConfig, name: str, machine: Machine, folder: StageFolder)
         products=Products(folder.root, name, saying, machine),
         provenance=origin,
         opening=_opening(title, splits, cache, opened.notes(config.model, splits.class_names), recipe, machine),
+        doubts=_doubts(config, evaluated),
         opened_at=opened_at,
         with_report=run.report and name in PRODUCTS,
     )
@@ -321,6 +329,13 @@ def _settings(
         "precision": machine.number_format,
     }
     return Settings(given=to_plain(config), defaults=to_plain(type(config)()), resolved=resolved)
+
+
+def _doubts(config: TrainConfig, evaluated: Mapping[str, LabelledImages]) -> tuple[str, ...]:
+    """What makes an evaluation doubtful: images that the weights were trained on before."""
+    known = trained_on(config.model.model_path)
+    said = [said_of_part(name, images, known) for name, images in evaluated.items()]
+    return tuple(f"{line}. Give the same data and --seed as then." for line in said if line is not None)
 
 
 def _opening(
