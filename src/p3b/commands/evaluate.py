@@ -90,10 +90,10 @@ def _parts(config: EvaluateConfig, splits: DataSplits, machine: Machine) -> Part
     """What to evaluate on: val and test, or else what the model was not trained on, or else all images."""
 
     def cut(rule: Mapping[str, Any]) -> DataSplits | None:
-        data = replace(config.data, val_share=rule["val_share"], max_train_images=rule.get("max_train_images"))
-        if str(rule.get("data_set")).upper() != data.data_set.upper():
+        if rule["data_set"].upper() != config.data.data_set.upper():
             return None
-        return _open_splits(data, config.model, int(rule.get("seed", 0)), machine)
+        data = replace(config.data, val_share=rule["val_share"], max_train_images=rule["max_train_images"])
+        return _open_splits(data, config.model, rule["seed"], machine)
 
     return parts_to_evaluate(splits, trained_on(config.model.model_path), cut)
 
@@ -108,8 +108,8 @@ def _open_trained(options: ModelOptions, class_names: tuple[str, ...], seed: int
     if opened.report is not None and (untrained := opened.report.replaced + opened.report.missing):
         raise WeightsError(
             f"The model was not trained for these {len(class_names)} classes, and does not say the names of its own: "
-            f"{'; '.join(untrained)}. Give data of all its classes; or, of a model of your own, save it with class_names, and some "
-            "of them are enough."
+            f"{'; '.join(untrained)}. Give data of all its classes; or save your own model with class_names, and some of them "
+            "are enough."
         )
     return opened
 
@@ -120,9 +120,8 @@ def _tell_before(screen: Screen, splits: DataSplits, opened: OpenedModel, parts:
     for line in (f"data: {splits.description}", *splits.notes, *notes):
         screen.say(line)
     if opened.class_names is None:
-        screen.say(
-            f"the model does not say its classes; taken in the order of the data: {', '.join(splits.class_names[:8])} ..."
-        )
+        first = ", ".join(splits.class_names[:8])
+        screen.say(f"the model does not say its classes; they are taken in the order of the data: {first} ...")
     for line in (*([opened.assumed] if opened.assumed is not None else []), *parts.said):
         screen.warn(f"warning: {line}")
 

@@ -39,8 +39,9 @@ def inspect(config: InspectConfig) -> Mapping[str, Any]:
     for key, value in (found["provenance"] or {}).items():
         if key != ENTRY:
             say(f"{key}: {value}")
-    if (known := trained_on(config.model)) is not None:
-        say(f"trained on: {known.record.images:,} images, cut by {dict(known.rule)}")
+    training = trained_on(config.model)
+    if training is not None:
+        say(f"trained on: {training.record.images:,} images, cut by {dict(training.rule)}")
     return found
 
 

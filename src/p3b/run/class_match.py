@@ -33,13 +33,16 @@ def with_classes_of(splits: DataSplits, class_names: Sequence[str] | None) -> Da
         )
     index_of = {name: index for index, name in enumerate(class_names)}
     indices = np.array([index_of[name] for name in names], dtype=np.int64)
-    parts = {name: _relabelled(getattr(splits, name), indices) for name in ("train", "val", "test")}
-    return replace(splits, class_names=tuple(class_names), **parts)
+    return replace(
+        splits,
+        class_names=tuple(class_names),
+        train=_relabelled(splits.train, indices),
+        val=None if splits.val is None else _relabelled(splits.val, indices),
+        test=None if splits.test is None else _relabelled(splits.test, indices),
+    )
 
 
-def _relabelled(images: LabelledImages | None, indices: NDArray[np.int64]) -> LabelledImages | None:
-    if images is None:
-        return None
+def _relabelled(images: LabelledImages, indices: NDArray[np.int64]) -> LabelledImages:
     of_store = np.zeros(len(images.store), dtype=np.int64)
     of_store[images.indices] = indices[images.targets]
     again = LabelledImages(images.store, of_store, skip_unreadable=images.skip_unreadable, indices=images.indices)

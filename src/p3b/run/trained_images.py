@@ -1,8 +1,8 @@
-"""The images that a saved model was trained on: remembered when it is saved, told apart when it is evaluated or trained further.
+"""The images that a saved model was trained on: remembered when it is saved, told apart when it is evaluated or trained on.
 
-A model's provenance holds a sketch of the training images by their bytes, and the rule by which they were cut from the data set
-(`p3b.data.train_record`). An accuracy over images that a model was trained on is not one over images that it has never seen: the
-former are left out where that can be done exactly, and counted where it cannot.
+A model's provenance holds a sketch of the training images by their bytes, and the rule by which they were cut from the data
+set (`p3b.data.train_record`). An accuracy over images that a model was trained on is not one over images that it has never
+seen: the former are left out where that can be done exactly, and counted where it cannot.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import numpy as np
 
 from p3b.data import DataSplits, LabelledImages, TrainRecord, record_training, seen_in_training
 from p3b.data.train_record import Seen
+from p3b.errors import DataError
 from p3b.storage import saved_model
 
 ENTRY = "training_images"
@@ -57,8 +58,15 @@ def trained_on(path: Path | None) -> TrainedOn | None:
     entry = (saved_model.read_config(path)["provenance"] or {}).get(ENTRY)
     if not isinstance(entry, dict):
         return None
-    rule = entry.get("rule")
-    return TrainedOn(TrainRecord.from_dict(entry), rule if isinstance(rule, dict) else {})
+    return TrainedOn(TrainRecord.from_dict(entry), _checked(entry.get("rule"), path))
+
+
+def _checked(rule: Any, path: Path) -> Mapping[str, Any]:
+    """A rule as `DataSplits` has it; a saved model may come from anywhere."""
+    kinds: dict[str, Any] = {"data_set": str, "val_share": float | int | None, "seed": int, "max_train_images": int | None}
+    if isinstance(rule, dict) and all(isinstance(rule.get(key), kind) for key, kind in kinds.items()):
+        return rule
+    raise DataError(f"{path} says of its training images that they were cut by {str(rule)[:200]}, which is no rule of p3b.")
 
 
 def parts_to_evaluate(
@@ -88,22 +96,22 @@ def said_of_part(name: str, images: LabelledImages, known: TrainedOn | None) -> 
     if known is None or seen is None or not len(seen.trained_on):
         return None
     return (
-        f"{_how_many(known.record, seen, len(images))} of {name} were trained on by this model: its accuracy there is partly that "
-        "of images that it has seen"
+        f"{_how_many(known.record, seen, len(images))} of {name} were trained on by this model: its accuracy there is partly "
+        "that of images that it has seen"
     )
 
 
 def _kept_back(known: TrainedOn, cut: Callable[[Mapping[str, Any]], DataSplits | None], total: int) -> Parts | None:
     """The validation part that was cut off when the model was trained, where the same cut gives the same images."""
-    again = cut(known.rule) if known.rule.get("val_share") else None
+    again = cut(known.rule) if known.rule["val_share"] else None
     if again is None or again.val is None or len(again.train) != known.record.images:
         return None
     train, val = seen_in_training(known.record, again.train), seen_in_training(known.record, again.val)
     if train is None or val is None or len(val.trained_on) or len(train.trained_on) < len(train.looked_at):
         return None
     said = (
-        f"{len(again.train):,} of these {total:,} images were trained on by this model: evaluated are the {len(again.val):,} that "
-        f"were kept back then for validation (--val-share {known.rule['val_share']:g}, seed {known.rule.get('seed')})"
+        f"{len(again.train):,} of these {total:,} images were trained on by this model: evaluated are the {len(again.val):,} "
+        f"that were kept back then for validation (--val-share {known.rule['val_share']:g}, seed {known.rule['seed']})"
     )
     return Parts({"val": again.val}, (said,))
 
@@ -122,8 +130,8 @@ def _unseen(known: TrainedOn, images: LabelledImages, seen: Seen) -> Parts | Non
 
 def _all_of(known: TrainedOn, images: LabelledImages, seen: Seen) -> Parts:
     said = (
-        f"{_how_many(known.record, seen, len(images))} were trained on by this model: this accuracy is that of images that it has "
-        "seen, and says little of others. Give images that were kept back (--val-path or --test-path)"
+        f"{_how_many(known.record, seen, len(images))} were trained on by this model: this accuracy is that of images that it "
+        "has seen, and says little of others. Give images that were kept back (--val-path or --test-path)"
     )
     return Parts({ALL: images}, (said,))
 
