@@ -35,7 +35,7 @@ def test_nothing_is_said_where_all_is_well() -> None:
         ({"images": {"cat": 5000, "dog": 3, "elk": 9}}, ("2 of 3 classes", "dog, 3", "--val-share")),
         (
             {"epochs": 3, "rate": 4e-4},
-            ("468 optimizer steps in all (156 an epoch)", "--epochs (now 3)", "--batch-size"),
+            ("too few optimizer steps", "468 in all (156 an epoch)", "--epochs (now 3)", "--batch-size"),
         ),
         ({"schedule": Schedule(10, 40, 7800, 52)}, ("warm-up 10 steps", "--prune-start-epoch", "--batch-size")),
         ({"schedule": Schedule(0, 400, 401, 52)}, ("sharpen 1 step)", "--epochs")),

@@ -88,7 +88,7 @@ def few_steps(outlook: Outlook) -> str | None:
     if outlook.steps >= FEW_STEPS:
         return None
     return (
-        f"{_count(outlook.steps, 'optimizer step')} in all ({outlook.steps_per_epoch} an epoch) are too few to adapt a model. "
+        f"too few optimizer steps to adapt a model: {outlook.steps:,} in all ({outlook.steps_per_epoch} an epoch). "
         f"Give more --epochs (now {outlook.epochs}) or a smaller --batch-size (now {outlook.batch_size})."
     )
 

@@ -161,8 +161,8 @@ def _assumed(options: ModelOptions, preprocessing: Preprocessing, is_saved: bool
     if not guessed:
         return None
     return (
-        f"{options.model_path} does not say how its images are to be prepared; assumed is {' '.join(guessed)}. Give these flags "
-        "as it was trained, or its accuracy here may be far too low."
+        f"{options.model_path} does not say how its images are to be prepared; assumed is {' '.join(guessed)}. If it was "
+        "trained with others, give these flags: its accuracy would be far too low."
     )
 
 
