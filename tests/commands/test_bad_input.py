@@ -175,7 +175,6 @@ def test_weights_that_cannot_be_read(data: Path, refused: Refusals, tmp_path: Pa
         "truncated.pth": (good.read_bytes()[:2000], "is damaged"),
         "foreign.pth": (b"%PDF-1.7 something else entirely", "is damaged"),
         "foreign.safetensors": (b"%PDF-1.7 something else entirely", "is damaged or not a safetensors file"),
-        "weights.docx": (good.read_bytes(), "unknown kind of weights file '.docx'"),
     }
     for name, (content, said) in cases.items():
         if content is not None:
@@ -186,9 +185,8 @@ def test_weights_that_cannot_be_read(data: Path, refused: Refusals, tmp_path: Pa
 def test_a_checkpoint_of_another_architecture(data: Path, refused: Refusals, tmp_path: Path) -> None:
     torch.save(tiny_vit(img_size=16, embed_dim=48).state_dict(), tmp_path / "wide.pth")
     torch.save(timm.create_model("resnet10t").state_dict(), tmp_path / "resnet.pth")
-    for name, said in (("wide.pth", "embed_dim 48, the model's is 24"), ("resnet.pth", "lack 30 tensors that the model has")):
-        telling = (name, said, "the model has embed_dim 24, depth 2")
-        refused("prune", *flags(data, refused.out, "--model-path", str(tmp_path / name)), telling=telling)
+    for name, said in (("wide.pth", "embed_dim 48, the model's is 24"), ("resnet.pth", "a network of stages, such as ResNet")):
+        refused("prune", *flags(data, refused.out, "--model-path", str(tmp_path / name)), telling=(name, said))
 
 
 def test_a_shape_is_taken_only_from_what_p3b_saved(data: Path, refused: Refusals, tmp_path: Path, pruned_run: Path) -> None:

@@ -65,8 +65,8 @@ def test_help_is_quick_and_loads_no_torch() -> None:
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(command, "--help") == 0
     said = capsys.readouterr().out
-    looks_only = command in ("report", "doctor", "runs", "inspect")
-    assert f"p3b {command}" in said and ("--output-dir" in said) != looks_only
+    has_no_run_folder = command in ("report", "doctor", "runs", "inspect", "export", "predict", "bench")
+    assert f"p3b {command}" in said and ("--output-dir" in said) != has_no_run_folder
     assert ("--prune-ratio" in said) == (command in ("prune", "compare", "sweep", "demo"))
 
 
