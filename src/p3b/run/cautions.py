@@ -121,8 +121,9 @@ def few_steps_between_updates(outlook: Outlook) -> str | None:
     asked = outlook.asked_interval
     gave_way = asked is not None and every < round(asked * outlook.batch_size / batch)
     cause = f" (--prune-steps-update-mask {asked} is longer than an epoch and gives way)" if gave_way else ""
+    interval = "at every step" if every == 1 else f"every {every} steps"
     return (
-        f"masks are renewed every {_count(every, 'step')} of {batch} images{cause}: benefits and scores of so few images are "
+        f"masks are renewed {interval} of {batch} images{cause}: benefits and scores of so few images are "
         f"mostly noise. {_better_interval(outlook)}"
     )
 
