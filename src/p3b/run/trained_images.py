@@ -18,9 +18,8 @@ from p3b.data import DataSplits, LabelledImages, TrainRecord, record_training, s
 from p3b.data.train_record import Seen
 from p3b.errors import DataError
 from p3b.storage import saved_model
+from p3b.storage.model_config import TRAINING_IMAGES
 
-ENTRY = "training_images"
-"""Of a saved model's provenance."""
 ALL, UNSEEN = "all", "unseen"
 """Parts of a folder that has none: all its images, or those that the model was not trained on."""
 
@@ -44,7 +43,7 @@ class Parts:
 def remember(splits: DataSplits) -> dict[str, Any]:
     """The entry for a saved model's provenance; empty where the images have no bytes to know them by."""
     record = record_training(splits.train)
-    return {} if record is None else {ENTRY: {**record.to_dict(), "rule": splits.rule}}
+    return {} if record is None else {TRAINING_IMAGES: {**record.to_dict(), "rule": splits.rule}}
 
 
 def trained_on(path: Path | None) -> TrainedOn | None:
@@ -55,7 +54,7 @@ def trained_on(path: Path | None) -> TrainedOn | None:
     """
     if path is None or not saved_model.is_artifact(path):
         return None
-    entry = (saved_model.read_config(path)["provenance"] or {}).get(ENTRY)
+    entry = (saved_model.read_config(path)["provenance"] or {}).get(TRAINING_IMAGES)
     if not isinstance(entry, dict):
         return None
     return TrainedOn(TrainRecord.from_dict(entry), _checked(entry.get("rule"), path))
