@@ -94,8 +94,8 @@ def _check_inputs(data: DataOptions, model: ModelOptions) -> None:
     for flag, values, lowest in (("--mean", model.mean, "0 to"), ("--std", model.std, "above 0 to")):
         if values is not None and not all(0 <= value <= 1 and (value > 0 or flag == "--mean") for value in values):
             raise ConfigError(
-                f"{flag} is {' '.join(map(str, values))}; expected numbers from {lowest} 1, one for a channel: pixels are scaled "
-                "to [0, 1] first. Divide values for pixels of 0 to 255 by 255."
+                f"{flag} is {' '.join(map(str, values))}; expected numbers from {lowest} 1, one for a channel: pixels are "
+                "scaled to [0, 1] first. Divide values for pixels of 0 to 255 by 255."
             )
     if data.num_workers is not None:
         _not_negative(num_workers=data.num_workers)
@@ -125,8 +125,10 @@ def _share(**values: float) -> None:
 
 def _positive(**values: float) -> None:
     for name, value in values.items():
-        if not 0 < value < math.inf:
-            raise ConfigError(f"{_flag(name)} must be above 0 and finite, got {value}.")
+        if not value > 0:
+            raise ConfigError(f"{_flag(name)} must be above 0, got {value}.")
+        if value == math.inf:
+            raise ConfigError(f"{_flag(name)} must be finite, got {value}.")
 
 
 def _not_negative(**values: float) -> None:
