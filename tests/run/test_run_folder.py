@@ -402,10 +402,8 @@ def test_a_finished_run_is_not_taken_for_one_with_other_settings(
             said = capsys.readouterr().err
             assert "finished run with other settings" in said and all(words in said for words in told), said
     assert everything_in(tmp_path) == before
-    same = data.parent / "." / data.name
-    assert run("train", *flags(same, tmp_path, "--epochs", "1", "--verbose", "--resume")) == 0, (
-        "a way to write it, and the screen"
-    )
+    same = data / ".." / data.name
+    assert run("train", *flags(same, tmp_path, "--epochs", "1", "--verbose", "--resume")) == 0, "the same place, and the screen"
     assert run("train", *flags(data, tmp_path, "--epochs", "2", "--overwrite")) == 0
 
 
@@ -428,7 +426,7 @@ def test_a_dense_run_on_other_images_is_no_comparison(data: Path, tmp_path: Path
     assert run("train", *flags(other, tmp_path / "dense", "--epochs", "1")) == 0
     capsys.readouterr()
     assert run("prune", *flags(data, tmp_path / "out", *PHASES, "--dense-run", str(tmp_path / "dense"))) == 2
-    assert "was measured on 0 test images, the pruned model will be on 9" in capsys.readouterr().err
+    assert "was measured on 0 test images, the pruned models will be on 9" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
