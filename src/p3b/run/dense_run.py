@@ -46,8 +46,8 @@ def require_same_images(accuracy: Mapping[str, Any], parts: Mapping[str, int], o
         found, expected = accuracy.get(name, {}).get("images", 0), parts.get(name, 0)
         if found != expected:
             raise ConfigError(
-                f"--dense-run {output_dir} was measured on {found} {name} images, the pruned models will be on {expected}: they "
-                "would not compare. Train it on the same data, or leave it out."
+                f"--dense-run {output_dir} was measured on {found} {name} images, the pruned models will be on {expected}: "
+                "they would not compare. Train it on the same data, or leave it out."
             )
 
 
