@@ -269,11 +269,6 @@ def _open(config: TrainConfig, name: str, machine: Machine, folder: StageFolder)
         training, config.augment, splits, opened.preprocessing, opened.model, machine, seed=run.seed, num_workers=workers
     )
     origin = provenance(machine, stage=name, model=config.model.model, data=splits.description, seed=run.seed)
-    saying = {
-        "class_names": splits.class_names,
-        "preprocessing": opened.preprocessing.to_dict(),
-        "provenance": {**origin, **(remember(splits) if machine.is_main else {})},
-    }
     title = f"{name}: {config.model.model}, {count_parameters(opened.model):,} parameters, seed {run.seed}"
     return Stage(
         name=name,
@@ -298,7 +293,7 @@ def _open(config: TrainConfig, name: str, machine: Machine, folder: StageFolder)
             shared=run.dist_eval,
         ),
         records=Records(folder, screen, machine, recipe.steps_per_epoch),
-        products=Products(folder.root, name, saying, machine),
+        products=Products(folder.root, name, _description(splits, opened, origin, machine), machine),
         provenance=origin,
         opening=_opening(title, splits, cache, opened.notes(config.model, splits.class_names), recipe, machine),
         doubts=_doubts(config, evaluated),
@@ -329,6 +324,15 @@ def _settings(
         "precision": machine.number_format,
     }
     return Settings(given=to_plain(config), defaults=to_plain(type(config)()), resolved=resolved)
+
+
+def _description(splits: DataSplits, opened: OpenedModel, origin: Mapping[str, Any], machine: Machine) -> dict[str, Any]:
+    """What a saved model says of itself, besides its shape; of use on the process that saves."""
+    return {
+        "class_names": splits.class_names,
+        "preprocessing": opened.preprocessing.to_dict(),
+        "provenance": {**origin, **(remember(splits) if machine.is_main else {})},
+    }
 
 
 def _doubts(config: TrainConfig, evaluated: Mapping[str, LabelledImages]) -> tuple[str, ...]:
