@@ -65,8 +65,8 @@ def test_help_is_quick_and_loads_no_torch() -> None:
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(command, "--help") == 0
     said = capsys.readouterr().out
-    looks_only = command in ("report", "doctor", "runs", "inspect")
-    assert f"p3b {command}" in said and ("--output-dir" in said) != looks_only
+    has_no_run_folder = command in ("report", "doctor", "runs", "inspect", "export", "predict", "bench")
+    assert f"p3b {command}" in said and ("--output-dir" in said) != has_no_run_folder
     assert ("--prune-ratio" in said) == (command in ("prune", "compare", "sweep", "demo"))
 
 
@@ -226,7 +226,7 @@ def test_quiet_shows_the_final_table_alone_and_the_log_has_everything(
     given = flags(data, tmp_path, "--epochs", "1", "--prune-start-epoch", "0", *CALM)
     assert run("prune", *given, "-q") == 0
     shown, log = capsys.readouterr().out, (tmp_path / "prune" / "log.txt").read_text()
-    assert "images per second" in shown and "epoch" not in shown and "came back" not in shown
+    assert "images per second" in shown and "epoch   1/1" not in shown and "came back" not in shown
     assert "images per second" in log and "epoch   1/1" in log and "pruned elements that came back: " in log
     assert run("prune", *given, "-v", "--overwrite") == 0
     assert "pruned elements that came back: " in capsys.readouterr().out
@@ -340,12 +340,19 @@ def test_an_interrupted_run_says_how_to_go_on(
     assert len((tmp_path / "train" / "metrics.jsonl").read_text().splitlines()) == 3
 
 
-def test_a_model_saved_without_preprocessing_is_evaluated_by_the_defaults(data: Path, tmp_path: Path) -> None:
+def test_a_model_saved_without_preprocessing_is_evaluated_by_defaults_that_are_said(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """p3b.save in one's own loop need not say how images are prepared."""
     p3b.save(tiny_vit(img_size=16, patch_size=8, num_classes=len(COLOURS)), tmp_path / "own")
     assert read_config(tmp_path / "own")["preprocessing"] is None
     given = ("--data-path", str(data), "--model-path", str(tmp_path / "own"), "--num-workers", "0", "--device", "cpu")
-    assert run("evaluate", *given, "--output-dir", str(tmp_path / "out")) == 0
+    assert run("evaluate", *given, "--output-dir", str(tmp_path / "out"), "--quiet") == 0
+    said = capsys.readouterr().out
+    assert "does not say how its images are to be prepared; assumed is --mean 0.485 0.456 0.406" in said
+    whole = ("--mean", "0.4", "0.4", "0.4", "--std", "0.2", "0.2", "0.2", "--crop-pct", "1.0")
+    assert run("evaluate", *given, *whole) == 0
+    assert "assumed" not in capsys.readouterr().out
     assert read(tmp_path / "out" / "evaluate" / "summary.json")["accuracy"]["test"]["images"] == SIZES["test"] * len(COLOURS)
 
 

@@ -281,5 +281,5 @@ def test_a_dense_run_on_other_images_is_refused(
     dense = swept / "runs" / NAMES[0]
     asked = flags(data, tmp_path / "out", *TWO, "--dense-run", str(dense), "--val-path", str(data / "train"))
     assert run("sweep", *asked) == USER_ERROR
-    assert "was measured on 9 val images, the budgets will be on 12" in " ".join(capsys.readouterr().err.split())
+    assert "was measured on 9 val images, the pruned models will be on 12" in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "out").exists()

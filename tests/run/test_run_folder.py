@@ -386,6 +386,50 @@ def test_resuming_a_finished_run_does_nothing(data: Path, tmp_path: Path, capsys
     assert everything_in(tmp_path) == before
 
 
+def test_a_finished_run_is_not_taken_for_one_with_other_settings(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("train", *flags(data, tmp_path, "--epochs", "1")) == 0
+    before = everything_in(tmp_path)
+    elsewhere = colour_folders(tmp_path.parent / "elsewhere")
+    for changed, told in (
+        (flags(data, tmp_path, "--epochs", "2", "--lr", "0.1"), ("--epochs was 1, now 2", "--lr was 0.0005, now 0.1")),
+        (flags(elsewhere, tmp_path, "--epochs", "1"), ("--data-path was", str(elsewhere))),
+    ):
+        for more in ((), ("--resume",)):
+            capsys.readouterr()
+            assert run("train", *changed, *more) == 2
+            said = capsys.readouterr().err
+            assert "finished run with other settings" in said and all(words in said for words in told), said
+    assert everything_in(tmp_path) == before
+    same = data / ".." / data.name
+    assert run("train", *flags(same, tmp_path, "--epochs", "1", "--verbose", "--resume")) == 0, "the same place, and the screen"
+    assert run("train", *flags(data, tmp_path, "--epochs", "2", "--overwrite")) == 0
+
+
+def test_tables_and_summaries_name_the_part_and_leave_top5_of_few_classes_out(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("train", *flags(data, tmp_path, "--epochs", "1")) == 0
+    said = capsys.readouterr().out
+    images = SIZES["test"] * len(COLOURS)
+    assert "test top-1 (%)" in said and f"accuracy on {images} test images" in said and "top-5" not in said
+    summary = read(tmp_path / "train" / "summary.json")
+    assert summary["part"] == "test" and summary["classes"] == len(COLOURS)
+    assert summary["chance"] == pytest.approx({"val": 100 / 3, "test": 100 / 3})
+    assert run("evaluate", *flags(data, tmp_path, "--model-path", str(tmp_path / "dense"), model=())) == 0
+    assert "top-5" not in capsys.readouterr().out
+
+
+def test_a_dense_run_on_other_images_is_no_comparison(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = colour_folders(tmp_path / "other", {"train": 4, "val": 3})
+    assert run("train", *flags(other, tmp_path / "dense", "--epochs", "1")) == 0
+    capsys.readouterr()
+    assert run("prune", *flags(data, tmp_path / "out", *PHASES, "--dense-run", str(tmp_path / "dense"))) == 2
+    assert "was measured on 0 test images, the pruned models will be on 9" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_resume_where_nothing_is_starts(data: Path, tmp_path: Path) -> None:
     assert run("train", *flags(data, tmp_path, "--epochs", "1", "--resume")) == 0
     assert len(lines(tmp_path / "train" / "metrics.jsonl")) == 1

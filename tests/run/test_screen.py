@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import logging
 from pathlib import Path
 
 import pytest
+from rich.console import Console
+from rich.text import Text
 
 from p3b.run.options import RunOptions
 from p3b.run.screen import Screen, open_screen
@@ -56,6 +59,16 @@ def test_the_level_decides_what_is_shown_and_the_log_has_everything(
     assert all(kind in logged for kind in kinds) and "1,234" in logged
     found = capsys.readouterr().out
     assert " ".join(kind for kind in kinds if kind in found) == shown
+
+
+def test_the_bar_of_80_columns_cuts_nothing_that_must_be_read() -> None:
+    screen, frames = Screen(is_main=True), io.StringIO()
+    screen.console = Console(file=frames, force_terminal=True, width=80, highlight=False)
+    with screen.progress(90_000, 0):
+        screen.advance(45_000, "fine-tune epoch 299/300, loss 12.345, 86.6 M params")
+    last = next(line for line in reversed(Text.from_ansi(frames.getvalue()).plain.splitlines()) if "left" in line)
+    assert "fine-tune epoch 299/300, loss 12.345, 86.6 M params" in last and "━" in last and "…" not in last
+    assert last.rstrip().endswith("left") and len(last.rstrip()) <= 80
 
 
 def test_library_messages_end_with_their_block(tmp_path: Path) -> None:

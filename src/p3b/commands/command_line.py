@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from p3b.errors import Stopped, UserError, unknown_name
+from p3b.run.none_values import with_one_none
 
 USER_ERROR, STOPPED, INTERRUPTED = 2, 75, 130
 """75 is EX_TEMPFAIL of sysexits.h: nothing is wrong, try again."""
@@ -117,7 +118,7 @@ def run_command(name: str, flags: Sequence[str], prog: str) -> int:
     command = COMMANDS[name]
     try:
         settings = _load(command.settings)
-        given = [*_flags_of_file(command, settings, flags), *map(_our_name, flags)]
+        given = with_one_none(settings, [*_flags_of_file(command, settings, flags), *map(_our_name, flags)])
         config: Any = tyro.cli(settings, args=given, prog=prog, config=(tyro.conf.OmitArgPrefixes,))
         _load(command.target)(config)
     except UserError as error:

@@ -16,7 +16,7 @@ from p3b.run.option_checks import check, check_screen
 from p3b.run.options import CompareConfig
 from p3b.run.screen import Screen, open_screen
 from p3b.run.series import Commands, open_inputs, open_series, show_tables
-from p3b.run.series_lines import finished
+from p3b.run.series_lines import dense_guesses, finished
 from p3b.run.series_plan import DENSE, SMALLER, Run, config_of, is_pruned, shared_warm_ups
 from p3b.train.distributed import Processes
 
@@ -88,6 +88,10 @@ def compare(config: CompareConfig) -> list[Path]:
 
 def _report(out: Path, fmt: str, screen: Screen) -> list[Path]:
     """Write the tables and show them."""
-    written = write_report(out, fmt)
-    show_tables(read_lines(out), written, "comparison", screen)
+    lines = read_lines(out)
+    told = dense_guesses(lines)
+    written = write_report(out, fmt, answer=told)
+    show_tables(lines, written, "comparison", screen)
+    for sentence in told:
+        screen.warn(f"warning: {sentence}")
     return written

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import timm
@@ -12,7 +12,9 @@ import timm
 from p3b.data import DataSplits, Preprocessing
 from p3b.deploy.choice import AUTO, with_layout
 from p3b.deploy.layouts import check_layout
-from p3b.errors import ConfigError, DataError, WeightsError
+from p3b.errors import ConfigError, WeightsError
+from p3b.report.thresholds import FEWEST_FOR_TOP5
+from p3b.run.class_match import with_classes_of
 from p3b.run.evaluation import Evaluation
 from p3b.run.failures import explained
 from p3b.run.final_table import Figures, figures_of, measure_speeds, plain
@@ -20,9 +22,10 @@ from p3b.run.folder import StageFolder
 from p3b.run.inputs import OpenedModel, count_unreadable, num_workers, open_model, open_splits, saved_class_names
 from p3b.run.machine import Machine, open_machine
 from p3b.run.option_checks import check_evaluation
-from p3b.run.options import EvaluateConfig, ModelOptions, to_plain
+from p3b.run.options import DataOptions, EvaluateConfig, ModelOptions, to_plain
 from p3b.run.products import PRODUCTS
 from p3b.run.screen import Screen, open_screen
+from p3b.run.trained_images import Parts, parts_to_evaluate, trained_on
 from p3b.train.evaluate import Accuracy
 from p3b.vit.deployment import compact_of, layout_of
 
@@ -33,7 +36,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     With an output folder the result is written there, as stage "evaluate".
 
     Raises:
-        ConfigError: no weights. WeightsError, DataError: the model's classes are not the data's.
+        ConfigError: no weights. WeightsError: it was not trained to classify. DataError: the data have classes that it does not
+            know.
     """
     check_evaluation(config)
     check_layout(config.layout, [AUTO])
@@ -45,17 +49,16 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         folder = None if run.output_dir is None else StageFolder(run.output_dir, "evaluate")
         if folder is not None:
             folder.check(resume=False, overwrite=run.overwrite)
-        names = saved_class_names(config.model)
-        splits = open_splits(config.data, run.seed, machine.processes, for_evaluation=True, class_names=names)
+        splits = _open_splits(config.data, config.model, run.seed, machine)
         opened = _open_trained(config.model, splits.class_names, run.seed)
+        parts = _parts(config, splits, machine)
         with _claimed(folder, config, machine, screen), explained(machine.processes, run.output_dir, lambda: True):
-            notes = opened.report.notes if opened.report is not None else ()
-            for line in (f"data: {splits.description}", *splits.notes, *notes):
-                screen.say(line)
+            _tell_before(screen, splits, opened, parts)
             with machine.precision.autocast():
                 model = machine.put(opened.model).eval()
                 model = with_layout(model, config.layout, batch_size=config.batch_size)
-            accuracies = _evaluation(config, splits, opened.preprocessing, machine).final(model)
+            evaluation = _evaluation(config, parts, opened.preprocessing, machine)
+            accuracies = evaluation.final(model)
             with machine.precision.autocast():
                 image_shape = opened.preprocessing.input_size
                 (speed,) = measure_speeds([model], image_shape, machine, batch_size=config.batch_size)
@@ -64,6 +67,10 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
                 "stage": "evaluate",
                 "model": asdict(figures),
                 "accuracy": plain(accuracies),
+                "classes": len(splits.class_names),
+                "chance": evaluation.chances,
+                "assumed": opened.assumed,
+                "said": list(parts.said),
                 "layout": layout_of(model),
                 "unreadable_images": count_unreadable(splits),
             }
@@ -71,6 +78,24 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             if folder is not None:
                 machine.on_main(lambda: folder.write_json("summary.json", summary))
             return summary
+
+
+def _open_splits(data: DataOptions, model: ModelOptions, seed: int, machine: Machine) -> DataSplits:
+    """The data, under the class indices of the model where it says its classes."""
+    names = saved_class_names(model)
+    return with_classes_of(open_splits(data, seed, machine.processes, for_evaluation=True, class_names=names), names)
+
+
+def _parts(config: EvaluateConfig, splits: DataSplits, machine: Machine) -> Parts:
+    """What to evaluate on: val and test, or else what the model was not trained on, or else all images."""
+
+    def cut(rule: Mapping[str, Any]) -> DataSplits | None:
+        if rule["data_set"].upper() != config.data.data_set.upper():
+            return None
+        data = replace(config.data, val_share=rule["val_share"], max_train_images=rule["max_train_images"])
+        return _open_splits(data, config.model, rule["seed"], machine)
+
+    return parts_to_evaluate(splits, trained_on(config.model.model_path), cut)
 
 
 def _open_trained(options: ModelOptions, class_names: tuple[str, ...], seed: int) -> OpenedModel:
@@ -81,13 +106,24 @@ def _open_trained(options: ModelOptions, class_names: tuple[str, ...], seed: int
     if known != len(class_names):
         raise WeightsError(f"timm's {options.model} knows {known} classes, the data has {len(class_names)}; train it first.")
     if opened.report is not None and (untrained := opened.report.replaced + opened.report.missing):
-        raise WeightsError(f"The model was not trained for these {len(class_names)} classes: {'; '.join(untrained)}")
-    if opened.class_names is not None and opened.class_names != class_names:
-        raise DataError(
-            f"The model was trained for the classes {', '.join(opened.class_names[:8])} ..., the data has "
-            f"{', '.join(class_names[:8])} ...; they must be the same in the same order."
+        raise WeightsError(
+            f"The model was not trained for these {len(class_names)} classes, and does not say the names of its own: "
+            f"{'; '.join(untrained)}. Give data of all its classes; or save your own model with class_names, and some of them "
+            "are enough."
         )
     return opened
+
+
+def _tell_before(screen: Screen, splits: DataSplits, opened: OpenedModel, parts: Parts) -> None:
+    """What was found, and what must be known of the figures to come."""
+    notes = opened.report.notes if opened.report is not None else ()
+    for line in (f"data: {splits.description}", *splits.notes, *notes):
+        screen.say(line)
+    if opened.class_names is None:
+        first = ", ".join(splits.class_names[:8])
+        screen.say(f"the model does not say its classes; they are taken in the order of the data: {first} ...")
+    for line in (*([opened.assumed] if opened.assumed is not None else []), *parts.said):
+        screen.warn(f"warning: {line}")
 
 
 @contextmanager
@@ -106,11 +142,9 @@ def _claimed(folder: StageFolder | None, config: EvaluateConfig, machine: Machin
         folder.release()
 
 
-def _evaluation(config: EvaluateConfig, splits: DataSplits, preprocessing: Preprocessing, machine: Machine) -> Evaluation:
-    """On val and test; on all images where there are no such parts."""
-    parts = {name: images for name, images in (("val", splits.val), ("test", splits.test)) if images is not None}
+def _evaluation(config: EvaluateConfig, parts: Parts, preprocessing: Preprocessing, machine: Machine) -> Evaluation:
     return Evaluation(
-        parts or {"all": splits.train},
+        parts.images,
         preprocessing,
         machine,
         batch_size=config.batch_size,
@@ -127,8 +161,12 @@ def _tell(
     summary: Mapping[str, Any],
     machine: Machine,
 ) -> None:
-    rows = [(name, f"{a.top1:.2f}", f"{a.top5:.2f}", f"{a.loss:.4f}", f"{a.images:,}") for name, a in accuracies.items()]
-    screen.table(title, ("part", "top-1 %", "top-5 %", "loss", "images"), rows)
+    top5 = summary["classes"] >= FEWEST_FOR_TOP5
+    rows = [
+        (name, f"{a.top1:.2f}", *([f"{a.top5:.2f}"] if top5 else []), f"{a.loss:.4f}", f"{a.images:,}")
+        for name, a in accuracies.items()
+    ]
+    screen.table(title, ("part", "top-1 %", *(["top-5 %"] if top5 else []), "loss", "images"), rows)
     screen.result(
         f"{figures.params:,} parameters, {figures.macs / 1e6:,.1f} M MACs, {figures.images_per_second or 0:,.0f} images/s on "
         f"{machine.device} in the layout {summary['layout']}"

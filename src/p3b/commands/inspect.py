@@ -10,7 +10,9 @@ from rich.console import Console
 from rich.table import Table
 
 from p3b.run.look_options import InspectConfig
+from p3b.run.trained_images import trained_on
 from p3b.storage import saved_model
+from p3b.storage.model_config import TRAINING_IMAGES
 
 _SHOWN_CLASSES = 10
 
@@ -36,7 +38,11 @@ def inspect(config: InspectConfig) -> Mapping[str, Any]:
     say(f"preprocessing: {known}")
     console.print(_blocks(found, width, dense_heads))
     for key, value in (found["provenance"] or {}).items():
-        say(f"{key}: {value}")
+        if key != TRAINING_IMAGES:
+            say(f"{key}: {value}")
+    training = trained_on(config.model)
+    if training is not None:
+        say(f"trained on: {training.record.images:,} images, cut by {dict(training.rule)}")
     return found
 
 

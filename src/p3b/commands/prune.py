@@ -13,13 +13,13 @@ from p3b.deploy.choice import AUTO, LayoutChoice, choose_layout, with_layout
 from p3b.deploy.layouts import check_layout
 from p3b.methods import effective_options, own_in_warm_up
 from p3b.pruner import Pruner
-from p3b.run.dense_run import read_dense_run
+from p3b.run.dense_run import read_dense_run, require_same_images
 from p3b.run.final_table import (
     as_deployed,
     figures_of,
-    final_accuracy,
     measure_speeds,
     plain,
+    reported_part,
     show_figures,
 )
 from p3b.run.inputs import open_model
@@ -55,16 +55,21 @@ def prune(config: PruneConfig, warm_up: Path | None = None) -> dict[str, Any]:
     method_options = method_options_of(options, config.run.seed)
     check_layout(options.layout, [AUTO])
     check(config)
-    if (summary := finished_summary(config.run, "prune")) is not None:
+    if (summary := finished_summary(config, "prune")) is not None:
         return summary
     dense_run = None if options.dense_run is None else read_dense_run(options.dense_run)
     with open_stage(config, "prune") as stage:
         model, recipe = stage.model, stage.recipe
+        if dense_run is not None and options.dense_run is not None:
+            parts = {name: len(images) for name, images in stage.evaluation.parts.items()}
+            require_same_images(dense_run["accuracy"], parts, options.dense_run)
         dense_params = count_parameters(model)
         plan = plan_pruning(options, config.training.epochs, recipe.steps_per_epoch, recipe.options.grad_accum_steps)
         pruner = Pruner(model, options.prune_ratio, options.prune_method, plan.schedule, **method_options)
         checkpoint = _begin(stage, pruner, options.prune_method, method_options, warm_up)
         _say_plan(stage, pruner, options, method_options)
+        if checkpoint is None:
+            stage.warn_of_little(plan.epochs + plan.finetune_epochs, plan.schedule, options.prune_steps_update_mask)
 
         if checkpoint is None or checkpoint["progress"]["place"]["part"] == "prune":
             train_epochs(stage, model, Epochs("prune", plan.epochs, lr), pruner=pruner, checkpoint=checkpoint)
@@ -149,16 +154,21 @@ def _tell(
     timed = model if not choices else with_layout(model, choices[-1].layout)
     image_shape, batch_size = stage.preprocessing.input_size, stage.recipe.options.batch_size
     speeds = measure_speeds([dense, timed], image_shape, stage.machine, batch_size=batch_size)
+    part = reported_part(accuracies)
+    found = accuracies[part]
     columns = {
-        "dense": figures_of(dense, *_dense_accuracy(dense_run), speeds[0]),
-        "pruned": figures_of(model, *final_accuracy(accuracies), speeds[1]),
+        "dense": figures_of(dense, *_dense_accuracy(dense_run, part), speeds[0]),
+        "pruned": figures_of(model, found.top1, found.top5, speeds[1]),
     }
     drawn = stage.records.draw(figure_format)
-    show_figures(stage.screen, stage.splits.description, columns)
+    classes = len(stage.splits.class_names)
+    show_figures(stage.screen, stage.splits.description, columns, part=part, images=found.images, classes=classes)
+    stage.warn_of_guessing("the pruned model", accuracies)
     _say_where(stage, folder, choices, drawn, options.dense_run)
     return stage.write_summary(
         {
             **{name: asdict(figures) for name, figures in columns.items()},
+            "part": part,
             "accuracy": plain(accuracies),
             "layouts": [asdict(choice) for choice in choices],
             "reached_prune_ratio": 1 - columns["pruned"].params / columns["dense"].params,
@@ -185,12 +195,11 @@ def _say_where(
         say(f"figure:  {figure}")
 
 
-def _dense_accuracy(summary: Mapping[str, Any] | None) -> tuple[float | None, float | None]:
+def _dense_accuracy(summary: Mapping[str, Any] | None, part: str) -> tuple[float | None, float | None]:
     """Top-1 and top-5 of an earlier dense run, on the part that final figures are taken from."""
     if summary is None:
         return None, None
-    accuracy = summary["accuracy"].get("test") or summary["accuracy"]["val"]
-    return accuracy["top1"], accuracy["top5"]
+    return summary["accuracy"][part]["top1"], summary["accuracy"][part]["top5"]
 
 
 def _layout_choices(model: VisionTransformer, layout: str) -> list[LayoutChoice]:

@@ -15,17 +15,16 @@ from timm.models.vision_transformer import VisionTransformer
 from p3b.commands.compare import plan
 from p3b.commands.prune import prune
 from p3b.commands.train import train
-from p3b.data import DataSplits
 from p3b.errors import BudgetError, ComparisonError, ConfigError
 from p3b.methods import create_method, method_dims
 from p3b.report.comparison import write_report
 from p3b.run.bisection import candidates, grid, middle
-from p3b.run.dense_run import GIVEN, line_of_dense_run
+from p3b.run.dense_run import GIVEN, line_of_dense_run, require_same_images
 from p3b.run.method_options import method_options_of, require_taken
 from p3b.run.option_checks import check
 from p3b.run.options import CompareConfig, CompareOptions, PruneConfig, SweepConfig, SweepOptions
 from p3b.run.series import Commands, Series, open_inputs, open_series, show_tables
-from p3b.run.series_lines import finished
+from p3b.run.series_lines import dense_guesses, finished
 from p3b.run.series_plan import DENSE, Run, config_of, is_pruned, shared_warm_ups
 from p3b.run.sweep_answer import answer_of, budgets_of, known, sentences
 from p3b.train.distributed import Processes
@@ -68,7 +67,8 @@ def sweep(config: SweepConfig) -> list[Path]:
             except BudgetError as error:
                 raise BudgetError(f"{flag if searched else '--prune-ratios'}: {error}") from error
         if given is not None and asked.dense_run is not None:
-            _require_comparable(given, splits, asked.dense_run)
+            parts = {name: len(part) for name, part in (("val", splits.val), ("test", splits.test)) if part is not None}
+            require_same_images(given["accuracy"], parts, asked.dense_run)
 
     with open_series(series_config, "sweep", shared_warm_ups(series_config, runs), Commands(train, prune), require) as series:
         written: list[Path] = []
@@ -184,7 +184,7 @@ def _report(series: Series, config: SweepConfig) -> list[Path]:
             told = ["The search is not finished; run the same command again to continue."]
         # The search looks at validation images alone, and so does its table.
         lines = [_on_validation(line) for line in lines]
-    told = [*told, *_unequal_epochs(lines)]
+    told = [*dense_guesses(lines), *told, *_unequal_epochs(lines)]
     written = write_report(out, config.run.figure_format, "sweep", lines, told)
     show_tables(lines, written, "sweep", series.screen)
     for sentence in told:
@@ -210,15 +210,3 @@ def _on_validation(line: dict[str, Any]) -> dict[str, Any]:
         return line
     accuracy = line["accuracy"]["val"]
     return {**line, "part": "val", **{key: accuracy[key] for key in ("top1", "top5", "images")}}
-
-
-def _require_comparable(given: Mapping[str, Any], splits: DataSplits, dense_run: Path) -> None:
-    """Refuse a dense run that was measured on other images than the budgets will be."""
-    for name, part in (("val", splits.val), ("test", splits.test)):
-        found = given["accuracy"].get(name, {}).get("images", 0)
-        expected = 0 if part is None else len(part)
-        if found != expected:
-            raise ConfigError(
-                f"--dense-run {dense_run} was measured on {found} {name} images, the budgets will be on {expected}: they would "
-                "not compare. Train it on the same data, or leave it out."
-            )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from p3b.run.final_table import as_deployed, figures_of, final_accuracy, measure_speeds, plain, show_figures
+from p3b.run.final_table import as_deployed, figures_of, measure_speeds, plain, reported_part, show_figures
 from p3b.run.option_checks import check
 from p3b.run.options import TrainConfig
 from p3b.run.stage import finished_summary, open_stage
@@ -23,19 +23,25 @@ def train(config: TrainConfig, name: str = "train") -> dict[str, Any]:
         UserError: settings, data or weights that cannot be used. Stopped: a signal asked for it; --resume goes on.
     """
     check(config)
-    if (summary := finished_summary(config.run, name)) is not None:
+    if (summary := finished_summary(config, name)) is not None:
         return summary
     with open_stage(config, name) as stage:
         model = stage.model
         checkpoint = stage.begin()
+        if checkpoint is None:
+            stage.warn_of_little(config.training.epochs)
         train_epochs(stage, model, Epochs(name, config.training.epochs, config.training.lr), checkpoint=checkpoint)
         folder = stage.products.save(model)
 
         accuracies = stage.evaluation.final(model)
         timed = as_deployed(model, stage.machine)
         (speed,) = measure_speeds([timed], stage.preprocessing.input_size, stage.machine, batch_size=config.training.batch_size)
-        figures = figures_of(model, *final_accuracy(accuracies), speed)
-        show_figures(stage.screen, f"{name} on {stage.splits.description}", {"model": figures})
+        part = reported_part(accuracies)
+        found = accuracies[part]
+        figures = figures_of(model, found.top1, found.top5, speed)
+        title, classes = f"{name} on {stage.splits.description}", len(stage.splits.class_names)
+        show_figures(stage.screen, title, {"model": figures}, part=part, images=found.images, classes=classes)
+        stage.warn_of_guessing("the model", accuracies)
         stage.screen.say(f"model: {folder}")
         stage.screen.say(f"run:   {stage.folder.path}")
-        return stage.write_summary({"model": asdict(figures), "accuracy": plain(accuracies)})
+        return stage.write_summary({"model": asdict(figures), "part": part, "accuracy": plain(accuracies)})

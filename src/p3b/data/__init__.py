@@ -2,6 +2,7 @@
 
 from p3b.data.cache import keep_decoded
 from p3b.data.datasets import KNOWN_DATA_SETS, DataSplits, open_data
+from p3b.data.images import LabelledImages
 from p3b.data.loaders import EvalBatches, TrainBatches, default_num_workers, eval_batches, train_batches
 from p3b.data.prepare import prepare_image, read_image
 from p3b.data.train_record import TrainRecord, record_training, seen_in_training
@@ -13,6 +14,7 @@ __all__ = [
     "Augmentation",
     "DataSplits",
     "EvalBatches",
+    "LabelledImages",
     "Preprocessing",
     "TrainBatches",
     "TrainRecord",

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from p3b import __version__
 from p3b.data.transforms import Preprocessing
 from p3b.errors import ConfigError, WeightsError
+from p3b.storage.model_config import TRAINING_IMAGES
 from p3b.storage.untrusted import first_line, parse_json
 
 FORMAT = "p3b-export"
@@ -45,10 +46,13 @@ class Metadata:
     def of_config(cls, config: Mapping[str, Any]) -> Metadata:
         """From the config of a saved model."""
         names, preprocessing = config["class_names"], config["preprocessing"]
+        provenance = config["provenance"]
+        if provenance is not None:
+            provenance = {key: value for key, value in provenance.items() if key != TRAINING_IMAGES}
         return cls(
             None if names is None else tuple(names),
             None if preprocessing is None else Preprocessing.from_dict(preprocessing),
-            config["provenance"],
+            provenance,
         )
 
     def to_text(self) -> dict[str, str]:

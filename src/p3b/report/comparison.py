@@ -18,6 +18,7 @@ from typing import Any
 import jinja2
 
 from p3b.errors import RunFolderError
+from p3b.report.thresholds import FEWEST_FOR_TOP5
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8A6D00", "#8C8C8C")
 """Okabe and Ito's, told apart by every eye; its yellow, which is lost on white, made darker; and grey."""
@@ -159,7 +160,9 @@ def write_report(
 def table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     """Head and cells of the table."""
     sizes = sorted({size for row in comparison.rows for size in row.speeds})
-    head = ["model", "goes", "seeds", "top-1 (%)", "top-5 (%)", "parameters", "of dense", "MACs (M)", "of dense"]
+    top5 = not 0 < max((line.get("classes") or 0 for line in comparison.runs), default=0) < FEWEST_FOR_TOP5
+    accuracies = ["top-1 (%)", "top-5 (%)"] if top5 else ["top-1 (%)"]
+    head = ["model", "goes", "seeds", *accuracies, "parameters", "of dense", "MACs (M)", "of dense"]
     head += [f"images/s, batch {size}" for size in sizes] + ["training (min)"]
     dense = next((row for row in comparison.rows if row.name == "dense"), None)
     cells = []
@@ -170,7 +173,7 @@ def table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
                 "-" if row.ratio is None else f"{100 * row.ratio:g} %",
                 ", ".join(map(str, row.seeds)),
                 f"{row.top1.mean:.2f} ± {row.top1.deviation:.2f}",
-                f"{row.top5.mean:.2f} ± {row.top5.deviation:.2f}",
+                *([f"{row.top5.mean:.2f} ± {row.top5.deviation:.2f}"] if top5 else []),
                 f"{row.params:,.0f}",
                 _share(row.params, None if dense is None else dense.params),
                 f"{row.macs / 1e6:,.1f}",

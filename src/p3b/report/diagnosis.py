@@ -13,11 +13,8 @@ from typing import Any
 
 from p3b.report.evaluation import class_accuracies
 from p3b.report.record import StageRecord
+from p3b.report.thresholds import FEW_STEPS, FEW_STEPS_BETWEEN, SMALL_RATE, is_noise
 
-FEW_STEPS = 500
-"""Optimizer steps below which a transfer has hardly begun."""
-FEW_STEPS_BETWEEN = 20
-"""Steps between two mask updates below which benefits and scores are mostly noise."""
 LARGE_DROP = 3.0
 """Points of accuracy that an epoch may lose before it is named."""
 RISING_LOSS = 1.2
@@ -81,7 +78,7 @@ def small_learning_rate(stage: StageRecord) -> Finding | None:
     rate = max(epoch["lr"] for epoch in stage.epochs)
     first, last = stage.epochs[0]["train_loss"], stage.epochs[-1]["train_loss"]
     before = stage.epochs[-1 - len(stage.epochs) // 4]["train_loss"]
-    if rate > 1e-4 or before - last < 0.1 * (first - last):
+    if rate > SMALL_RATE or before - last < 0.1 * (first - last):
         return None
     return Finding(
         "small learning rate",
@@ -95,13 +92,14 @@ def steps_between_updates(stage: StageRecord) -> Finding | None:
     """Mask updates so close that one measures the noise of a few batches."""
     if len(stage.updates) < 3:
         return None
-    per_epoch = stage.config.get("resolved", {}).get("steps_per_epoch", 0)
-    between = min(after.epoch - before.epoch for before, after in pairwise(stage.updates[:-1])) * per_epoch
-    if not 0 < between < FEW_STEPS_BETWEEN:
+    resolved = stage.config.get("resolved", {})
+    per_epoch = resolved.get("steps_per_epoch", 0)
+    between = round(min(after.epoch - before.epoch for before, after in pairwise(stage.updates[:-1])) * per_epoch)
+    if between == 0 or not is_noise(between, between * resolved.get("global_batch", 0)):
         return None
     return Finding(
         "steps between mask updates",
-        f"Masks are renewed every {between:.0f} steps: benefit and scores of so few batches are mostly noise.",
+        f"Masks are renewed every {between} steps: benefit and scores of so few batches are mostly noise.",
         f"{len(stage.updates)} updates, {per_epoch} steps an epoch",
         f"Renew masks less often: --prune-steps-update-mask of {FEW_STEPS_BETWEEN} or more, or more steps an epoch.",
     )

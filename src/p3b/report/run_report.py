@@ -20,6 +20,7 @@ from p3b.report.diagnosis import Finding, diagnose
 from p3b.report.evaluation import class_accuracies
 from p3b.report.record import EXAMPLES_FOLDER, StageRecord, read_run
 from p3b.report.svg import Picture
+from p3b.report.thresholds import FEWEST_FOR_TOP5
 
 MOST_EXAMPLES = 24
 REPORT_FILE = "report.html"
@@ -32,8 +33,6 @@ _ROWS = (
     ("images per second", "images_per_second", "{:,.0f}"),
 )
 _RATIOS = {"params", "macs", "bytes", "images_per_second"}
-FEWEST_FOR_TOP5 = 6
-"""Classes from which on top-5 says anything."""
 
 
 @dataclass(frozen=True)

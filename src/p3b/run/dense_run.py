@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from p3b.errors import RunFolderError
+from p3b.errors import ConfigError, RunFolderError
 from p3b.run.folder import StageFolder
 from p3b.run.products import PRODUCTS
 from p3b.run.series_lines import results
@@ -28,6 +29,26 @@ def read_dense_run(output_dir: Path) -> dict[str, Any]:
     if not stage.finished:
         raise RunFolderError(f"{output_dir} holds no finished `p3b train`; give --dense-run the output folder of one.")
     return stage.read_json("summary.json")
+
+
+def require_same_images(accuracy: Mapping[str, Any], parts: Mapping[str, int], output_dir: Path) -> None:
+    """Refuse a dense run that was measured on other images than the pruned models will be.
+
+    Args:
+        accuracy: of the dense run, by part.
+        parts: images of each part that will be evaluated on.
+        output_dir: as given to --dense-run.
+
+    Raises:
+        ConfigError: their numbers differ.
+    """
+    for name in ("val", "test"):
+        found, expected = accuracy.get(name, {}).get("images", 0), parts.get(name, 0)
+        if found != expected:
+            raise ConfigError(
+                f"--dense-run {output_dir} was measured on {found} {name} images, the pruned models will be on {expected}: "
+                "they would not compare. Train it on the same data, or leave it out."
+            )
 
 
 def line_of_dense_run(output_dir: Path, seed: int) -> dict[str, Any]:

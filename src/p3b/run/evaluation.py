@@ -10,6 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from p3b.data import Preprocessing, eval_batches
+from p3b.run.final_table import reported_part
+from p3b.run.guessing import chance
 from p3b.run.machine import Machine
 from p3b.train.distributed import all_reduce_sum, gather
 from p3b.train.evaluate import Accuracy, Answers, evaluate
@@ -29,7 +31,6 @@ class Evaluation:
 
     Attributes:
         parts: as given.
-        last: the last result, in words.
         answers: what the model of the last `final` said of the images that its final accuracy is over: name of the part, and
             the answers in the order of the data set; None before, and where an unreadable image was skipped.
     """
@@ -44,10 +45,15 @@ class Evaluation:
         num_workers: int,
         shared: bool,
     ) -> None:
-        self.parts, self.last = parts, "not evaluated yet"
+        self.parts = parts
         self.answers: tuple[str, Answers] | None = None
         self._preprocessing, self._machine = preprocessing, machine
         self._batch_size, self._num_workers, self._shared = batch_size, num_workers, shared
+
+    @property
+    def chances(self) -> dict[str, float]:
+        """Top-1 in percent of always answering the most frequent class, by part."""
+        return {name: chance(images.targets) for name, images in self.parts.items()}
 
     def watched(self, model: nn.Module) -> tuple[str, Accuracy]:
         """Accuracy on the part that is watched during training: val where there is one, else test.
@@ -60,7 +66,7 @@ class Evaluation:
 
     def final(self, model: nn.Module) -> dict[str, Accuracy]:
         """Accuracy on every part: val, which may have chosen the epoch, and test, which never does."""
-        told = "test" if "test" in self.parts else next(iter(self.parts))
+        told = reported_part(self.parts)
         answers = Answers()
         accuracies = {name: self._on(name, model, answers if name == told else None) for name in self.parts}
         together = _in_order(gather(answers) if self._shared else [answers])
@@ -69,7 +75,7 @@ class Evaluation:
         return accuracies
 
     def _on(self, name: str, model: nn.Module, answers: Answers | None = None) -> Accuracy:
-        accuracy = evaluate_part(
+        return evaluate_part(
             model,
             self.parts[name],
             self._preprocessing,
@@ -79,8 +85,6 @@ class Evaluation:
             shared=self._shared,
             answers=answers,
         )
-        self.last = f"{name} top-1 {accuracy.top1:.1f} %"
-        return accuracy
 
 
 def evaluate_part(

@@ -10,6 +10,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from p3b.deploy.speed import images_per_second
+from p3b.report.thresholds import FEWEST_FOR_TOP5
 from p3b.run.machine import Machine
 from p3b.run.screen import Screen
 from p3b.train.evaluate import Accuracy
@@ -52,10 +53,9 @@ def as_deployed(model: VisionTransformer, machine: Machine) -> VisionTransformer
     return choose_attention(model.eval(), machine.device, None)
 
 
-def final_accuracy(accuracies: Mapping[str, Accuracy]) -> tuple[float, float]:
-    """Top-1 and top-5 on the test part, else on val."""
-    final = accuracies.get("test") or accuracies["val"]
-    return final.top1, final.top5
+def reported_part(parts: Mapping[str, Any]) -> str:
+    """Name of the part that final figures are of: the test part, else val, else the first."""
+    return next((name for name in ("test", "val") if name in parts), next(iter(parts)))
 
 
 def plain(accuracies: Mapping[str, Accuracy]) -> dict[str, Any]:
@@ -63,30 +63,37 @@ def plain(accuracies: Mapping[str, Accuracy]) -> dict[str, Any]:
     return {name: asdict(accuracy) for name, accuracy in accuracies.items()}
 
 
-def show_figures(screen: Screen, title: str, columns: Mapping[str, Figures]) -> None:
-    """Show the table, with the ratio of the second model to the first where there are two."""
+def show_figures(screen: Screen, title: str, columns: Mapping[str, Figures], *, part: str, images: int, classes: int) -> None:
+    """Show the table, with the ratio of the second model to the first where there are two.
+
+    Args:
+        screen: to show it on.
+        title: what the models were trained on.
+        columns: figures of each model, by its name.
+        part, images: that accuracies were measured on.
+        classes: of the data; of a few, top-5 says nothing and is left out.
+    """
     figures = list(columns.values())
     rows = [
         ("parameters", *(f"{c.params:,}" for c in figures)),
         ("MACs (M)", *(f"{c.macs / 1e6:,.1f}" for c in figures)),
         ("size on disk (MB)", *(f"{c.bytes / 1e6:.2f}" for c in figures)),
-        ("top-1 (%)", *(_percent(c.top1) for c in figures)),
-        ("top-5 (%)", *(_percent(c.top5) for c in figures)),
+        (f"{part} top-1 (%)", *(_percent(c.top1) for c in figures)),
+        *([(f"{part} top-5 (%)", *(_percent(c.top5) for c in figures))] if classes >= FEWEST_FOR_TOP5 else []),
         ("images per second", *(f"{c.images_per_second or 0:,.0f}" for c in figures)),
     ]
+    title = f"{title}; accuracy on {images:,} {part} images"
     if len(figures) != 2:
         screen.table(title, ("", *columns), rows)
         return
     dense, small = figures
-    ratios = (
-        small.params / dense.params,
-        small.macs / dense.macs,
-        small.bytes / dense.bytes,
-        None,
-        None,
-        (small.images_per_second or 0) / (dense.images_per_second or 1),
-    )
-    with_ratio = [(*row, "" if ratio is None else f"x {ratio:.2f}") for row, ratio in zip(rows, ratios, strict=True)]
+    ratios = {
+        "parameters": small.params / dense.params,
+        "MACs (M)": small.macs / dense.macs,
+        "size on disk (MB)": small.bytes / dense.bytes,
+        "images per second": (small.images_per_second or 0) / (dense.images_per_second or 1),
+    }
+    with_ratio = [(*row, f"x {ratios[row[0]]:.2f}" if row[0] in ratios else "") for row in rows]
     screen.table(title, ("", *columns, "ratio"), with_ratio)
 
 

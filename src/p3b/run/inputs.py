@@ -13,7 +13,7 @@ from p3b.data import DataSplits, Preprocessing, default_num_workers, open_data
 from p3b.errors import ConfigError, WeightsError
 from p3b.run.options import DataOptions, ModelOptions
 from p3b.storage import saved_model
-from p3b.storage.hub_folder import NOTHING_SAID
+from p3b.storage.hub_folder import NOTHING_SAID, Facts
 from p3b.storage.load_report import LoadReport
 from p3b.storage.models import build_model, parse_model_kwargs
 from p3b.storage.preparation import decide_preparation
@@ -31,6 +31,8 @@ class OpenedModel:
     preprocessing: Preprocessing
     class_names: tuple[str, ...] | None
     """Of the saved model that it was loaded from, where there is one."""
+    assumed: str | None = None
+    """How its images are prepared, where neither the weights nor a flag say all of it."""
 
     def notes(self, options: ModelOptions, class_names: tuple[str, ...]) -> list[str]:
         """Where the weights come from, every mismatch by name, and whether the head was trained for other classes.
@@ -138,10 +140,30 @@ def open_model(options: ModelOptions, num_classes: int, seed: int) -> OpenedMode
     )
     vit = require_vision_transformer(model)
     class_names = tuple(saved["class_names"]) if saved and saved["class_names"] else None
+    facts = weights.facts if isinstance(weights, Weights) else NOTHING_SAID
     preprocessing, line = _preprocessing(options, vit, saved, weights if isinstance(weights, Weights) else None)
     if report is not None and line:
         report = report.with_note(line)
-    return OpenedModel(vit, report, preprocessing, class_names)
+    assumed = _assumed(options, preprocessing, bool((saved or {}).get("preprocessing")), facts)
+    return OpenedModel(vit, report, preprocessing, class_names, assumed)
+
+
+def _assumed(options: ModelOptions, preprocessing: Preprocessing, is_saved: bool, facts: Facts) -> str | None:
+    """A sentence on what of the preprocessing is a guess: nobody said it of weights that were trained with something."""
+    if options.model_path is None or is_saved:
+        return None
+    guessed = []
+    for name, given, fact in (("mean", options.mean, facts.mean), ("std", options.std, facts.std)):
+        if not given and fact is None:
+            guessed.append(f"--{name} {' '.join(f'{value:.4g}' for value in getattr(preprocessing, name))}")
+    if options.crop_pct is None and facts.crop_pct is None:
+        guessed.append(f"--crop-pct {preprocessing.crop_pct:g}")
+    if not guessed:
+        return None
+    return (
+        f"{options.model_path} does not say how its images are to be prepared; assumed is {' '.join(guessed)}. If it was "
+        "trained with others, give these flags: its accuracy would be far too low."
+    )
 
 
 def _preprocessing(

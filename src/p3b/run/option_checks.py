@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from p3b.errors import ConfigError
 from p3b.run.options import (
     DataOptions,
@@ -89,6 +91,12 @@ def _check_inputs(data: DataOptions, model: ModelOptions) -> None:
     _share(drop_path=model.drop_path)
     if model.crop_pct is not None and not 0 < model.crop_pct <= 1:
         raise ConfigError(f"--crop-pct must lie in (0, 1], got {model.crop_pct}.")
+    for flag, values, lowest in (("--mean", model.mean, "0 to"), ("--std", model.std, "above 0 to")):
+        if values is not None and not all(0 <= value <= 1 and (value > 0 or flag == "--mean") for value in values):
+            raise ConfigError(
+                f"{flag} is {' '.join(map(str, values))}; expected numbers from {lowest} 1, one for a channel: pixels are "
+                "scaled to [0, 1] first. Divide values for pixels of 0 to 255 by 255."
+            )
     if data.num_workers is not None:
         _not_negative(num_workers=data.num_workers)
     if data.cache not in ("auto", "off"):
@@ -119,6 +127,8 @@ def _positive(**values: float) -> None:
     for name, value in values.items():
         if not value > 0:
             raise ConfigError(f"{_flag(name)} must be above 0, got {value}.")
+        if value == math.inf:
+            raise ConfigError(f"{_flag(name)} must be finite, got {value}.")
 
 
 def _not_negative(**values: float) -> None:

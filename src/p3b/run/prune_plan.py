@@ -57,6 +57,19 @@ def plan_pruning(options: PhaseOptions, epochs: int, steps_per_epoch: int, grad_
         # interval there would be none at all.
         asked = max(1, round(options.prune_steps_update_mask / grad_accum_steps))
         update_every = asked if asked <= steps_per_epoch else None
+    _require_steps(start, sparse, final, steps_per_epoch)
     tau_max = TAU_MAX if options.prune_masks == "soft" else 0.0
     schedule = Schedule.from_epochs(start, sparse, final, steps_per_epoch, update_every, tau_max)
     return PrunePlan(schedule, int(final), epochs - int(final) + options.finetune_epochs)
+
+
+def _require_steps(start: float, sparse: float, final: float, steps_per_epoch: int) -> None:
+    """Refuse phases that are apart in epochs but not in whole optimizer steps."""
+    if round(start * steps_per_epoch) < round(sparse * steps_per_epoch):
+        return
+    steps = f"{steps_per_epoch} optimizer step{'' if steps_per_epoch == 1 else 's'}"
+    raise ScheduleError(
+        f"An epoch has {steps}, too few to tell the phases apart: pruning starts after {start:g} epochs and is sparse after "
+        f"{sparse:g}, which is the same step, and is finalized after {final:g}. Give a smaller --batch-size for more steps an "
+        "epoch, more --epochs, or a later --prune-sparse-epoch."
+    )

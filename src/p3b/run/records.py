@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,39 @@ from p3b.run.folder import StageFolder
 from p3b.run.machine import Machine
 from p3b.run.screen import Screen
 from p3b.train.evaluate import Accuracy
+
+
+def epoch_line(line: Mapping[str, Any], epochs: int, part: str, top1: float) -> str:
+    """What is said of an epoch; it fits 80 columns.
+
+    Args:
+        line: of metrics.jsonl.
+        epochs: of the stage, up to the end of this training.
+        part: name of the images that were evaluated on.
+        top1: on these, in percent.
+    """
+    loss = f"{line['train_loss']:.4f}" if line["train_loss"] < 10 else f"{line['train_loss']:.4g}"
+    return (
+        f"epoch {line['epoch']:>3}/{epochs}  {line['phase']:<9} loss {loss}  {part} top-1 {top1:6.2f} %  "
+        f"{short_count(line['kept_params'])} params  {duration(line['seconds'])}"
+    )
+
+
+def short_count(number: int) -> str:
+    """A number in three digits or four: 97.3 k, 5.52 M, 304 M."""
+    scaled, unit = (number / 1e6, "M") if number >= 999_950 else (number / 1e3, "k")
+    return f"{scaled:.{2 if scaled < 10 else 1 if scaled < 100 else 0}f} {unit}"
+
+
+def duration(seconds: float) -> str:
+    """A time in at most six letters: 8.3 s, 21m05s, 3h20m, 12d04h."""
+    if seconds < 99.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    for size, small, unit, smaller in ((60, 1, "m", "s"), (3600, 60, "h", "m"), (86400, 3600, "d", "h")):
+        if whole < 100 * size or unit == "d":
+            return f"{whole // size}{unit}{whole % size // small:02}{smaller}"
+    raise AssertionError
 
 
 @dataclass(frozen=True)
@@ -49,11 +83,9 @@ class Records:
             accuracy: on these.
         """
         self._machine.on_main(lambda: self.folder.append_line("metrics.jsonl", line))
-        skipped = f"  {line['skipped_steps']} steps skipped (not finite)" if line["skipped_steps"] else ""
-        self._screen.say(
-            f"epoch {line['epoch']:>3}/{epochs}  {line['phase']:<9} loss {line['train_loss']:.4f}  "
-            f"{part} top-1 {accuracy.top1:6.2f} %  {line['kept_params']:,} parameters  {line['seconds']:.1f} s{skipped}"
-        )
+        self._screen.say(epoch_line(line, epochs, part, accuracy.top1))
+        if line["skipped_steps"]:
+            self._screen.say(f"  {line['skipped_steps']} steps skipped (not finite)")
 
     def log_decision(self, decision: Decision, phase: str, steps_done: int, kept_params: int) -> None:
         """Add a line to blocks.jsonl.

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from p3b.errors import ConfigError
-from p3b.run.options import CompareConfig, to_plain
+from p3b.run.options import CompareConfig, TrainConfig, to_plain
 
 _PLACES = {"data_path", "val_path", "test_path", "model_path", "teacher_path"}
 """Where things lie."""
@@ -52,13 +52,7 @@ class Settings:
         Raises:
             ConfigError: names all that differs.
         """
-        changed = [
-            f"--{key.replace('_', '-')} was {was!r}, now {value!r}"
-            for group, values in self.given.items()
-            for key, value in values.items()
-            # A setting that an earlier version did not know does by default what was done without it.
-            if key not in _FREE_ON_RESUME and (was := before.get(group, {}).get(key, self.defaults[group][key])) != value
-        ]
+        changed = _changed(self.given, self.defaults, before, _FREE_ON_RESUME)
         lengths = before.get("resolved", {})
         changed += [
             f"{key} was {lengths.get(key)}, now {self.resolved[key]} (from the data and the number of processes)"
@@ -67,6 +61,48 @@ class Settings:
         ]
         if changed:
             raise ConfigError(f"--resume needs the settings that the run began with: {'; '.join(changed)}.")
+
+
+def require_finished_as_asked(config: TrainConfig, before: Mapping[str, Any], folder: Path) -> None:
+    """Refuse to take a finished run for one that is asked for with other settings, or on other data.
+
+    Args:
+        config: that is asked for.
+        before: config.json of the finished run.
+        folder: of its stage.
+
+    Raises:
+        ConfigError: names all that differs.
+    """
+    given, defaults = _with_whole_paths(to_plain(config)), to_plain(type(config)())
+    changed = _changed(given, defaults, _with_whole_paths(before), _FREE_ON_RESUME - _PLACES)
+    if changed:
+        raise ConfigError(
+            f"{folder} holds a finished run with other settings: {'; '.join(changed)}. Choose another --output-dir to keep it, "
+            "or give --overwrite to replace it."
+        )
+
+
+def _changed(
+    given: Mapping[str, Any], defaults: Mapping[str, Any], before: Mapping[str, Any], free: Collection[str]
+) -> list[str]:
+    """What differs, setting by setting, but for those that are free."""
+    return [
+        f"--{key.replace('_', '-')} was {was!r}, now {value!r}"
+        for group, values in given.items()
+        for key, value in values.items()
+        # A setting that an earlier version did not know does by default what was done without it.
+        if key not in free and (was := before.get(group, {}).get(key, defaults[group][key])) != value
+    ]
+
+
+def _with_whole_paths(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings with places from the root of the file system on, however they were given."""
+    return {
+        group: {key: str(Path(value).resolve()) if key in _PLACES and value else value for key, value in values.items()}
+        for group, values in settings.items()
+        if isinstance(values, Mapping)
+    }
 
 
 def comparable(config: CompareConfig, processes: int) -> dict[str, Any]:

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.logging import RichHandler
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.table import Column, Table
 
 from p3b.run.options import MachineOptions
 
@@ -80,12 +80,19 @@ class Screen:
 
     @contextmanager
     def progress(self, total_steps: int, done_steps: int) -> Iterator[None]:
-        """A bar over the steps of a training; only on a terminal."""
+        """A bar over the steps of a training, as wide as the terminal leaves it; only on a terminal."""
         if self._level is Level.QUIET or not (self._is_main and self.console.is_terminal):
             yield
             return
-        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TextColumn("left"))
-        with Progress(*columns, TimeRemainingColumn(), console=self.console, transient=True) as bar:
+        whole = Column(no_wrap=True)  # what must be read is never cut; the bar takes what is left
+        columns = (
+            SpinnerColumn(),
+            TextColumn("{task.description}", table_column=whole),
+            BarColumn(bar_width=None, table_column=Column(ratio=1)),
+            TimeRemainingColumn(table_column=whole),
+            TextColumn("left", table_column=whole),
+        )
+        with Progress(*columns, console=self.console, transient=True, expand=True) as bar:
             self._bar, self._task = bar, bar.add_task("starting", total=total_steps, completed=done_steps)
             try:
                 yield

@@ -12,19 +12,24 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from timm.models.vision_transformer import VisionTransformer
 
-from p3b.data import DataSplits, Preprocessing, keep_decoded
+from p3b.core.schedule import Schedule
+from p3b.data import DataSplits, LabelledImages, Preprocessing, keep_decoded
 from p3b.errors import ConfigError
+from p3b.run.cautions import Outlook, cautions
 from p3b.run.evaluation import Evaluation
 from p3b.run.failures import explained
+from p3b.run.final_table import reported_part
 from p3b.run.folder import StageFolder, launch_name, restarted_by
+from p3b.run.guessing import said_of_guessing
 from p3b.run.inputs import OpenedModel, count_unreadable, num_workers, open_model, open_splits
 from p3b.run.interruption import Interruption
 from p3b.run.machine import Machine, open_machine
@@ -35,12 +40,14 @@ from p3b.run.products import PRODUCTS, Products, products_of
 from p3b.run.provenance import provenance
 from p3b.run.recipe import Recipe, open_recipe
 from p3b.run.records import Records
-from p3b.run.same_settings import Settings
+from p3b.run.same_settings import Settings, require_finished_as_asked
 from p3b.run.screen import Screen, open_screen
+from p3b.run.trained_images import remember, said_of_part, trained_on
 from p3b.storage import saved_model
 from p3b.train.checkpoint import Checkpoint, Checkpoints, newest_for_all, seed_everything
 from p3b.train.compiled import require_compiler
 from p3b.train.distributed import wait_for_all
+from p3b.train.evaluate import Accuracy
 from p3b.train.optim import scaled_lr
 from p3b.vit.cost import count_parameters
 
@@ -60,6 +67,7 @@ class Stage:
         model: on the device, with the weights that training starts from.
         provenance: of the models and of the summary.
         opening: lines about model, data and weights.
+        doubts: warnings about them.
         opened_at: seconds since the epoch.
         with_report: whether report.html is written at the end.
     """
@@ -82,6 +90,7 @@ class Stage:
     products: Products
     provenance: dict[str, Any]
     opening: tuple[str, ...]
+    doubts: tuple[str, ...]
     opened_at: float
     with_report: bool
 
@@ -114,6 +123,45 @@ class Stage:
         self.screen.say(f"resumed after {place['epoch']} epochs, at step {place['step']}, from {found.file.name}")
         return found.content
 
+    def warn_of_little(self, epochs: int, schedule: Schedule | None = None, asked_interval: int | None = None) -> None:
+        """Say what of a training that is about to start can hardly work.
+
+        Args:
+            epochs: of the stage, fine-tuning included.
+            schedule: of pruning, where the stage prunes.
+            asked_interval: mini-batches between two mask updates, as of --prune-steps-update-mask.
+        """
+        recipe, model, train = self.recipe, self.settings.given["model"], self.splits.train
+        counts = np.bincount(train.targets, minlength=len(self.splits.class_names)).tolist()
+        outlook = Outlook(
+            model=model["model"],
+            has_weights=bool(model["model_path"] or model["model_pretrained"]),
+            images=dict(zip(self.splits.class_names, counts, strict=True)),
+            batch_size=recipe.options.batch_size,
+            global_batch=recipe.global_batch,
+            steps_per_epoch=recipe.steps_per_epoch,
+            epochs=epochs,
+            lr=recipe.options.lr,
+            rate=scaled_lr(recipe.options.lr, recipe.global_batch),
+            schedule=schedule,
+            asked_interval=asked_interval,
+        )
+        for said in (*self.doubts, *cautions(outlook)):
+            self.screen.warn(f"warning: {said}")
+
+    def warn_of_guessing(self, model: str, accuracies: Mapping[str, Accuracy]) -> None:
+        """Say where a model cannot be told from one that has learned nothing.
+
+        Args:
+            model: how to call it.
+            accuracies: of it, by part.
+        """
+        part = reported_part(accuracies)
+        found = accuracies[part]
+        said = said_of_guessing(model, part, found.top1, self.evaluation.chances[part], found.images)
+        if said is not None:
+            self.screen.warn(f"warning: {said}")
+
     def _prepare_folder(self, found: Checkpoint | None) -> None:
         """Empty the folder, or let it stand as it was at the checkpoint that was found."""
         if found is None:
@@ -139,6 +187,7 @@ class Stage:
         unreadable = count_unreadable(self.splits)
         seconds = time.time() - self.opened_at
         summary = {"stage": self.name, **content, "seconds": seconds, "unreadable_images": unreadable}
+        summary |= {"classes": len(self.splits.class_names), "chance": self.evaluation.chances}
         summary["provenance"] = self.provenance
         if unreadable:
             self.screen.warn(f"{unreadable} unreadable image(s) were skipped")
@@ -155,15 +204,19 @@ class Stage:
         self.screen.say(f"report:  {report}")
 
 
-def finished_summary(run: RunOptions, name: str) -> dict[str, Any] | None:
+def finished_summary(config: TrainConfig, name: str) -> dict[str, Any] | None:
     """Summary of a stage that is to be resumed though it is finished; None where there is something left to do.
 
     Raises:
-        RunFolderError: the summary cannot be read.
+        ConfigError: it is finished, with other settings than are asked for now. RunFolderError: its files cannot be read.
     """
+    run = config.run
     assert run.output_dir is not None
     folder = StageFolder(run.output_dir, name)
-    if not (_resumes(run, folder) and folder.finished):
+    if not folder.finished or run.overwrite:
+        return None
+    require_finished_as_asked(config, folder.read_json("config.json"), folder.path)
+    if not _resumes(run, folder):
         return None
     is_main = int(os.environ.get("RANK", 0)) == 0
     open_screen(run, is_main).say(f"{folder.path} is finished; nothing is left to do.")
@@ -216,7 +269,6 @@ def _open(config: TrainConfig, name: str, machine: Machine, folder: StageFolder)
         training, config.augment, splits, opened.preprocessing, opened.model, machine, seed=run.seed, num_workers=workers
     )
     origin = provenance(machine, stage=name, model=config.model.model, data=splits.description, seed=run.seed)
-    saying = {"class_names": splits.class_names, "preprocessing": opened.preprocessing.to_dict(), "provenance": origin}
     title = f"{name}: {config.model.model}, {count_parameters(opened.model):,} parameters, seed {run.seed}"
     return Stage(
         name=name,
@@ -241,9 +293,10 @@ def _open(config: TrainConfig, name: str, machine: Machine, folder: StageFolder)
             shared=run.dist_eval,
         ),
         records=Records(folder, screen, machine, recipe.steps_per_epoch),
-        products=Products(folder.root, name, saying, machine),
+        products=Products(folder.root, name, _description(splits, opened, origin, machine), machine),
         provenance=origin,
         opening=_opening(title, splits, cache, opened.notes(config.model, splits.class_names), recipe, machine),
+        doubts=_doubts(config, evaluated),
         opened_at=opened_at,
         with_report=run.report and name in PRODUCTS,
     )
@@ -271,6 +324,22 @@ def _settings(
         "precision": machine.number_format,
     }
     return Settings(given=to_plain(config), defaults=to_plain(type(config)()), resolved=resolved)
+
+
+def _description(splits: DataSplits, opened: OpenedModel, origin: Mapping[str, Any], machine: Machine) -> dict[str, Any]:
+    """What a saved model says of itself, besides its shape; of use on the process that saves."""
+    return {
+        "class_names": splits.class_names,
+        "preprocessing": opened.preprocessing.to_dict(),
+        "provenance": {**origin, **(remember(splits) if machine.is_main else {})},
+    }
+
+
+def _doubts(config: TrainConfig, evaluated: Mapping[str, LabelledImages]) -> tuple[str, ...]:
+    """What makes an evaluation doubtful: images that the weights were trained on before."""
+    known = trained_on(config.model.model_path)
+    said = [said_of_part(name, images, known) for name, images in evaluated.items()]
+    return tuple(f"{line}. Give the same data and --seed as then." for line in said if line is not None)
 
 
 def _opening(

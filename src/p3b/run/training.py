@@ -19,6 +19,7 @@ from p3b.methods.base import Decision
 from p3b.run.interruption import Wish
 from p3b.run.machine import Machine
 from p3b.run.recipe import Recipe
+from p3b.run.records import short_count
 from p3b.run.stage import Stage
 from p3b.train.checkpoint import restore, save_checkpoint
 from p3b.train.compiled import compiled
@@ -110,6 +111,7 @@ class Training:
             restore(self._learner, checkpoint, stage.machine.processes.rank)
             self._place = _Place(**checkpoint["progress"]["place"])
         self._begin_epoch(self._place.within_epoch)
+        self._shown_loss = ""
         self._started, self._compiles = time.monotonic(), stage.recipe.options.compile
         with (
             suppress(_Reached),
@@ -117,11 +119,13 @@ class Training:
             stage.screen.library_messages(),
             stage.interruption.listening(),
         ):
+            self._move_bar()
             while self._place.epoch * self._steps_per_epoch < self._until and not self._reached():
                 batches.set_epoch(self._place.epoch, start=self._progress.micro_steps)
                 loss = train_epoch(self._learner, batches, self._progress, self._log_decision, self._after_step)
                 self._end_epoch(loss)
                 self._begin_epoch(None)
+                self._move_bar()
                 if stage.interruption.agreed_now() is Wish.STOP:
                     self._stop()
         wait_for_all()
@@ -159,9 +163,15 @@ class Training:
             self._compiles = False
             screen.say(f"compiled: the first step took {time.monotonic() - self._started:.1f} s")
         if learner.steps_done % CHECK_LOSS_EVERY == 0:
-            kept = f"{learner.pruner.kept_params():,} parameters"
-            text = f"{self._progress.phase}, loss {self._progress.mean_loss():.3f}, {kept}, {self._stage.evaluation.last}"
-            screen.advance(learner.steps_done, text)
+            self._shown_loss = f", loss {self._progress.mean_loss():.3f}"
+            self._move_bar()
+
+    def _move_bar(self) -> None:
+        """Show where the training is, without waiting for the device."""
+        learner = self._learner
+        place = f"{self._progress.phase} epoch {self._place.epoch + 1}/{self._last_epoch}"
+        kept = short_count(learner.pruner.kept_params())
+        self._stage.screen.advance(learner.steps_done, f"{place}{self._shown_loss}, {kept} params")
 
     def _reached(self) -> bool:
         """Whether the last step that was asked for is done and lies within an epoch; at the end of one there is more to do."""

@@ -52,7 +52,7 @@ def train_warm_up(config: PruneConfig) -> dict[str, Any]:
     """
     options = method_options_of(config.prune, config.run.seed)
     check(config)
-    if (summary := finished_summary(config.run, WARM_UP)) is not None:
+    if (summary := finished_summary(config, WARM_UP)) is not None:
         return summary
     with open_stage(config, WARM_UP) as stage:
         epochs, recipe = config.training.epochs, stage.recipe

@@ -26,6 +26,8 @@ from p3b.vit.cost import count_parameters
 from p3b.vit.shapes import BranchShape, shapes_from_plain
 
 FORMAT = "p3b-model"
+TRAINING_IMAGES = "training_images"
+"""Entry of a provenance that only p3b reads: a sketch of the images that the model was trained on."""
 _ENTRIES_OF_SCHEMA = {
     1: {"format", "schema", "architecture", "blocks", "params", "class_names", "preprocessing", "provenance"},
 }
