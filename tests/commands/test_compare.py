@@ -26,6 +26,7 @@ from p3b.commands.compare import plan
 from p3b.errors import ConfigError, ModelError
 from p3b.methods import METHODS
 from p3b.report.comparison import read_lines, summarise, table, write_report
+from p3b.run.guessing import said_of_guessing
 from p3b.run.options import CompareConfig, CompareOptions
 from p3b.run.same_settings import comparable
 from p3b.vit.architecture import describe_dense
@@ -391,16 +392,18 @@ def test_the_table_says_what_the_lines_say(compared: Path) -> None:
         share = line["top1"] / 100
         assert told[2] == "0"
         assert told[3] == f"{line['top1']:.2f} ± {100 * (share * (1 - share) / 9) ** 0.5:.2f}"
-        assert told[5:9] == [
+        assert told[4:8] == [  # no top-5 of three classes
             f"{line['params']:,}",
             f"{line['params'] / dense['params']:.1%}",
             f"{line['macs'] / 1e6:.1f}",
             f"{line['macs'] / dense['macs']:.1%}",
         ]
-        for cell, speed in zip(told[9:11], (speeds[1], speeds[32]), strict=True):
+        for cell, speed in zip(told[8:10], (speeds[1], speeds[32]), strict=True):
             assert cell == f"{speed[line['name']]:,.0f} (x {speed[line['name']] / speed['dense-seed0']:.2f})"
-        assert told[11] == f"{line['train_seconds'] / 60:.1f}"
+        assert told[10] == f"{line['train_seconds'] / 60:.1f}"
     text = (compared / "compare.md").read_text()
+    guesses = said_of_guessing("The dense model", "test", dense["top1"], 100 / 3, 9)
+    assert (guesses is not None) == ("no better than guessing" in text) and "top-5" not in text
     assert "one seed only" in text and "standard deviation" not in text
     assert all(line["command"] in text for line in found.values())
 
