@@ -63,7 +63,7 @@ def test_help_is_quick_and_loads_no_torch() -> None:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(command, "--help") == 0
+    assert run(command, "--help-all") == 0
     said = capsys.readouterr().out
     has_no_run_folder = command in ("report", "doctor", "runs", "inspect", "export", "predict", "bench")
     assert f"p3b {command}" in said and ("--output-dir" in said) != has_no_run_folder
@@ -71,7 +71,7 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
 
 
 def test_help_says_the_published_defaults(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("prune", "--help") == 0
+    assert run("prune", "--help-all") == 0
     said = " ".join(capsys.readouterr().out.replace("│", " ").split())
     for default in (
         "(default: 0.0005)",

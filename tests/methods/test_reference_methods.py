@@ -622,7 +622,7 @@ def test_a_flag_for_another_method_is_refused_before_anything_is_written(
 
 
 def test_help_says_what_each_method_is(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("prune", "--help") == 0
+    assert run("prune", "--help-all") == 0
     said = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert all(f"{name}: " in said for name in METHODS)
     assert "Molchanov et al., CVPR 2019" in said

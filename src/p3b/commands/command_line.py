@@ -6,20 +6,14 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from p3b.errors import Stopped, UserError, unknown_name
+from p3b.errors import ConfigError, Stopped, UserError, unknown_name
 from p3b.run.none_values import with_one_none
 
 USER_ERROR, STOPPED, INTERRUPTED = 2, 75, 130
 """75 is EX_TEMPFAIL of sysexits.h: nothing is wrong, try again."""
-
-
-PUBLISHED_FLAGS = {"--classifiers": "--wd-classifiers", "--classifier-choose": "--wd-classifier-choose"}
-"""Flags of other methods' published command lines, and what they are called here."""
-SHORT_FLAGS = {"-v": "--verbose", "-q": "--quiet"}
 
 
 @dataclass(frozen=True)
@@ -48,9 +42,15 @@ _AGAIN = "run the same command again to continue"
 
 COMMANDS: dict[str, Command] = {
     "demo": Command(f"{_OPTIONS}:DemoConfig", "the whole job on embedded data, in minutes", f"{_HERE}.demo:run_demo"),
-    "train": Command(f"{_OPTIONS}:TrainConfig", "transfer a dense model to a data set", f"{_HERE}.train:train"),
-    "prune": Command(f"{_OPTIONS}:PruneConfig", "transfer and prune on the way, and fine-tune", f"{_HERE}.prune:prune"),
-    "finetune": Command(f"{_OPTIONS}:FinetuneConfig", "train a small model further", f"{_HERE}.finetune:finetune"),
+    "train": Command(
+        f"{_OPTIONS}:TrainConfig", "transfer a dense model to a data set", f"{_HERE}.train:train", reads_file=True
+    ),
+    "prune": Command(
+        f"{_OPTIONS}:PruneConfig", "transfer and prune on the way, and fine-tune", f"{_HERE}.prune:prune", reads_file=True
+    ),
+    "finetune": Command(
+        f"{_OPTIONS}:FinetuneConfig", "train a small model further", f"{_HERE}.finetune:finetune", reads_file=True
+    ),
     "compare": Command(
         f"{_OPTIONS}:CompareConfig",
         "methods x prune ratios x seeds, in one table",
@@ -59,10 +59,17 @@ COMMANDS: dict[str, Command] = {
         reads_file=True,
     ),
     "sweep": Command(
-        f"{_OPTIONS}:SweepConfig", "several budgets, or the largest that loses little", f"{_HERE}.sweep:sweep", _AGAIN
+        f"{_OPTIONS}:SweepConfig",
+        "several budgets, or the largest that loses little",
+        f"{_HERE}.sweep:sweep",
+        _AGAIN,
+        reads_file=True,
     ),
     "evaluate": Command(
-        f"{_OPTIONS}:EvaluateConfig", "accuracy, size and speed of a saved model", f"{_HERE}.evaluate:evaluate"
+        f"{_OPTIONS}:EvaluateConfig",
+        "accuracy, size and speed of a saved model",
+        f"{_HERE}.evaluate:evaluate",
+        reads_file=True,
     ),
     "report": Command(f"{_LOOK}:ReportConfig", "one page of a run, or of several side by side", f"{_HERE}.report:report"),
     "doctor": Command(f"{_LOOK}:DoctorConfig", "why a run's accuracy is lower than it could be", f"{_HERE}.doctor:doctor"),
@@ -93,6 +100,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"p3b {__version__}")
         return 0
     name, *flags = given
+    if name == "completion":
+        return _complete(flags)
     if name not in COMMANDS:
         print(f"p3b: {unknown_name('command', name, COMMANDS)}", file=sys.stderr)
         return USER_ERROR
@@ -111,15 +120,17 @@ def published_main(arguments: Sequence[str] | None = None) -> int:
     return run_command(name, flags, prog="main.py")
 
 
-def run_command(name: str, flags: Sequence[str], prog: str) -> int:
-    """Parse the flags of a command and carry it out."""
-    import tyro
-
+def run_command(name: str, words: Sequence[str], prog: str) -> int:
+    """Parse the words behind a command and carry it out."""
     command = COMMANDS[name]
+    if "-h" in words or "--help" in words:
+        from p3b.commands.first_help import first_help
+
+        if (said := first_help(name, command.purpose)) is not None:
+            print(said)
+            return 0
     try:
-        settings = _load(command.settings)
-        given = with_one_none(settings, [*_flags_of_file(command, settings, flags), *map(_our_name, flags)])
-        config: Any = tyro.cli(settings, args=given, prog=prog, config=(tyro.conf.OmitArgPrefixes,))
+        config = _parse(name, words, prog)
         _load(command.target)(config)
     except UserError as error:
         if int(os.environ.get("RANK", 0)) == 0:  # every rank meets the same mistake; one says so
@@ -136,28 +147,62 @@ def run_command(name: str, flags: Sequence[str], prog: str) -> int:
     return 0
 
 
-def _our_name(word: str) -> str:
-    """A word of the command line, with the name that a published or short flag has here."""
-    if word in SHORT_FLAGS:
-        return SHORT_FLAGS[word]
-    flag, equals, value = word.partition("=")
-    name = flag.replace("_", "-")
-    return PUBLISHED_FLAGS[name] + equals + value if name in PUBLISHED_FLAGS else word
-
-
-def _flags_of_file(command: Command, settings: type, flags: Sequence[str]) -> list[str]:
-    """The settings in the file that --config names, as flags; nothing for a command without that flag.
+def _parse(name: str, words: Sequence[str], prog: str) -> Any:
+    """The settings that the words behind a command come to.
 
     Raises:
-        ConfigError: the file cannot be used.
+        UserError: words that cannot be understood. SystemExit: help was asked for, or a flag is not known; it has been said.
     """
-    if not command.reads_file:
-        return []
+    import tyro
+
+    from p3b.commands.words import understand
+
+    command = COMMANDS[name]
+    settings = _load(command.settings)
+    if "--help-all" in words:
+        from p3b.commands.first_help import all_flags_head
+
+        print(all_flags_head(name) or "")
+        words = ["--help"]
+    files, rest = _files(words) if command.reads_file else ([], words)
+    of_files = [word for file in files for word in _flags_of_file(settings, file)]
+    understood = understand(settings, rest)
+    args = with_one_none(settings, [*of_files, *understood.flags])
+    return tyro.cli(settings, args=args, prog=prog, config=(tyro.conf.OmitArgPrefixes,))
+
+
+def _files(words: Sequence[str]) -> tuple[list[Path], list[str]]:
+    """The files that --config names, and the other words."""
+    files, rest = [], []
+    waits = False
+    for word in words:
+        if waits or word.startswith("--config="):
+            files.append(Path(word.removeprefix("--config=")))
+            waits = False
+        elif word == "--config":
+            waits = True
+        else:
+            rest.append(word)
+    if waits:
+        raise ConfigError("--config is given no file; expected a YAML file or the config.json of a run.")
+    return files, rest
+
+
+def _flags_of_file(settings: type, file: Path) -> list[str]:
     from p3b.commands.settings import flags_of_file
 
-    files = [flag.split("=", 1)[1] for flag in flags if flag.startswith("--config=")]
-    files += [file for flag, file in pairwise(flags) if flag == "--config"]
-    return [word for file in files for word in flags_of_file(settings, Path(file))]
+    return flags_of_file(settings, file)
+
+
+def _complete(words: Sequence[str]) -> int:
+    """`p3b completion SHELL`: print the script."""
+    from p3b.commands.completion import SHELLS, print_completion
+
+    if len(words) != 1 or words[0] not in SHELLS:
+        print(f"p3b completion: expected one of {', '.join(SHELLS)}: p3b completion bash > p3b.bash", file=sys.stderr)
+        return USER_ERROR
+    print_completion({name: _load(command.settings) for name, command in COMMANDS.items()}, words[0])
+    return 0
 
 
 def _load(target: str) -> Any:
@@ -173,8 +218,11 @@ def _usage() -> str:
         [
             "P3B: make a pretrained Vision Transformer small while it moves to your images.",
             "",
-            "usage: p3b <command> [flags]      p3b <command> --help shows the flags",
+            "usage: p3b <command> [flags]      p3b <command> --help shows the flags that matter, --help-all shows all",
             "",
             *lines,
+            "",
+            "example: p3b prune photos --keep 0.5 --output-dir run      (photos: a folder of images for each class)",
+            "p3b completion bash prints a script that completes commands and flags (bash, zsh, fish); p3b --version",
         ]
     )

@@ -7,6 +7,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
+NO_FLAG = ("reasons",)
+"""Fields of a config that are said about it and cannot be given."""
+
 
 def command_line(command: str, config: Any, leave_out: Sequence[str] = ()) -> str:
     """The `p3b <command>` that gives this config, in one line; what is as by default is left out.
@@ -27,7 +30,7 @@ def settings_of(config: Any) -> Iterator[tuple[str, Any]]:
         value = getattr(config, field.name)
         if is_dataclass(value):
             yield from settings_of(value)
-        else:
+        elif field.name not in NO_FLAG:
             yield field.name, value
 
 

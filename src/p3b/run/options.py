@@ -288,8 +288,6 @@ class CompareOptions:
     """Seeds: everything is run with each, one after the other."""
     smaller: bool = True
     """Fine-tune a smaller ViT of the same number of parameters, too, at each ratio."""
-    config: Path | None = None
-    """YAML file of these settings, one `flag: value` a line; flags on the command line win."""
     table_only: bool = False
     """Run nothing: make the table of what is done in the output folder."""
 
