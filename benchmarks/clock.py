@@ -123,11 +123,14 @@ def measure_start(photos: Path) -> dict[str, Any]:
     """Processor time of each start-up, each a process of its own."""
     with tempfile.TemporaryDirectory() as work:
         flags = [
-            "train", "--data-path", str(photos), "--val-share", "0.1", "--max-train-images", "8", "--batch-size", "8",
+            "--data-path", str(photos), "--val-share", "0.1", "--max-train-images", "8", "--batch-size", "8",
             "--epochs", "1", "--model", "vit_tiny_patch16_224", "--model-kwargs", "img_size=32", "patch_size=8", "embed_dim=24",
             "depth=2", "num_heads=3", "--num-workers", "0", "--device", "cpu", "--output-dir", f"{work}/run",
         ]  # fmt: skip
-        scripts = {**START_UP, "a run of one step": f"from p3b.commands.command_line import main; main({flags!r})"}
+        scripts = {
+            **START_UP,
+            "a run of one step": f"from p3b.commands.command_line import published_main; published_main({flags!r})",
+        }
         found = {}
         for name, script in scripts.items():
             before = resource.getrusage(resource.RUSAGE_CHILDREN)

@@ -71,9 +71,13 @@ def write_cifar100(root: Path, train: int = 6, test: int = 4, protocol: int = 2)
     return pixels
 
 
-def flags(data: Path, out: Path, *more: str, model: Sequence[str] = MODEL) -> list[str]:
+PAPER = ("--recipe", "paper")
+"""Nothing is chosen: what is not given is as published."""
+
+
+def flags(data: Path, out: Path, *more: str, model: Sequence[str] = MODEL, recipe: Sequence[str] = PAPER) -> list[str]:
     """Flags of a tiny run; later ones win."""
-    return ["--data-path", str(data), "--output-dir", str(out), *model, *MACHINE, *more]
+    return ["--data-path", str(data), "--output-dir", str(out), *model, *MACHINE, *recipe, *more]
 
 
 @contextmanager

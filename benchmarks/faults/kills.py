@@ -34,7 +34,20 @@ from runs import MODEL, colour_folders
 IMAGES = {"train": 16, "val": 3, "test": 3}
 """Of each of three classes: two or four steps an epoch."""
 RUN = (
-    *("--device", "cpu", "--epochs", "3", "--prune-start-epoch", "1", "--finetune-epochs", "2", "--batch-size", "4"),
+    *(
+        "--recipe",
+        "paper",
+        "--device",
+        "cpu",
+        "--epochs",
+        "3",
+        "--prune-start-epoch",
+        "1",
+        "--finetune-epochs",
+        "2",
+        "--batch-size",
+        "4",
+    ),
     *("--drop-path", "0.3", "--lr", "0.05", "--reprob", "0.5", "--timeout-minutes", "0.5"),
 )
 KINDS = {

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import p3b
-from runs import CALM, MACHINE, MODEL, SHAPE, colour_folders, everything_in, flags, lines, run, weights
+from runs import CALM, MACHINE, MODEL, PAPER, SHAPE, colour_folders, everything_in, flags, lines, run, weights
 from tiny import tiny_vit
 
 QUICK_PRUNE = ("--epochs", "2", "--prune-start-epoch", "0")
@@ -153,7 +153,7 @@ def test_a_budget_beyond_reach_names_the_largest_ratio(data: Path, refused: Refu
 
 
 def test_no_output_folder(data: Path, refused: Refusals) -> None:
-    refused("train", "--data-path", str(data), *MODEL, *MACHINE, telling=("--output-dir is missing",))
+    refused("train", "--data-path", str(data), *MODEL, *MACHINE, *PAPER, telling=("--output-dir is missing",))
 
 
 def test_resume_and_overwrite_contradict_each_other(data: Path, refused: Refusals) -> None:
@@ -224,17 +224,17 @@ def test_a_small_model_is_not_pruned_again(data: Path, refused: Refusals, pruned
 
 def test_commands_that_need_a_model(data: Path, refused: Refusals) -> None:
     refused("finetune", *flags(data, refused.out), telling=("--model-path is missing", "run/pruned"))
-    refused("evaluate", *flags(data, refused.out), telling=("--model-path is missing", "run/pruned"))
+    refused("evaluate", *flags(data, refused.out, recipe=()), telling=("--model-path is missing", "run/pruned"))
 
 
 def test_evaluation_refuses_other_classes(refused: Refusals, tmp_path: Path, pruned_run: Path) -> None:
     saved = ("--model-path", str(pruned_run / "pruned"))
     names = colour_folders(tmp_path / "names", classes=("blue", "green", "violet"))
-    refused("evaluate", *flags(names, refused.out, *saved, model=()), telling=("1 extra (violet)", "blue, green, red"))
+    refused("evaluate", *flags(names, refused.out, *saved, model=(), recipe=()), telling=("1 extra (violet)", "blue, green, red"))
     nameless = tmp_path / "nameless"
     p3b.save(p3b.load(pruned_run / "pruned"), nameless)
     count = colour_folders(tmp_path / "count", classes=("blue", "green"))
-    given = flags(count, refused.out, "--model-path", str(nameless), model=())
+    given = flags(count, refused.out, "--model-path", str(nameless), model=(), recipe=())
     refused("evaluate", *given, telling=("not trained for these 2 classes", "head.weight", "class_names"))
 
 
@@ -242,7 +242,7 @@ def test_evaluation_refuses_weights_without_a_head(data: Path, refused: Refusals
     state = {key: tensor for key, tensor in tiny_vit(img_size=16, num_classes=3).state_dict().items() if "head" not in key}
     torch.save(state, tmp_path / "headless.pth")
     telling = ("not trained for these 3 classes", "head.weight")
-    refused("evaluate", *flags(data, refused.out, "--model-path", str(tmp_path / "headless.pth")), telling=telling)
+    refused("evaluate", *flags(data, refused.out, "--model-path", str(tmp_path / "headless.pth"), recipe=()), telling=telling)
 
 
 def test_evaluation_is_not_resumed_and_not_replaced_unasked(data: Path, refused: Refusals, pruned_run: Path) -> None:
@@ -274,7 +274,7 @@ def test_data_that_is_not_there(refused: Refusals, tmp_path: Path) -> None:
     refused("train", *flags(tmp_path / "empty", refused.out), telling=("empty has no image", "Expected class folders"))
     cifar = ("--data-set", "CIFAR10")
     refused("train", *flags(tmp_path / "empty", refused.out, *cifar), telling=("CIFAR10 is not at", "--download"))
-    refused("train", "--output-dir", str(refused.out), *MODEL, *MACHINE, telling=("--data-path",))
+    refused("train", "--output-dir", str(refused.out), *MODEL, *MACHINE, *PAPER, telling=("--data-path",))
 
 
 def test_one_class_only(refused: Refusals, tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ from p3b.run.options import CompareConfig, CompareOptions
 from p3b.run.same_settings import comparable
 from p3b.vit.architecture import describe_dense
 from p3b.vit.smaller import cut_evenly, evenly_spaced, smaller_architecture
-from runs import colour_folders, everything_in, flags, lines, read, run, same_tensors, weights
+from runs import PAPER, colour_folders, everything_in, flags, lines, read, run, same_tensors, weights
 from tiny import DISTILLED, parameters_of, tiny_vit
 
 QUICK = ("--epochs", "2", "--prune-start-epoch", "0", "--finetune-epochs", "1")
@@ -195,7 +195,7 @@ def parsed(monkeypatch: pytest.MonkeyPatch, *given: str) -> CompareConfig:
     """The settings that a command line comes to."""
     found: list[CompareConfig] = []
     monkeypatch.setattr(p3b.commands.compare, "compare", found.append)
-    assert run("compare", *given) == 0
+    assert run("compare", *PAPER, "--from-scratch", *given) == 0
     return found[0]
 
 

@@ -26,6 +26,7 @@ class Command:
         target: function that carries it out, "module:function".
         to_continue: how it is continued after a stop; empty where there is nothing to continue.
         reads_file: whether `--config FILE` gives settings.
+        by_recipe: whether a recipe chooses settings that are not given.
     """
 
     settings: str
@@ -33,6 +34,7 @@ class Command:
     target: str
     to_continue: str = "continue with --resume"
     reads_file: bool = False
+    by_recipe: bool = False
 
 
 _OPTIONS, _LOOK, _HERE = "p3b.run.options", "p3b.run.look_options", "p3b.commands"
@@ -43,13 +45,25 @@ _AGAIN = "run the same command again to continue"
 COMMANDS: dict[str, Command] = {
     "demo": Command(f"{_OPTIONS}:DemoConfig", "the whole job on embedded data, in minutes", f"{_HERE}.demo:run_demo"),
     "train": Command(
-        f"{_OPTIONS}:TrainConfig", "transfer a dense model to a data set", f"{_HERE}.train:train", reads_file=True
+        f"{_OPTIONS}:TrainConfig",
+        "transfer a dense model to a data set",
+        f"{_HERE}.train:train",
+        reads_file=True,
+        by_recipe=True,
     ),
     "prune": Command(
-        f"{_OPTIONS}:PruneConfig", "transfer and prune on the way, and fine-tune", f"{_HERE}.prune:prune", reads_file=True
+        f"{_OPTIONS}:PruneConfig",
+        "transfer and prune on the way, and fine-tune",
+        f"{_HERE}.prune:prune",
+        reads_file=True,
+        by_recipe=True,
     ),
     "finetune": Command(
-        f"{_OPTIONS}:FinetuneConfig", "train a small model further", f"{_HERE}.finetune:finetune", reads_file=True
+        f"{_OPTIONS}:FinetuneConfig",
+        "train a small model further",
+        f"{_HERE}.finetune:finetune",
+        reads_file=True,
+        by_recipe=True,
     ),
     "compare": Command(
         f"{_OPTIONS}:CompareConfig",
@@ -57,6 +71,7 @@ COMMANDS: dict[str, Command] = {
         f"{_HERE}.compare:compare",
         _AGAIN,
         reads_file=True,
+        by_recipe=True,
     ),
     "sweep": Command(
         f"{_OPTIONS}:SweepConfig",
@@ -64,6 +79,7 @@ COMMANDS: dict[str, Command] = {
         f"{_HERE}.sweep:sweep",
         _AGAIN,
         reads_file=True,
+        by_recipe=True,
     ),
     "evaluate": Command(
         f"{_OPTIONS}:EvaluateConfig",
@@ -113,15 +129,15 @@ def published_main(arguments: Sequence[str] | None = None) -> int:
     flags = list(sys.argv[1:] if arguments is None else arguments)
     given = {flag.split("=")[0].replace("_", "-") for flag in flags if flag.startswith("--")}
     if "--eval" in given:
-        return run_command("evaluate", [flag for flag in flags if flag != "--eval"], prog="main.py --eval")
+        return run_command("evaluate", [flag for flag in flags if flag != "--eval"], prog="main.py --eval", published=True)
     if "--prune-method" in given:
-        return run_command("prune", flags, prog="main.py --prune-method ...")
+        return run_command("prune", flags, prog="main.py --prune-method ...", published=True)
     name = "finetune" if "--resize-model-by-checkpoint" in given else "train"
-    return run_command(name, flags, prog="main.py")
+    return run_command(name, flags, prog="main.py", published=True)
 
 
-def run_command(name: str, words: Sequence[str], prog: str) -> int:
-    """Parse the words behind a command and carry it out."""
+def run_command(name: str, words: Sequence[str], prog: str, *, published: bool = False) -> int:
+    """Parse the words behind a command and carry it out; on the published command line nothing is chosen unasked."""
     command = COMMANDS[name]
     if "-h" in words or "--help" in words:
         from p3b.commands.first_help import first_help
@@ -130,8 +146,15 @@ def run_command(name: str, words: Sequence[str], prog: str) -> int:
             print(said)
             return 0
     try:
-        config = _parse(name, words, prog)
-        _load(command.target)(config)
+        config, given = _parse(name, words, prog, published=published)
+        carry_out = _load(command.target)
+        if command.by_recipe and not published:
+            from p3b.commands.settled import with_recipe
+
+            with with_recipe(name, config, given) as settled:
+                carry_out(settled)
+        else:
+            carry_out(config)
     except UserError as error:
         if int(os.environ.get("RANK", 0)) == 0:  # every rank meets the same mistake; one says so
             print(f"p3b {name}: {error}", file=sys.stderr, flush=True)
@@ -147,8 +170,8 @@ def run_command(name: str, words: Sequence[str], prog: str) -> int:
     return 0
 
 
-def _parse(name: str, words: Sequence[str], prog: str) -> Any:
-    """The settings that the words behind a command come to.
+def _parse(name: str, words: Sequence[str], prog: str, *, published: bool) -> tuple[Any, frozenset[str]]:
+    """The settings that the words behind a command come to, and the names of those that are given.
 
     Raises:
         UserError: words that cannot be understood. SystemExit: help was asked for, or a flag is not known; it has been said.
@@ -167,8 +190,10 @@ def _parse(name: str, words: Sequence[str], prog: str) -> Any:
     files, rest = _files(words) if command.reads_file else ([], words)
     of_files = [word for file in files for word in _flags_of_file(settings, file)]
     understood = understand(settings, rest)
-    args = with_one_none(settings, [*of_files, *understood.flags])
-    return tyro.cli(settings, args=args, prog=prog, config=(tyro.conf.OmitArgPrefixes,))
+    recipe = [] if published or not command.by_recipe else ["--recipe", "auto"]
+    args = with_one_none(settings, [*recipe, *of_files, *understood.flags])
+    config = tyro.cli(settings, args=args, prog=prog, config=(tyro.conf.OmitArgPrefixes,))
+    return config, understood.given | understand(settings, of_files).given
 
 
 def _files(words: Sequence[str]) -> tuple[list[Path], list[str]]:

@@ -10,10 +10,11 @@ _TEXTS = {
     "--max-loss": "find the largest share that loses at most so many points",
     "--methods": "methods to compare: block_benefit uniform magnitude ...",
     "--seeds": "seeds, one run with each: 0 1 2",
-    "--output-dir": "where everything is written",
+    "--output-dir": "where everything is written; default: runs/<images>",
     "--model": "a timm model; default: deit_small_patch16_224",
-    "--model-path": "weights in a file",
+    "--model-path": "weights in a file; by default timm's are fetched",
     "--from-scratch": "start from random weights",
+    "--recipe": "what chooses the rest: auto (the data), small, paper",
     "--epochs": "epochs of training or pruning",
     "--finetune-epochs": "epochs of the small model after pruning",
     "--batch-size": "images of a step",
@@ -44,7 +45,7 @@ class FirstHelp:
     path: bool = True
 
 
-_TRAINING = ("--model", "--model-path", "--from-scratch", "--epochs")
+_TRAINING = ("--model", "--model-path", "--from-scratch", "--recipe", "--epochs")
 _HELP = {
     "prune": FirstHelp(
         ("--keep", "--output-dir", *_TRAINING, "--finetune-epochs", "--resume", "--config"),
@@ -54,7 +55,8 @@ _HELP = {
         ("--output-dir", *_TRAINING, "--batch-size", "--lr", "--resume", "--config"), "p3b train photos --output-dir run"
     ),
     "finetune": FirstHelp(
-        ("--model-path", "--output-dir", "--epochs", "--batch-size", "--lr", "--val-path", "--device", "--resume", "--config"),
+        ("--model-path", "--output-dir", "--recipe", "--epochs", "--batch-size", "--lr", "--val-path", "--device", "--resume",
+         "--config"),
         "p3b finetune photos --model-path run/pruned --output-dir further",
     ),
     "compare": FirstHelp(
@@ -107,6 +109,9 @@ def all_flags_head(name: str) -> str | None:
     if "--keep" in _HELP[name].flags:
         lines.append("--keep 0.3 is --prune-ratio 0.7.")
     if "--from-scratch" in _HELP[name].flags:
-        lines.append("--from-scratch is --no-model-pretrained.")
+        lines.append(
+            "--from-scratch is --no-model-pretrained. What is not given is chosen by --recipe, whatever default is shown;"
+        )
+        lines.append("with --recipe paper the defaults that are shown count.")
     lines.append("--config FILE gives settings: YAML with one 'name: value' a line, or the config.json of a run.")
     return "\n".join([*lines, ""])

@@ -21,7 +21,16 @@ def command_line(command: str, config: Any, leave_out: Sequence[str] = ()) -> st
     """
     defaults = dict(settings_of(type(config)()))
     changed = ((name, value) for name, value in settings_of(config) if value != defaults[name] and name not in leave_out)
-    return shlex.join(["p3b", command, *(word for name, value in changed for word in flag(name, value))])
+    words = [word for name, value in changed if name != "recipe" for word in flag(name, value)]
+    return shlex.join(["p3b", command, *words, *_nothing_chosen(config)])
+
+
+def _nothing_chosen(config: Any) -> list[str]:
+    """Flags that keep the command line from choosing what is left out, for a command that would."""
+    if not any(field.name == "recipe" for field in fields(config)):
+        return []
+    weights = [] if config.model.model_pretrained or config.model.model_path is not None else ["--from-scratch"]
+    return ["--recipe", "paper", *weights]
 
 
 def settings_of(config: Any) -> Iterator[tuple[str, Any]]:

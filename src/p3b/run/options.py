@@ -1,14 +1,28 @@
 """What a run is told: frozen dataclasses, one sentence under each field (it is the help text of the flag).
 
-The defaults are the recipe of the published runs (section 8 of the method). Nothing here imports torch, so that `--help` is
-quick.
+The defaults are the recipe of the published runs (section 8 of the method); on the command line of p3b a recipe chooses what
+is not given (`p3b.run.recipes`). Nothing here imports torch, so that `--help` is quick.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+import tyro
+
+
+@dataclass(frozen=True)
+class RecipeOptions:
+    """Recipe."""
+
+    recipe: Literal["auto", "small", "paper"] = "paper"
+    """How settings that are not given are chosen. auto: from images, classes, model and machine, each with its reason; small:
+    fixed values for a few hundred images; paper: the defaults shown here, those of the published runs."""
+    reasons: Annotated[Mapping[str, str], tyro.conf.Suppress, tyro.conf.Fixed] = field(default_factory=dict)
+    """Why the settings that were chosen are what they are, by name."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +60,8 @@ class ModelOptions:
     model_path: Path | None = None
     """Weights to start from: a file or hub folder of timm, Hugging Face, torchvision, CLIP..., or a model that p3b saved."""
     model_pretrained: bool = False
-    """Start from timm's pretrained weights of that name (downloaded)."""
+    """Start from timm's pretrained weights of that name (downloaded): the default of p3b where no --model-path is given;
+    --from-scratch starts from random ones."""
     model_kwargs: tuple[str, ...] = ()
     """Arguments of timm's VisionTransformer, e.g. img_size=32 patch_size=4."""
     input_size: int | None = None
@@ -150,7 +165,9 @@ class PhaseOptions:
     prune_finalize_epoch: str | None = None
     """When the model is shrunk; by default after the last epoch."""
     prune_steps_update_mask: int | None = None
-    """Mini-batches between two mask updates; by default a third of an epoch."""
+    """Mini-batches between two mask updates, a third of an epoch where that is shorter; by default a third of an epoch."""
+    prune_update_every: str | None = None
+    """The same in optimizer steps (30steps), epochs (2) or a share of the pruning epochs (5%), however short an epoch is."""
     prune_masks: Literal["soft", "hard"] = "soft"
     """soft: masks sharpen towards the end, what is pruned still gets a gradient and may return; hard: 0 or 1 from the first
     update on, for comparison. Those of wdpruning and savit are hard anyway."""
@@ -209,7 +226,7 @@ class PruneOptions(PhaseOptions):
     wdpruning: learned widths of every layer, and depth where asked for (WD-Pruning, Yu et al., AAAI 2022);
     savit: whole heads, hidden channels and the residual stream, once, by their interactions (Zheng et al., NeurIPS 2022)."""
     prune_ratio: float = 0.5
-    """Share of all parameters that goes, in [0, 1)."""
+    """Share of all parameters that goes, in [0, 1); --keep 0.3 is --prune-ratio 0.7."""
     prune_keep_ratios: tuple[float, ...] = ()
     """Keep ratios given by hand, one per block (attention, MLP, attention, ...); then nothing is measured to find them."""
     dense_run: Path | None = None
@@ -261,6 +278,7 @@ class TrainConfig:
     training: TrainingOptions = field(default_factory=TrainingOptions)
     augment: AugmentOptions = field(default_factory=AugmentOptions)
     run: RunOptions = field(default_factory=RunOptions)
+    recipe: RecipeOptions = field(default_factory=RecipeOptions, kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -303,6 +321,7 @@ class CompareConfig:
     augment: AugmentOptions = field(default_factory=AugmentOptions)
     prune: PhaseOptions = field(default_factory=PhaseOptions)
     run: MachineOptions = field(default_factory=MachineOptions)
+    recipe: RecipeOptions = field(default_factory=RecipeOptions, kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -338,6 +357,7 @@ class SweepConfig:
     augment: AugmentOptions = field(default_factory=AugmentOptions)
     prune: PhaseOptions = field(default_factory=PhaseOptions)
     run: MachineOptions = field(default_factory=MachineOptions)
+    recipe: RecipeOptions = field(default_factory=RecipeOptions, kw_only=True)
 
 
 @dataclass(frozen=True)

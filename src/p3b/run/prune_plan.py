@@ -51,16 +51,25 @@ def plan_pruning(options: PhaseOptions, epochs: int, steps_per_epoch: int, grad_
             f"(--prune-sparse-epoch), is finalized after {final:g} (--prune-finalize-epoch) of {epochs} (--epochs); expected "
             "0 <= start < sparse <= finalize <= epochs."
         )
-    update_every = None  # three times an epoch
-    if options.prune_steps_update_mask is not None:
-        # The flag counts mini-batches and stands for about three updates an epoch; in an epoch that is shorter than the
-        # interval there would be none at all.
-        asked = max(1, round(options.prune_steps_update_mask / grad_accum_steps))
-        update_every = asked if asked <= steps_per_epoch else None
+    update_every = _update_every(options, epochs, steps_per_epoch, grad_accum_steps)
     _require_steps(start, sparse, final, steps_per_epoch)
     tau_max = TAU_MAX if options.prune_masks == "soft" else 0.0
     schedule = Schedule.from_epochs(start, sparse, final, steps_per_epoch, update_every, tau_max)
     return PrunePlan(schedule, int(final), epochs - int(final) + options.finetune_epochs)
+
+
+def _update_every(options: PhaseOptions, epochs: int, steps_per_epoch: int, grad_accum_steps: int) -> int | None:
+    """Optimizer steps between two mask updates; None: three times an epoch."""
+    if options.prune_update_every is not None:
+        if options.prune_steps_update_mask is not None:
+            raise ScheduleError("--prune-update-every and --prune-steps-update-mask say the same thing; give one of them.")
+        return max(1, round(parse_duration(options.prune_update_every, epochs, steps_per_epoch) * steps_per_epoch))
+    if options.prune_steps_update_mask is None:
+        return None
+    # The flag counts mini-batches and stands for about three updates an epoch; in an epoch that is shorter than the
+    # interval there would be none at all.
+    asked = max(1, round(options.prune_steps_update_mask / grad_accum_steps))
+    return asked if asked <= steps_per_epoch else None
 
 
 def _require_steps(start: float, sparse: float, final: float, steps_per_epoch: int) -> None:

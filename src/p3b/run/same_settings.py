@@ -26,7 +26,9 @@ _ON_THIS_MACHINE = {
     "quiet",
 }
 """How a run is carried out: no result depends on it."""
-_FREE_ON_RESUME = _PLACES | _ON_THIS_MACHINE | {"resume", "overwrite", "layout", "dense_run"}
+_HOW_CHOSEN = {"recipe", "reasons"}
+"""How settings came to be what they are: these are compared themselves."""
+_FREE_ON_RESUME = _PLACES | _ON_THIS_MACHINE | _HOW_CHOSEN | {"resume", "overwrite", "layout", "dense_run"}
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,7 @@ def comparable(config: CompareConfig, processes: int) -> dict[str, Any]:
         for group, values in to_plain(config).items()
         if group != "compare"
         for key, value in values.items()
-        if key not in _PLACES | _ON_THIS_MACHINE
+        if key not in _PLACES | _ON_THIS_MACHINE | _HOW_CHOSEN
     }
     return {**settings, "number of processes": processes}
 

@@ -39,6 +39,7 @@ from p3b.run.predictions import write_predictions
 from p3b.run.products import PRODUCTS, Products, products_of
 from p3b.run.provenance import provenance
 from p3b.run.recipe import Recipe, open_recipe
+from p3b.run.recipe_choice import recipe_lines
 from p3b.run.records import Records
 from p3b.run.same_settings import Settings, require_finished_as_asked
 from p3b.run.screen import Screen, open_screen
@@ -295,7 +296,10 @@ def _open(config: TrainConfig, name: str, machine: Machine, folder: StageFolder)
         records=Records(folder, screen, machine, recipe.steps_per_epoch),
         products=Products(folder.root, name, _description(splits, opened, origin, machine), machine),
         provenance=origin,
-        opening=_opening(title, splits, cache, opened.notes(config.model, splits.class_names), recipe, machine),
+        opening=(
+            *_opening(title, splits, cache, opened.notes(config.model, splits.class_names), recipe, machine),
+            *recipe_lines(config),
+        ),
         doubts=_doubts(config, evaluated),
         opened_at=opened_at,
         with_report=run.report and name in PRODUCTS,

@@ -1,0 +1,107 @@
+"""The facts that recipes are chosen from: a look at the data, the model's shape, and the machine. No weights are read."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import replace
+
+import numpy as np
+import torch
+from timm.models.vision_transformer import VisionTransformer
+
+from p3b.data import DataSplits
+from p3b.data.cache import available_memory
+from p3b.data.images import LabelledImages
+from p3b.errors import DataError
+from p3b.run.inputs import open_model
+from p3b.run.options import ModelOptions
+from p3b.run.recipes import Facts
+from p3b.storage import saved_model
+from p3b.storage.models import parse_model_kwargs
+from p3b.train.distributed import Processes
+
+LOOKED_AT = 48
+"""Images whose size is looked up."""
+
+
+def read_facts(
+    splits: DataSplits, options: ModelOptions, processes: Processes, device: torch.device, *, seed: int, prunes: bool
+) -> Facts:
+    """Look at what a run would work on.
+
+    Args:
+        splits: of the data.
+        options: of the model.
+        processes, device: that would train.
+        seed: of the run.
+        prunes: whether it prunes.
+
+    Raises:
+        ModelError, WeightsError, ConfigError: a model that cannot be built.
+    """
+    counts = np.bincount(splits.train.targets, minlength=len(splits.class_names))
+    sides = [min(size) for size in image_sizes(splits.train, LOOKED_AT)]
+    model = shape_of(options, len(splits.class_names), seed)
+    return Facts(
+        images=len(splits.train),
+        classes=len(splits.class_names),
+        smallest=int(counts.min()),
+        largest=int(counts.max()),
+        side=int(np.median(sides)) if sides else model.patch_embed.img_size[0],
+        symbols=all(len(name) == 1 for name in splits.class_names),
+        input_size=model.patch_embed.img_size[0],
+        resizable=_is_resizable(options, model),
+        patch_size=model.patch_embed.patch_size[0],
+        width=model.embed_dim,
+        depth=len(model.blocks),
+        pretrained=options.model_pretrained or options.model_path is not None,
+        on_gpu=device.type == "cuda",
+        memory=_memory(device) // (1 if device.type == "cuda" else processes.local_world_size),
+        processes=processes.world_size,
+        prunes=prunes,
+    )
+
+
+def image_sizes(images: LabelledImages, most: int) -> list[tuple[int, int]]:
+    """(width, height) of at most so many images, evenly spread; those that cannot be read are left out."""
+    sizes = []
+    for position in np.unique(np.linspace(0, len(images) - 1, min(most, len(images))).astype(int)).tolist():
+        try:
+            sizes.append(images[position][0].size)
+        except DataError:
+            continue
+    return sizes
+
+
+def shape_of(options: ModelOptions, num_classes: int, seed: int) -> VisionTransformer:
+    """The model as it will be trained, but for its weights: those of a file are read only where they bring the shape along."""
+    path = options.model_path
+    brings_shape = path is not None and saved_model.is_artifact(path)
+    options = replace(options, model_pretrained=False, model_path=path if brings_shape else None)
+    with nullcontext() if brings_shape else torch.device("meta"):  # where a model costs nothing
+        return open_model(options, num_classes, seed).model
+
+
+def weights_fit(options: ModelOptions) -> bool:
+    """Whether timm's weights of a name fit the shape that is asked for: they can be resampled to other images and patches."""
+    if not options.model_kwargs:
+        return True
+    asked, named = (
+        {key: tensor.shape for key, tensor in shape_of(each, 1, 0).state_dict().items() if key not in _RESAMPLED}
+        for each in (options, replace(options, model_kwargs=(), input_size=None))
+    )
+    return asked == named
+
+
+_RESAMPLED = ("pos_embed", "patch_embed.proj.weight")
+
+
+def _is_resizable(options: ModelOptions, model: VisionTransformer) -> bool:
+    height, width = model.patch_embed.img_size
+    is_given = "img_size" in parse_model_kwargs(options.model_kwargs) or options.input_size is not None
+    is_saved = options.model_path is not None and saved_model.is_artifact(options.model_path)
+    return height == width and not is_given and not is_saved
+
+
+def _memory(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else available_memory()

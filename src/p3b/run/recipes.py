@@ -1,0 +1,283 @@
+"""Recipes: how settings that nobody gave are chosen. Pure: from facts about data, model and machine to choices with reasons.
+
+    auto    from the facts, one rule a setting; rules know what is given: a learning rate fits the batch size that was given
+    small   fixed values for a few hundred images
+    paper   nothing is chosen: the defaults of the options, which are those of the published runs
+
+Where the figures of auto come from: docs/photos.md#why-these-values.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from p3b.core.schedule import parse_duration
+
+RECIPES = ("auto", "small", "paper")
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the choices depend on.
+
+    Attributes:
+        images: to train on.
+        classes: how many there are.
+        smallest, largest: images of the class that has the fewest and of the one that has the most.
+        side: median length of the shorter side of an image, in pixels.
+        symbols: whether the names of all classes are single characters, as of digits and letters.
+        input_size: side of the model's input image in pixels.
+        resizable: whether that may be changed: it was not given, and the model is not one that p3b saved.
+        patch_size: pixels.
+        width, depth: of the model.
+        pretrained: whether it starts from weights.
+        on_gpu: whether it is trained on a GPU.
+        memory: of the device, in bytes, for each process that uses it.
+        processes: that train together.
+        prunes: whether the model is pruned.
+    """
+
+    images: int
+    classes: int
+    smallest: int
+    largest: int
+    side: int
+    symbols: bool
+    input_size: int
+    resizable: bool
+    patch_size: int
+    width: int
+    depth: int
+    pretrained: bool
+    on_gpu: bool
+    memory: int
+    processes: int
+    prunes: bool
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A value for a setting, and why."""
+
+    setting: str
+    value: Any
+    reason: str
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a recipe chooses.
+
+    Attributes:
+        name: one of RECIPES.
+        choices: at most one for a setting.
+    """
+
+    name: str
+    choices: tuple[Choice, ...]
+
+
+Settings = Mapping[str, Any]
+"""Values that are given or were chosen before, by the name of the setting."""
+
+
+def auto_recipe(facts: Facts, given: Settings) -> Recipe:
+    """A choice for every setting that is not given, each by its rule.
+
+    Args:
+        facts: of data, model and machine.
+        given: settings that are given, with their values; none of them is chosen.
+
+    Raises:
+        ScheduleError: a given phase is no duration.
+    """
+    settled: dict[str, Any] = dict(given)
+    choices = []
+    for rule in _RULES:
+        choice = rule(facts, settled)
+        if choice is not None and choice.setting not in given:
+            choices.append(choice)
+            settled[choice.setting] = choice.value
+    return Recipe("auto", tuple(choices))
+
+
+def small_recipe(given: Settings, *, prunes: bool) -> Recipe:
+    """Fixed values for a few hundred images."""
+    epochs = {"epochs": 50, "finetune_epochs": 50} if prunes else {"epochs": 100}
+    pruning = {"prune_start_epoch": "20%", "prune_update_every": "30steps"} if prunes else {}
+    values = {**_MILD, **epochs, **pruning, "batch_size": 32, "lr": 4e-3, "drop_path": 0.0}
+    reason = "for a few hundred images"
+    return Recipe("small", tuple(Choice(name, value, reason) for name, value in values.items() if name not in given))
+
+
+# ----------------------------------------------------------------------------------------- images, batches and steps
+
+
+def _input_size(facts: Facts, _settled: Settings) -> Choice | None:
+    native = facts.input_size
+    if not facts.resizable:
+        return None
+    needed = facts.patch_size * max(_LEAST_PATCHES, math.ceil(facts.side / facts.patch_size))
+    if facts.on_gpu or needed >= native:
+        return Choice("input_size", native, "the size that the model is made for")
+    less = (native / needed) ** 2
+    return Choice("input_size", needed, f"images of {facts.side} pixels; {native} would take {less:.1f} times as long on a CPU")
+
+
+_LEAST_PATCHES = 6
+"""Along a side: what is known of 224 pixels is of little use on fewer."""
+
+
+def _crop_pct(facts: Facts, settled: Settings) -> Choice | None:
+    size = settled.get("input_size") or facts.input_size
+    if facts.side > 1.15 * size:
+        return None
+    return Choice("crop_pct", 1.0, f"images of {facts.side} pixels have no border to spare at {size}")
+
+
+def _batch_size(facts: Facts, settled: Settings) -> Choice:
+    image_bytes = _training_bytes(facts, settled.get("input_size") or facts.input_size)
+    fitting = _power_of_two(_USABLE * facts.memory / image_bytes)
+    wanted = 32 if facts.images < _MANY else 64
+    frequent = _power_of_two(facts.images / (_STEPS_AN_EPOCH * facts.processes))
+    size = max(2, min(wanted, max(4, frequent), fitting))
+    if size == fitting < wanted:
+        return Choice("batch_size", size, f"what fits {facts.memory / 1e9:.0f} GB of memory")
+    if size < wanted:
+        return Choice("batch_size", size, f"{facts.images:,} images: smaller batches for {_STEPS_AN_EPOCH} steps an epoch")
+    return Choice("batch_size", size, f"{facts.images:,} images")
+
+
+_MANY, _STEPS_AN_EPOCH, _USABLE = 5_000, 5, 0.6
+"""Images from which on batches are of 64; steps that an epoch should have; share of the memory that training may take."""
+
+
+def _training_bytes(facts: Facts, side: int) -> float:
+    """About what an image takes in training: some 34 values a token, layer and channel, and the probes of P3B as much again."""
+    tokens = (side / facts.patch_size) ** 2 + 1
+    return tokens * facts.depth * facts.width * 34 * 4 * (2 if facts.prunes else 1)
+
+
+def _power_of_two(most: float) -> int:
+    """The largest that is no more than `most`; 1 where that is less."""
+    return 1 << max(0, math.floor(math.log2(max(1.0, most))))
+
+
+def _epochs(facts: Facts, settled: Settings) -> Choice:
+    passes = _passes(facts)
+    count = math.ceil(passes / 2) if facts.prunes else passes
+    what = "half to prune, half to fine-tune" if facts.prunes else "of training"
+    return Choice(
+        "epochs", count, f"{passes} passes over {facts.images:,} images, about {_steps(facts, settled, passes):,} steps: {what}"
+    )
+
+
+def _finetune_epochs(facts: Facts, _settled: Settings) -> Choice | None:
+    if not facts.prunes:
+        return None
+    return Choice("finetune_epochs", _passes(facts) // 2, "the small model has to recover")
+
+
+def _passes(facts: Facts) -> int:
+    """Passes over the images: the fewer there are, the more; the steps still grow, with the square root of the images."""
+    passes = round(_PASSES_OF_ONE / math.sqrt(facts.images))
+    return min(300, 2 * max(8, min(100, passes))) if not facts.pretrained else max(8, min(100, passes))
+
+
+_PASSES_OF_ONE = 2000
+
+
+def _steps(facts: Facts, settled: Settings, epochs: float) -> int:
+    return max(1, round(epochs * _steps_per_epoch(facts, settled)))
+
+
+def _steps_per_epoch(facts: Facts, settled: Settings) -> int:
+    batches = max(1, facts.images // (settled["batch_size"] * facts.processes))
+    return math.ceil(batches / settled.get("grad_accum_steps", 1))
+
+
+def _global_batch(facts: Facts, settled: Settings) -> int:
+    return int(settled["batch_size"] * facts.processes * settled.get("grad_accum_steps", 1))
+
+
+def _lr(facts: Facts, settled: Settings) -> Choice:
+    batch = _global_batch(facts, settled)
+    rate = min(5e-4, 5e-4 * 128 / facts.width) * math.sqrt(batch / 64) * (1 if facts.pretrained else 2)
+    return Choice(
+        "lr",
+        float(f"{rate * 512 / batch:.2g}"),
+        f"{rate:.1e} a step, for a {'pretrained' if facts.pretrained else 'new'} model of {facts.width} channels",
+    )
+
+
+# ----------------------------------------------------------------------------------------- regularisation
+
+_MILD = {
+    "aa": None, "crop_scale": (0.6, 1.0), "reprob": 0.0, "repeated_aug": False, "mixup": 0.0, "cutmix": 0.0,
+}  # fmt: skip
+_MEDIUM = {
+    "aa": "rand-m5-mstd0.5-inc1", "crop_scale": (0.35, 1.0), "reprob": 0.1, "repeated_aug": False, "mixup": 0.2, "cutmix": 0.0,
+}  # fmt: skip
+_STRONG = {
+    "aa": "rand-m9-mstd0.5-inc1", "crop_scale": (0.2, 1.0), "reprob": 0.25, "repeated_aug": False, "mixup": 0.8, "cutmix": 1.0,
+}  # fmt: skip
+
+
+def _augmentation(setting: str) -> Callable[[Facts, Settings], Choice]:
+    def rule(facts: Facts, settled: Settings) -> Choice:
+        steps = _steps(facts, settled, settled["epochs"] + settled.get("finetune_epochs", 0))
+        for most, values, name in ((10_000, _MILD, "mild"), (50_000, _MEDIUM, "medium"), (math.inf, _STRONG, "strong")):
+            if steps < most:
+                return Choice(setting, values[setting], f"{name} augmentation for {steps:,} steps")
+        raise AssertionError(steps)
+
+    return rule
+
+
+def _hflip(facts: Facts, _settled: Settings) -> Choice | None:
+    return Choice("hflip", 0.0, "characters are not mirrored") if facts.symbols else None
+
+
+def _drop_path(facts: Facts, settled: Settings) -> Choice:
+    steps = _steps(facts, settled, settled["epochs"] + settled.get("finetune_epochs", 0))
+    return Choice(
+        "drop_path", 0.1 if steps >= 10_000 else 0.0, f"{steps:,} steps {'are' if steps >= 10_000 else 'are not'} many"
+    )
+
+
+def _model_ema(_facts: Facts, _settled: Settings) -> Choice:
+    return Choice("model_ema", False, "a rate that falls to nothing averages enough")
+
+
+# ----------------------------------------------------------------------------------------- phases of pruning
+
+
+def _prune_start(facts: Facts, settled: Settings) -> Choice | None:
+    if not facts.prunes:
+        return None
+    return Choice("prune_start_epoch", "20%", f"{_steps(facts, settled, 0.2 * settled['epochs'])} steps of warm-up")
+
+
+def _prune_update(facts: Facts, settled: Settings) -> Choice | None:
+    if not facts.prunes or "prune_steps_update_mask" in settled:
+        return None
+    epochs, steps = settled["epochs"], _steps_per_epoch(facts, settled)
+    begin = parse_duration(settled["prune_start_epoch"], epochs, steps)
+    end = parse_duration(settled.get("prune_finalize_epoch") or "100%", epochs, steps)
+    span = max(1.0, (end - begin) * steps)
+    interval = max(1, min(max(30, round(span / 20)), round(span / 3)))
+    return Choice(
+        "prune_update_every",
+        f"{interval}steps",
+        f"benefit averaged over {interval} batches, {span / interval:.0f} mask updates",
+    )
+
+
+_RULES: tuple[Callable[[Facts, Settings], Choice | None], ...] = (
+    _input_size, _crop_pct, _batch_size, _epochs, _finetune_epochs, _lr, *map(_augmentation, _MILD), _hflip, _drop_path,
+    _model_ema, _prune_start, _prune_update,
+)  # fmt: skip
+"""In the order in which one depends on the other."""

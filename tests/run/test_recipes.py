@@ -1,0 +1,132 @@
+"""Recipes: pure choices from facts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from p3b.run.flags import settings_of
+from p3b.run.options import PruneConfig
+from p3b.run.recipes import Facts, auto_recipe, small_recipe
+
+PHOTOS = Facts(
+    images=240,
+    classes=6,
+    smallest=40,
+    largest=40,
+    side=500,
+    symbols=False,
+    input_size=224,
+    resizable=True,
+    patch_size=16,
+    width=384,
+    depth=12,
+    pretrained=True,
+    on_gpu=False,
+    memory=16 * 10**9,
+    processes=1,
+    prunes=True,
+)
+
+
+def chosen(facts: Facts, **given: object) -> dict[str, object]:
+    return {choice.setting: choice.value for choice in auto_recipe(facts, given).choices}
+
+
+def rate_of(values: dict[str, object], facts: Facts = PHOTOS) -> float:
+    """Learning rate of a step."""
+    return float(values["lr"]) * int(values["batch_size"]) * facts.processes / 512  # type: ignore[call-overload, arg-type]
+
+
+def test_every_choice_is_a_setting_with_a_reason() -> None:
+    known = {name for name, _ in settings_of(PruneConfig())}
+    choices = auto_recipe(PHOTOS, {}).choices
+    names = [choice.setting for choice in choices]
+    assert set(names) <= known and len(set(names)) == len(names)
+    assert all(choice.reason for choice in choices)
+
+
+@pytest.mark.parametrize("setting", sorted(chosen(PHOTOS)))
+def test_what_is_given_is_never_chosen(setting: str) -> None:
+    value = chosen(PHOTOS)[setting]
+    assert chosen(PHOTOS, **{setting: value}) == {key: other for key, other in chosen(PHOTOS).items() if key != setting}
+
+
+def test_the_rate_of_a_step_fits_the_batch_that_is_given() -> None:
+    """Rates per step grow with the square root of the batch, and hardly depend on how many images there are."""
+    rates = [rate_of({**chosen(PHOTOS, batch_size=size), "batch_size": size}) for size in (16, 64)]
+    assert rates[1] == pytest.approx(2 * rates[0], rel=0.1)
+    assert rate_of(chosen(PHOTOS)) == pytest.approx(1.2e-4, rel=0.1)
+    assert rate_of(chosen(replace(PHOTOS, width=128))) == pytest.approx(3.5e-4, rel=0.1)
+    assert rate_of(chosen(replace(PHOTOS, pretrained=False))) == pytest.approx(2.4e-4, rel=0.1)
+
+
+@pytest.mark.parametrize("images", [12, 120, 240, 1200, 6000, 50_000, 1_000_000])
+@pytest.mark.parametrize("prunes", [True, False])
+def test_there_are_enough_steps_and_masks_live_for_some_tens_of_them(images: int, prunes: bool) -> None:
+    facts = replace(PHOTOS, images=images, prunes=prunes)
+    values = chosen(facts)
+    batch = int(values["batch_size"])  # type: ignore[call-overload]
+    epochs = int(values["epochs"])  # type: ignore[call-overload]
+    total = epochs + int(values.get("finetune_epochs", 0))  # type: ignore[call-overload]
+    steps_per_epoch = max(1, images // batch)
+    assert 8 <= total <= 100 and 2 <= batch <= 64 and batch % 2 == 0
+    assert total * steps_per_epoch >= 200
+    if prunes:
+        interval = int(str(values["prune_update_every"]).removesuffix("steps"))
+        span = 0.8 * epochs * steps_per_epoch
+        assert interval >= min(30, span / 3 - 1) and 2.9 <= span / interval <= 40
+
+
+def test_passes_fall_and_steps_grow_with_the_images() -> None:
+    passes = [int(chosen(replace(PHOTOS, images=images, prunes=False))["epochs"]) for images in (240, 1200, 6000, 50_000)]  # type: ignore[call-overload]
+    assert passes == sorted(passes, reverse=True) and passes[0] == 100 and passes[-1] == 9
+    steps = [count * images for count, images in zip(passes, (240, 1200, 6000, 50_000), strict=True)]
+    assert steps == sorted(steps)
+
+
+def test_the_batch_fits_the_memory_and_is_a_power_of_two() -> None:
+    large = replace(PHOTOS, images=100_000, width=768)
+    sizes = [int(chosen(replace(large, memory=gigabytes * 10**9))["batch_size"]) for gigabytes in (2, 4, 8, 16, 80)]  # type: ignore[call-overload]
+    assert sizes == sorted(sizes) and sizes[0] < sizes[-1] == 64
+    assert all(size & (size - 1) == 0 for size in sizes)
+    reason = next(
+        choice.reason for choice in auto_recipe(replace(large, memory=4 * 10**9), {}).choices if choice.setting == "batch_size"
+    )
+    assert reason == "what fits 4 GB of memory"
+
+
+def test_small_images_are_not_blown_up_on_a_cpu() -> None:
+    assert chosen(PHOTOS)["input_size"] == 224
+    tiny = replace(PHOTOS, side=32)
+    assert chosen(tiny)["input_size"] == 96 and chosen(tiny)["crop_pct"] == 1.0
+    assert chosen(replace(tiny, on_gpu=True))["input_size"] == 224
+    assert chosen(replace(PHOTOS, side=130))["input_size"] == 144
+    assert "input_size" not in chosen(replace(tiny, resizable=False)) and "crop_pct" not in chosen(PHOTOS)
+
+
+def test_augmentation_grows_with_the_steps() -> None:
+    values = [chosen(replace(PHOTOS, images=images)) for images in (240, 150_000, 1_000_000)]
+    assert [each["mixup"] for each in values] == [0.0, 0.2, 0.8]
+    assert [each["drop_path"] for each in values] == [0.0, 0.1, 0.1]
+    assert values[0]["aa"] is None and values[1]["aa"] is not None
+
+
+def test_characters_are_not_mirrored() -> None:
+    assert chosen(replace(PHOTOS, symbols=True))["hflip"] == 0.0 and "hflip" not in chosen(PHOTOS)
+
+
+def test_phases_follow_what_is_given_of_them() -> None:
+    assert "prune_update_every" not in chosen(PHOTOS, prune_steps_update_mask=10)
+    assert chosen(PHOTOS, epochs=10, prune_start_epoch="5", batch_size=24)["prune_update_every"] == "17steps"
+
+
+def test_a_model_that_is_not_pruned_has_no_phases() -> None:
+    for names in (chosen(replace(PHOTOS, prunes=False)), {choice.setting for choice in small_recipe({}, prunes=False).choices}):
+        assert not {"prune_start_epoch", "prune_update_every", "finetune_epochs"} & set(names)
+
+
+def test_the_small_recipe_is_fixed() -> None:
+    values = {choice.setting: choice.value for choice in small_recipe({"epochs": 3}, prunes=True).choices}
+    assert "epochs" not in values and values["lr"] == 4e-3 and values["batch_size"] == 32 and values["mixup"] == 0
