@@ -15,7 +15,7 @@ from p3b.methods import METHODS, PUBLISHED_NAMES, create_method, effective_optio
 from p3b.methods.block_benefit import BlockBenefit
 from p3b.vit.cost import dense_params, kept_params, prefix_cost
 from p3b.vit.layout import read_layout
-from tiny import tiny_vit
+from tiny import masks_of, tiny_vit
 
 
 def _method(name: str = "block_benefit", prune_ratio: float = 0.5, reduce: Any = lambda tensor: tensor, **options: Any) -> Any:
@@ -281,3 +281,33 @@ def test_probes_rest_where_a_gradient_is_not_finite_be_it_theirs_or_the_models(s
             assert all(parameter.grad is None for parameter in method._estimator.probes.parameters())
         after = method._estimator.probes.state_dict()
         assert any(not torch.equal(after[key], before[key]) for key in after) == moves
+
+
+def test_spared_blocks_keep_all_and_the_budget_is_met_all_the_same() -> None:
+    model = tiny_vit()
+    layout = read_layout(model)
+    dense = {block.name: dense_params(block) for block in layout.blocks}
+    total = layout.other_params + sum(dense.values())
+    for spare in (("blocks.0.attn",), ("blocks.1", "head")):
+        method = _method(prune_ratio=0.3, spare=spare)
+        scores = {gate: torch.rand(len(mask)) for gate, mask in masks_of(layout, lambda _gate, size: torch.ones(size)).items()}
+        importance = torch.tensor([0.1, 3.0, 1.0, 0.5][: len(dense)], dtype=torch.float64)
+        goals = method._goals(importance)
+        decision = method._shares.decide(goals, scores, progress=1.0, tau=0.0)
+        kept = {block.name: block.kept_params for block in decision.blocks}
+        spared = [name for name in dense if name in spare or name.rpartition(".")[0] in spare]
+        assert spared and all(kept[name] == dense[name] for name in spared)
+        assert layout.other_params + sum(kept.values()) == pytest.approx(0.7 * total, abs=60)
+
+
+def test_what_cannot_be_spared_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"Unknown block to spare 'blocks.00'.*'blocks.0'"):
+        _method(spare=("blocks.00",))
+    with pytest.raises(ConfigError, match="nothing to prune"):
+        _method(spare=("blocks.0", "blocks.1"))
+    with pytest.raises(ConfigError, match="spare cannot be combined with align"):
+        _method(spare=("blocks.0",), align=8)
+    with pytest.raises(BudgetError):
+        _method(spare=("blocks.0",), prune_ratio=0.8)
+    with pytest.raises(ConfigError, match=r"option of uniform 'spare'"):
+        _method("uniform", spare=("blocks.0",))

@@ -123,6 +123,25 @@ def keep_ratios(importance: Tensor, params: Tensor, other_params: float, prune_r
     return result
 
 
+def keep_ratios_sparing(importance: Tensor, params: Tensor, other_params: float, prune_ratio: float, spared: Tensor) -> Tensor:
+    """Share the same budget among the blocks that are not spared: a spared block keeps all that it has.
+
+    Args:
+        importance, params, other_params, prune_ratio: as in `keep_ratios`.
+        spared: (B,) bool.
+
+    Returns:
+        (B,) in [0, 1], 1 where spared; the sum of parameters is that of `keep_ratios`.
+
+    Raises:
+        BudgetError: what is spared, together with other_params, exceeds what may stay.
+    """
+    result = torch.ones_like(params, dtype=torch.float64)
+    stays = other_params + float(params[spared].sum())
+    result[~spared] = keep_ratios(importance[~spared], params[~spared], stays, prune_ratio)
+    return result
+
+
 def block_budget(block_params: float, other_params: float, prune_ratio: float) -> float:
     """Parameters that all blocks together may keep: (1 - rho) (P_blocks + P_rest) - P_rest.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -190,13 +190,15 @@ class BlockShares:
         blocks: B blocks.
         align: with more than 1 every gate keeps a multiple of it in the last masks. Heads, where they are prunable, then take
             no part in the ranking: they go whole, in the last masks alone, where they would be too thin (`align_counts`).
+        spared: numbers of blocks that give up nothing; the rounding of the others is not made good by them.
 
     Attributes:
         params: (B,) float64, P_b.
     """
 
-    def __init__(self, blocks: Sequence[BlockLayout], align: int = 1) -> None:
+    def __init__(self, blocks: Sequence[BlockLayout], align: int = 1, spared: Collection[int] = ()) -> None:
         self._blocks, self._align = blocks, align
+        self._pruned = [b for b in range(len(blocks)) if b not in spared]
         self.params = torch.tensor([dense_params(block) for block in blocks], dtype=torch.float64)
         apart = ("heads",) if align > 1 else ()
         self._ranked = [tuple(dim for dim in block.dims if dim not in apart) for block in blocks]
@@ -231,7 +233,10 @@ class BlockShares:
         """
         applied = [applied_keep_ratio(goal, progress) for goal in goals]
         shares = [ratio * params for ratio, params in zip(applied, self.params.tolist(), strict=True)]
-        counts = shares_to_counts(self._remaining, shares)
+        counts = [0] * len(shares)
+        found = shares_to_counts([self._remaining[b] for b in self._pruned], [shares[b] for b in self._pruned])
+        for b, count in zip(self._pruned, found, strict=True):
+            counts[b] = count
         if last and self._align > 1:
             masks, kept_params = self._aligned_masks(scores, counts)
         else:

@@ -32,9 +32,15 @@ from timm.layers import PatchDropout
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from p3b.core.allocation import block_budget, given_keep_ratios, keep_ratios, mix_importance, update_importance
+from p3b.core.allocation import (
+    given_keep_ratios,
+    keep_ratios,
+    keep_ratios_sparing,
+    mix_importance,
+    update_importance,
+)
 from p3b.core.schedule import Schedule
-from p3b.errors import ConfigError, ModelError, TrainingError
+from p3b.errors import ConfigError, ModelError, TrainingError, unknown_name
 from p3b.methods.base import BlockShares, Criterion, Decision
 from p3b.scoring.criteria import by_gate
 from p3b.scoring.estimator import BenefitEstimator
@@ -48,6 +54,8 @@ from p3b.vit.taps import Taps
 LEAST_KEPT_SHARE = 0.01
 ESTIMATORS_OF_MEANS = ("linear", "ridge")
 """Those that read the mean of the patches, whatever their number and places; the others read them as a map."""
+OUTSIDE_BLOCKS = frozenset({"patch_embed", "pos_embed", "cls_token", "norm", "head"})
+"""Parts that are never pruned: to spare them is to say what is so."""
 
 
 class BlockBenefit:
@@ -64,6 +72,8 @@ class BlockBenefit:
         blocks_only: count the budget over the blocks alone (P_rest = 0).
         align: counts of kept channels are multiples of this in the last masks, and whole heads go where heads would be thin,
             if the layout has the dimension "heads"; 1 is off.
+        spare: names of blocks that keep all they have: "blocks.0" (attention and MLP), "blocks.0.mlp"; the others give up more,
+            the budget is met all the same. What lies outside the blocks ("head", "patch_embed") always stays.
         keep_ratios: given by hand, one per block; then nothing is probed and prune_ratio plays no part.
         estimator: how benefits are measured, by name (`p3b.scoring.estimators`); "paper" is the published way, "low_rank" that
             with narrow convolutions.
@@ -91,6 +101,7 @@ class BlockBenefit:
         benefit_scale: float = 10.0,
         blocks_only: bool = False,
         align: int = 1,
+        spare: Sequence[str] | None = None,
         keep_ratios: Sequence[float] | None = None,
         estimator: str = "low_rank",
         probe_lr: float = 5e-4,
@@ -106,11 +117,16 @@ class BlockBenefit:
         self._layout, self._reduce = layout, reduce
         self._alpha, self._gamma, self._benefit_scale = alpha, gamma, benefit_scale
         self._prune_ratio, self._other_params = prune_ratio, 0 if blocks_only else layout.other_params
-        self._shares = BlockShares(layout.blocks, align)
+        spared = spared_blocks(spare or (), layout)
+        if spared and (align > 1 or keep_ratios):
+            other = "align, whose rounding may cut any block" if align > 1 else "keep_ratios, where a spared block has 1"
+            raise ConfigError(f"spare cannot be combined with {other}; give one of them.")
+        self._shares = BlockShares(layout.blocks, align, spared)
         self._params = self._shares.params
+        self._spared = torch.tensor([b in spared for b in range(len(layout.blocks))])
         self._given = None if keep_ratios is None else given_keep_ratios(keep_ratios, len(layout.blocks))
         if self._given is None:
-            block_budget(float(self._params.sum()), self._other_params, prune_ratio)  # cannot be met: say so before training
+            self._goals(torch.ones_like(self._params))  # cannot be met: say so before training
 
         self._device = next(model.parameters()).device
         self._first_order = FirstOrder(layout, model, reduce)
@@ -247,7 +263,25 @@ class BlockBenefit:
         if self._given is not None:
             return self._given.tolist()
         assert importance_B is not None
-        return keep_ratios(importance_B, self._params, self._other_params, self._prune_ratio).tolist()
+        budget = (importance_B, self._params, self._other_params, self._prune_ratio)
+        shared = keep_ratios_sparing(*budget, self._spared) if self._spared.any() else keep_ratios(*budget)
+        return shared.tolist()
+
+
+def spared_blocks(names: Sequence[str], layout: ModelLayout) -> list[int]:
+    """Numbers of the blocks that are named, or that lie in what is named.
+
+    Raises:
+        ConfigError: a name that is no part of the model, or every block.
+    """
+    known = {part for block in layout.blocks for part in (block.name, block.name.rpartition(".")[0])}
+    for name in names:
+        if name not in known | OUTSIDE_BLOCKS:
+            raise ConfigError(unknown_name("block to spare", name, known | OUTSIDE_BLOCKS))
+    found = [b for b, block in enumerate(layout.blocks) if block.name in names or block.name.rpartition(".")[0] in names]
+    if len(found) == len(layout.blocks):
+        raise ConfigError("Every block is spared, so there is nothing to prune; spare fewer.")
+    return found
 
 
 def _require(holds: bool, name: str, value: float, allowed: str) -> None:

@@ -204,6 +204,9 @@ class PhaseOptions:
     align: int = 1
     """Widths of the last masks (channels read, inner, written) are multiples of this, the budget being met all the same; where
     heads would be thinner than three quarters, whole heads go instead; 1 is off."""
+    spare: tuple[str, ...] = ()
+    """Blocks that keep all they have: blocks.0 (attention and MLP), blocks.11.mlp; the others give up more for it. Embeddings,
+    final norm and head always stay."""
     layout: str = "auto"
     """How the small model is timed: index, padded, folded, gathered, zeros, balanced, reordered, or auto: measure."""
     finetune_epochs: int = 0
@@ -373,6 +376,36 @@ class EvaluateConfig:
     layout: str = "index"
     """How a small model is carried out: index, padded, folded, gathered, zeros, balanced, reordered, or auto: measure."""
     run: RunOptions = field(default_factory=RunOptions)
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """Plan."""
+
+    budgets: tuple[float, ...] = (0.25, 0.5, 0.75)
+    """Prune ratios whose size and speed are shown beside the one that was asked for."""
+    measured_steps: int = 3
+    """Training steps that the time of a run is measured on."""
+    look_at: int = 500
+    """Images of each part that are opened to see what they are like, at most."""
+
+
+@dataclass(frozen=True)
+class PlanConfig(PruneConfig):
+    """What `p3b prune` with these settings would do: data, recipe, time, and what budgets give. Nothing is trained."""
+
+    plan: PlanOptions = field(default_factory=PlanOptions)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is in a folder of images: parts, classes, sizes, formats, unreadable and equal files, pictures that look alike."""
+
+    data: DataOptions = field(default_factory=DataOptions)
+    look_at: int = 2_000
+    """Images of each part that are opened, at most."""
+    seed: int = 0
+    """Seed of the parts that are cut off."""
 
 
 @dataclass(frozen=True)
