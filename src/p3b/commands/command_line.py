@@ -65,6 +65,21 @@ COMMANDS: dict[str, Command] = {
         reads_file=True,
         by_recipe=True,
     ),
+    "plan": Command(
+        f"{_OPTIONS}:PlanConfig",
+        "what p3b prune would do, how long it takes, what budgets give",
+        f"{_HERE}.plan:show_plan",
+        "nothing is lost",
+        reads_file=True,
+        by_recipe=True,
+    ),
+    "data": Command(
+        f"{_OPTIONS}:DataConfig",
+        "what is in a folder of images",
+        f"{_HERE}.data:show_data",
+        "nothing is lost",
+        reads_file=True,
+    ),
     "compare": Command(
         f"{_OPTIONS}:CompareConfig",
         "methods x prune ratios x seeds, in one table",

@@ -20,6 +20,11 @@ _TEXTS = {
     "--batch-size": "images of a step",
     "--lr": "learning rate for 512 images a step",
     "--val-path": "images to choose the best epoch on",
+    "--budgets": "prune ratios to show size and speed of: 0.25 0.5 0.75",
+    "--measured-steps": "training steps that the time is measured on",
+    "--look-at": "images of each part that are opened, at most",
+    "--test-path": "images for the final figures",
+    "--val-share": "share of the training images cut off for validation",
     "--data-set": "a data set by name: CIFAR100, DIGITS, hfds/...",
     "--device": "auto, cpu, cuda, cuda:1",
     "--resume": "go on with the run in the output folder",
@@ -66,6 +71,13 @@ _HELP = {
     "sweep": FirstHelp(
         ("--max-loss", "--prune-ratios", "--output-dir", "--dense-run", *_TRAINING, "--config"),
         "p3b sweep photos --max-loss 1 --output-dir sweep",
+    ),
+    "plan": FirstHelp(
+        ("--keep", "--budgets", *_TRAINING, "--finetune-epochs", "--measured-steps", "--config"),
+        "p3b plan photos --keep 0.5",
+    ),
+    "data": FirstHelp(
+        ("--data-set", "--val-path", "--test-path", "--val-share", "--look-at", "--config"), "p3b data photos"
     ),
     "evaluate": FirstHelp(
         ("--model-path", "--data-set", "--batch-size", "--layout", "--precision", "--device", "--output-dir", "--config"),

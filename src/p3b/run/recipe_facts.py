@@ -14,7 +14,7 @@ from p3b.data.cache import available_memory
 from p3b.data.images import LabelledImages
 from p3b.errors import DataError
 from p3b.run.inputs import open_model
-from p3b.run.options import ModelOptions
+from p3b.run.options import ModelOptions, TrainingOptions
 from p3b.run.recipes import Facts
 from p3b.storage import saved_model
 from p3b.storage.models import parse_model_kwargs
@@ -60,6 +60,11 @@ def read_facts(
         processes=processes.world_size,
         prunes=prunes,
     )
+
+
+def steps_of_epoch(images: int, training: TrainingOptions, processes: int) -> int:
+    """Optimizer steps of an epoch over so many images, as the loaders make them: a last batch that is not full is left out."""
+    return -(-max(1, images // (training.batch_size * processes)) // training.grad_accum_steps)
 
 
 def image_sizes(images: LabelledImages, most: int) -> list[tuple[int, int]]:

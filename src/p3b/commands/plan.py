@@ -1,0 +1,117 @@
+"""`p3b plan`: what `p3b prune` with the same words would do. Nothing is trained and nothing is written."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from timm.models.vision_transformer import VisionTransformer
+
+from p3b.commands.data import data_lines
+from p3b.data import DataSplits
+from p3b.errors import BudgetError
+from p3b.run.forecast import BudgetForecast, Seconds, budget_forecasts, largest_ratio, seconds_of_run
+from p3b.run.inputs import open_model, open_splits
+from p3b.run.machine import Machine, open_machine
+from p3b.run.method_options import method_options_of
+from p3b.run.option_checks import check
+from p3b.run.options import PlanConfig
+from p3b.run.prune_plan import PrunePlan, plan_pruning
+from p3b.run.recipe_choice import recipe_lines
+from p3b.run.recipe_facts import steps_of_epoch
+from p3b.run.screen import Screen, open_screen
+from p3b.storage import saved_model
+
+
+def show_plan(config: PlanConfig) -> list[BudgetForecast]:
+    """Print data, recipe, time and budgets; returns what each budget gives, the dense model first.
+
+    Raises:
+        UserError: settings, data or a model that `p3b prune` would refuse; a budget that cannot be met.
+    """
+    check(config)
+    run = config.run
+    with open_machine(run.device, run.timeout_minutes, config.training.precision) as machine:
+        screen = open_screen(run, machine.is_main)
+        splits = open_splits(config.data, run.seed, machine.processes)
+        for line in (*data_lines(splits, config.plan.look_at), "", *recipe_lines(config), ""):
+            screen.say(line)
+        model = machine.put(_shape(config, len(splits.class_names)))
+        if config.prune.prune_ratio > (largest := largest_ratio(model)) and not config.prune.prune_blocks_only:
+            raise BudgetError(f"A prune ratio of {config.prune.prune_ratio:g} cannot be met; the largest is {largest:.3f}.")
+        steps_per_epoch = steps_of_epoch(len(splits.train), config.training, machine.processes.world_size)
+        plan = plan_pruning(config.prune, config.training.epochs, steps_per_epoch, config.training.grad_accum_steps)
+        seconds = _seconds(config, model, splits, plan, steps_per_epoch, machine)
+        _say_run(screen, plan, steps_per_epoch, seconds)
+        ratios = sorted({*config.plan.budgets, config.prune.prune_ratio} - {0.0})
+        forecasts = budget_forecasts(model, ratios, machine)
+        _show_budgets(screen, config.model.model, forecasts, [ratio for ratio in ratios if ratio > largest])
+        screen.result(f"at most {largest:.1%} of the parameters can go: the rest lies outside the blocks and stays")
+        return forecasts
+
+
+def _shape(config: PlanConfig, num_classes: int) -> VisionTransformer:
+    """The model that would be pruned, with random weights unless a file brings its shape."""
+    path = config.model.model_path
+    is_saved = path is not None and saved_model.is_artifact(path)
+    options = replace(config.model, model_pretrained=False, model_path=path if is_saved else None)
+    return open_model(options, num_classes, config.run.seed).model
+
+
+def _seconds(
+    config: PlanConfig, model: VisionTransformer, splits: DataSplits, plan: PrunePlan, steps_per_epoch: int, machine: Machine
+) -> Seconds:
+    watched = splits.val if splits.val is not None else splits.test
+    epochs = plan.epochs + plan.finetune_epochs
+    pruning = {
+        "prune_ratio": config.prune.prune_ratio,
+        "method": config.prune.prune_method,
+        **method_options_of(config.prune, config.run.seed),
+    }
+    return seconds_of_run(
+        model,
+        pruning,
+        config.training,
+        machine,
+        steps=(plan.schedule.final, plan.finetune_epochs * steps_per_epoch),
+        evaluated=epochs * (0 if watched is None else len(watched)),
+        measured_steps=config.plan.measured_steps,
+    )
+
+
+def _say_run(screen: Screen, plan: PrunePlan, steps_per_epoch: int, seconds: Seconds) -> None:
+    schedule = plan.schedule
+    screen.say(
+        f"run: {plan.epochs} epochs of pruning and {plan.finetune_epochs} of fine-tuning, {steps_per_epoch} steps each; "
+        f"pruning starts at step {schedule.start}, is sparse at {schedule.sparse}, ends at {schedule.final}; masks are "
+        f"updated every {schedule.update_every}"
+    )
+    screen.result(
+        f"time: about {duration(seconds.total)} on this machine as it is now ({duration(seconds.pruning)} pruning, "
+        f"{duration(seconds.fine_tuning)} fine-tuning, {duration(seconds.evaluation)} evaluation)"
+    )
+
+
+def _show_budgets(screen: Screen, name: str, forecasts: Sequence[BudgetForecast], cannot: Sequence[float]) -> None:
+    rows = [
+        (
+            f"{1 - each.prune_ratio:g}",
+            f"{each.prune_ratio:g}",
+            f"{each.params:,}",
+            f"{each.macs / 1e6:,.1f}",
+            f"{each.latency_ms:.2f}",
+            f"{each.images_per_second:,.0f}",
+        )
+        for each in forecasts
+    ]
+    columns = ("--keep", "goes", "parameters", "MACs (M)", "ms an image", "images/s by 32")
+    screen.table(f"{name}, evenly pruned stand-ins", columns, rows)
+    for ratio in cannot:
+        screen.result(f"a prune ratio of {ratio:g} cannot be met")
+
+
+def duration(seconds: float) -> str:
+    """In words: 40 s, 12 min, 3.5 h."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
