@@ -256,8 +256,8 @@ def _build(name: str, kwargs: Mapping[str, Any], *, pretrained: bool = False, **
     except OSError as error:
         raise WeightsError(
             f"timm's pretrained weights for '{name}' could not be fetched ({first_line(error)}). Check the network and try "
-            "again, set HF_HUB_OFFLINE=1 to take only what has been fetched before, or give a weights file of this model that "
-            "lies here already (--model-path)."
+            "again, set HF_HUB_OFFLINE=1 to take only what has been fetched before, or bring a file: "
+            f"{_where_weights_lie(name)}and give it here with --model-path. --from-scratch starts from random weights."
         ) from error
     except _BUILD_ERRORS as error:
         given = ", ".join(f"{key}={value!r}" for key, value in kwargs.items())
@@ -265,6 +265,13 @@ def _build(name: str, kwargs: Mapping[str, Any], *, pretrained: bool = False, **
             f"timm cannot build '{name}'{' with its pretrained weights' if pretrained else ''} from "
             f"{f'these arguments: {given}' if given else 'its own arguments'} ({first_line(error)})."
         ) from error
+
+
+def _where_weights_lie(name: str) -> str:
+    cfg = get_pretrained_cfg(name)
+    if cfg is None or not cfg.hf_hub_id:
+        return "fetch weights of this model elsewhere, "
+    return f"fetch https://huggingface.co/{cfg.hf_hub_id}/resolve/main/model.safetensors elsewhere, "
 
 
 def _implied(name: str, facts: Facts, kwargs: Mapping[str, Any]) -> dict[str, Any]:
