@@ -251,8 +251,11 @@ def again(study: Study, run: Run) -> str:
 
 
 def plain_command(run: Run, flags: str = SETTINGS) -> str:
-    """The `p3b train` or `p3b prune` that a run is, with SHARED for the folder of the images and WORK for that of the runs."""
-    return command_line(run.stage, config_of(_published(flags), run), leave_out=("resume",))
+    """The `p3b train` or `p3b prune` that a run is, with SHARED for the folder of the images and WORK for that of the runs.
+
+    What it does not say is as published: `--recipe paper`, which was the only way when the runs were recorded.
+    """
+    return command_line(run.stage, config_of(_published(flags), run), leave_out=("resume", "report", "recipe"))
 
 
 @cache
@@ -348,7 +351,8 @@ def circumstances(lines: Sequence[Line]) -> list[str]:
     ]
     commands = [f"    {line['p3b']}" for line in lines]
     return text + folded(
-        "The `p3b` command of each run (SHARED: the folder with the images, WORK: that of `--work`)", [*commands, ""]
+        "The `p3b` command of each run (with `--recipe paper`; SHARED: the folder with the images, WORK: that of `--work`)",
+        [*commands, ""],
     )
 
 

@@ -65,9 +65,9 @@ def test_help_is_quick_and_loads_no_torch() -> None:
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(command, "--help-all") == 0
     said = capsys.readouterr().out
-    has_no_run_folder = command in ("report", "doctor", "runs", "inspect", "export", "predict", "bench")
-    assert f"p3b {command}" in said and ("--output-dir" in said) != has_no_run_folder
-    assert ("--prune-ratio" in said) == (command in ("prune", "compare", "sweep", "demo"))
+    runs = ("demo", "train", "prune", "finetune", "compare", "sweep", "evaluate", "plan")
+    assert f"p3b {command}" in said and ("--output-dir" in said) == (command in runs)
+    assert ("--prune-ratio" in said) == (command in ("prune", "compare", "sweep", "demo", "plan"))
 
 
 def test_help_says_the_published_defaults(capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,12 +17,12 @@ def command_line(command: str, config: Any, leave_out: Sequence[str] = ()) -> st
     Args:
         command: name of the command whose config class this is.
         config: its settings.
-        leave_out: settings that are not shown.
+        leave_out: settings that are not shown. If "recipe" is among them, so is what keeps the command from choosing others.
     """
     defaults = dict(settings_of(type(config)()))
     changed = ((name, value) for name, value in settings_of(config) if value != defaults[name] and name not in leave_out)
     words = [word for name, value in changed if name != "recipe" for word in flag(name, value)]
-    return shlex.join(["p3b", command, *words, *_nothing_chosen(config)])
+    return shlex.join(["p3b", command, *words, *([] if "recipe" in leave_out else _nothing_chosen(config))])
 
 
 def _nothing_chosen(config: Any) -> list[str]:
