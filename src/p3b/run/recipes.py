@@ -106,7 +106,7 @@ def auto_recipe(facts: Facts, given: Settings) -> Recipe:
 
 def small_recipe(given: Settings, *, prunes: bool) -> Recipe:
     """Fixed values for a few hundred images."""
-    epochs = {"epochs": 50, "finetune_epochs": 50} if prunes else {"epochs": 100}
+    epochs = {"epochs": 20, "finetune_epochs": 20} if prunes else {"epochs": 40}
     pruning = {"prune_start_epoch": "20%", "prune_update_every": "30steps"} if prunes else {}
     values = {**_MILD, **epochs, **pruning, "batch_size": 32, "lr": 4e-3, "drop_path": 0.0}
     reason = "for a few hundred images"
@@ -167,7 +167,7 @@ def _power_of_two(most: float) -> int:
 
 
 def _epochs(facts: Facts, settled: Settings) -> Choice:
-    passes = _passes(facts)
+    passes = _passes(facts, settled)
     count = math.ceil(passes / 2) if facts.prunes else passes
     what = "half to prune, half to fine-tune" if facts.prunes else "of training"
     return Choice(
@@ -175,19 +175,23 @@ def _epochs(facts: Facts, settled: Settings) -> Choice:
     )
 
 
-def _finetune_epochs(facts: Facts, _settled: Settings) -> Choice | None:
+def _finetune_epochs(facts: Facts, settled: Settings) -> Choice | None:
     if not facts.prunes:
         return None
-    return Choice("finetune_epochs", _passes(facts) // 2, "the small model has to recover")
+    return Choice("finetune_epochs", _passes(facts, settled) // 2, "the small model has to recover")
 
 
-def _passes(facts: Facts) -> int:
-    """Passes over the images: the fewer there are, the more; the steps still grow, with the square root of the images."""
-    passes = round(_PASSES_OF_ONE / math.sqrt(facts.images))
-    return min(300, 2 * max(8, min(100, passes))) if not facts.pretrained else max(8, min(100, passes))
+def _passes(facts: Facts, settled: Settings) -> int:
+    """Passes over the images: the fewer there are, the more; the steps still grow, with the square root of the images.
+
+    More than 40 passes over the same images only learn them by heart, unless they are so few that there would be hardly a step.
+    """
+    passes = max(10, min(40, round(1000 / math.sqrt(facts.images))))
+    passes = max(passes, math.ceil(_LEAST_STEPS / _steps_per_epoch(facts, settled)))
+    return passes if facts.pretrained else 2 * passes
 
 
-_PASSES_OF_ONE = 2000
+_LEAST_STEPS = 250
 
 
 def _steps(facts: Facts, settled: Settings, epochs: float) -> int:
@@ -205,7 +209,7 @@ def _global_batch(facts: Facts, settled: Settings) -> int:
 
 def _lr(facts: Facts, settled: Settings) -> Choice:
     batch = _global_batch(facts, settled)
-    rate = min(5e-4, 5e-4 * 128 / facts.width) * math.sqrt(batch / 64) * (1 if facts.pretrained else 2)
+    rate = min(4e-4, 4e-4 * 128 / facts.width) * math.sqrt(batch / 64) * (1 if facts.pretrained else 2)
     return Choice(
         "lr",
         float(f"{rate * 512 / batch:.2g}"),
