@@ -246,7 +246,7 @@ def test_evaluation_refuses_weights_without_a_head(data: Path, refused: Refusals
 
 
 def test_evaluation_is_not_resumed_and_not_replaced_unasked(data: Path, refused: Refusals, pruned_run: Path) -> None:
-    given = flags(data, refused.out, "--model-path", str(pruned_run / "pruned"), model=())
+    given = flags(data, refused.out, "--model-path", str(pruned_run / "pruned"), model=(), recipe=())
     refused("evaluate", *given, "--resume", telling=("nothing to resume",))
     refused("evaluate", *given, "--batch-size", "0", telling=("--batch-size must be above 0",))
     assert run("evaluate", *given) == 0

@@ -65,7 +65,11 @@ def test_auto_settles_what_is_not_given(data: Path) -> None:
     found = settled(config, "mixup", "data_path")
     assert isinstance(found, PruneConfig)
     assert found.training.mixup == 0.4 and "mixup" not in found.recipe.reasons
-    assert found.training.batch_size == 4 and found.augment.aa is None and found.prune.prune_update_every is not None
+    assert (
+        found.training.batch_size == 4
+        and found.augment.crop_scale == (0.35, 1.0)
+        and found.prune.prune_update_every is not None
+    )
     assert found.run.output_dir == Path("runs") / data.name.lower()
     assert f"recipe auto: --batch-size 4  ({found.recipe.reasons['batch_size']})" in recipe_lines(found)
     assert settled(found, "data_path", "mixup") == found, "to settle again changes nothing"
@@ -105,7 +109,10 @@ def test_a_run_says_and_keeps_what_was_chosen_and_goes_on_with_it(data: Path, tm
     config = read(tmp_path / "out" / "prune" / "config.json")
     assert config["recipe"]["recipe"] == "auto" and config["training"]["batch_size"] == 6
     assert {"lr", "mixup", "prune_update_every"} <= config["recipe"]["reasons"].keys()
-    assert "recipe auto: --mixup 0.0  (mild augmentation" in (tmp_path / "out" / "prune" / "log.txt").read_text()
+    assert (
+        "recipe auto: --mixup 0.0  (mild augmentation, since each image is seen 2 times only)"
+        in (tmp_path / "out" / "prune" / "log.txt").read_text()
+    )
     (tmp_path / "out" / "prune" / "summary.json").unlink()
     assert run("prune", *words, "--lr", str(config["training"]["lr"]), "--resume") == 0
     assert read(tmp_path / "out" / "prune" / "config.json")["training"] == config["training"]

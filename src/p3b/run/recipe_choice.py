@@ -39,12 +39,15 @@ def settle(config: Config, given: frozenset[str], stage: str, processes: Process
     Raises:
         UserError: data, model or settings that cannot be used.
     """
-    config = _with(config, list(_where_from_and_to(config, given)))
+    config = _with(config, list(_output(config)))
+    if isinstance(config, TrainConfig):
+        check(config)
+    if "model_pretrained" not in given and config.model.model_path is None:
+        config = _with(config, [_weights(config.model)])
     if config.recipe.recipe == "paper":
         return config
     given = given | config.recipe.reasons.keys()
     if isinstance(config, TrainConfig):
-        check(config)
         begun = _of_begun_run(config, given, stage)
         if begun is not None:
             return _with(config, begun)
@@ -71,11 +74,8 @@ def recipe_lines(config: Config) -> list[str]:
     return [f"recipe {config.recipe.recipe}: {' '.join(flag(name, values[name]))}  ({reasons[name]})" for name in reasons]
 
 
-def _where_from_and_to(config: Config, given: frozenset[str]) -> Iterator[Choice]:
-    """Weights and output folder, which do not depend on the recipe."""
-    model = config.model
-    if "model_pretrained" not in given and model.model_path is None:
-        yield _weights(model)
+def _output(config: Config) -> Iterator[Choice]:
+    """A folder to write to, named after the images."""
     place = config.data.data_path
     if config.run.output_dir is None and config.recipe.recipe != "paper":
         name = config.data.data_set.replace("/", "-") if place is None else place.resolve().name.removesuffix(".tar")

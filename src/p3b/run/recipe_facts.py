@@ -6,7 +6,9 @@ from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
+import timm
 import torch
+from timm.models import split_model_name_tag
 from timm.models.vision_transformer import VisionTransformer
 
 from p3b.data import DataSplits
@@ -83,7 +85,8 @@ def shape_of(options: ModelOptions, num_classes: int, seed: int) -> VisionTransf
     path = options.model_path
     brings_shape = path is not None and saved_model.is_artifact(path)
     options = replace(options, model_pretrained=False, model_path=path if brings_shape else None)
-    with nullcontext() if brings_shape else torch.device("meta"):  # where a model costs nothing
+    is_known = timm.is_model(split_model_name_tag(options.model)[0])  # what others are called alike is looked for by building
+    with torch.device("meta") if is_known and not brings_shape else nullcontext():  # where a model costs nothing
         return open_model(options, num_classes, seed).model
 
 

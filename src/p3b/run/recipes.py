@@ -106,9 +106,9 @@ def auto_recipe(facts: Facts, given: Settings) -> Recipe:
 
 def small_recipe(given: Settings, *, prunes: bool) -> Recipe:
     """Fixed values for a few hundred images."""
-    epochs = {"epochs": 20, "finetune_epochs": 20} if prunes else {"epochs": 40}
+    epochs = {"epochs": 30, "finetune_epochs": 30} if prunes else {"epochs": 60}
     pruning = {"prune_start_epoch": "20%", "prune_update_every": "30steps"} if prunes else {}
-    values = {**_MILD, **epochs, **pruning, "batch_size": 32, "lr": 4e-3, "drop_path": 0.0}
+    values = {**_MEDIUM, **epochs, **pruning, "batch_size": 32, "lr": 4e-3, "drop_path": 0.0}
     reason = "for a few hundred images"
     return Recipe("small", tuple(Choice(name, value, reason) for name, value in values.items() if name not in given))
 
@@ -184,9 +184,9 @@ def _finetune_epochs(facts: Facts, settled: Settings) -> Choice | None:
 def _passes(facts: Facts, settled: Settings) -> int:
     """Passes over the images: the fewer there are, the more; the steps still grow, with the square root of the images.
 
-    More than 40 passes over the same images only learn them by heart, unless they are so few that there would be hardly a step.
+    More than 60 passes over the same images hardly teach more, unless they are so few that there would be hardly a step.
     """
-    passes = max(10, min(40, round(1000 / math.sqrt(facts.images))))
+    passes = max(10, min(60, round(1000 / math.sqrt(facts.images))))
     passes = max(passes, math.ceil(_LEAST_STEPS / _steps_per_epoch(facts, settled)))
     return passes if facts.pretrained else 2 * passes
 
@@ -232,13 +232,19 @@ _STRONG = {
 
 def _augmentation(setting: str) -> Callable[[Facts, Settings], Choice]:
     def rule(facts: Facts, settled: Settings) -> Choice:
-        steps = _steps(facts, settled, settled["epochs"] + settled.get("finetune_epochs", 0))
-        for most, values, name in ((10_000, _MILD, "mild"), (50_000, _MEDIUM, "medium"), (math.inf, _STRONG, "strong")):
-            if steps < most:
-                return Choice(setting, values[setting], f"{name} augmentation for {steps:,} steps")
-        raise AssertionError(steps)
+        passes = settled["epochs"] + (settled.get("finetune_epochs") or 0)
+        steps = _steps(facts, settled, passes)
+        if steps >= _LONG:
+            return Choice(setting, _STRONG[setting], f"strong augmentation for {steps:,} steps")
+        if passes >= _OFTEN:
+            return Choice(setting, _MEDIUM[setting], f"medium augmentation, since each image is seen {passes} times")
+        return Choice(setting, _MILD[setting], f"mild augmentation, since each image is seen {passes} times only")
 
     return rule
+
+
+_LONG, _OFTEN = 50_000, 30
+"""Steps of a long run; passes from which on images would be learnt by heart."""
 
 
 def _hflip(facts: Facts, _settled: Settings) -> Choice | None:
