@@ -53,7 +53,7 @@ def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Refusals:
 
 def test_unknown_command(refused: Refusals) -> None:
     refused("prun", telling=("Unknown command 'prun'", "'prune'"))
-    refused("frobnicate", telling=("Unknown command 'frobnicate'. Known: ", "compare, demo, ", "prune, ", "train."))
+    refused("frobnicate", telling=("Unknown command 'frobnicate'. Known: ", "compare, data, demo, ", "prune, ", "train."))
 
 
 def test_unknown_flag(data: Path, refused: Refusals) -> None:
@@ -230,7 +230,9 @@ def test_commands_that_need_a_model(data: Path, refused: Refusals) -> None:
 def test_evaluation_refuses_other_classes(refused: Refusals, tmp_path: Path, pruned_run: Path) -> None:
     saved = ("--model-path", str(pruned_run / "pruned"))
     names = colour_folders(tmp_path / "names", classes=("blue", "green", "violet"))
-    refused("evaluate", *flags(names, refused.out, *saved, model=(), recipe=()), telling=("1 extra (violet)", "blue, green, red"))
+    refused(
+        "evaluate", *flags(names, refused.out, *saved, model=(), recipe=()), telling=("1 extra (violet)", "blue, green, red")
+    )
     nameless = tmp_path / "nameless"
     p3b.save(p3b.load(pruned_run / "pruned"), nameless)
     count = colour_folders(tmp_path / "count", classes=("blue", "green"))

@@ -59,11 +59,11 @@ def test_the_config_of_a_run_can_be_given_back(tmp_path: Path, monkeypatch: pyte
     file.write_text(json.dumps({**written, "prune": {"prune_ratio": 0.3}}))
     found: list[TrainConfig] = []
     monkeypatch.setattr(p3b.commands.train, "train", found.append)
-    assert main(["train", "--config", str(file), "--epochs", "9"]) == 0
+    assert main(["train", "--config", str(file), "--epochs", "9", "--output-dir", "new"]) == 0
     (again,) = found
     assert again.training.epochs == 9 and again.training.lr == 3e-5 and again.training.model_ema
     assert (again.data, again.augment) == (before.data, before.augment)
-    assert again.run.output_dir is None and not again.run.resume
+    assert again.run.output_dir == Path("new") and not again.run.resume
 
 
 def test_a_file_without_settings_of_the_command_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

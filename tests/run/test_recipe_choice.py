@@ -36,7 +36,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def config_for(data: Path, recipe: str, model: ModelOptions = TINY) -> PruneConfig:
     chosen = RecipeOptions(recipe)  # type: ignore[arg-type]
-    return PruneConfig(DataOptions(data_path=data), model, recipe=chosen)
+    run_options = RunOptions(output_dir=Path("out") if recipe == "paper" else None)
+    return PruneConfig(DataOptions(data_path=data), model, run=run_options, recipe=chosen)
 
 
 def settled(config: Config, *given: str) -> Config:
