@@ -4,7 +4,7 @@
     POST /predict    an image file as the body; JSON: labels, probabilities and times of each model, or {"error": ...} in words
 
 What anybody may send is bounded: bytes of a body, pixels of an image, images that are held at a time, images that are decoded
-at a time, seconds that a body may take. An image too many is turned away with 503 and may come again. Nothing is written to disk.
+at a time, seconds that a body may take. An image too many is turned away (503) and may come again. Nothing is written to disk.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 config.json says everything that is needed to build the network without the training code's arguments: the architecture,
 read off the model itself, the channels that each block reads and writes and its inner widths, class names, preprocessing and
 provenance. The file is in the form of timm's folders too, for timm.create_model (`p3b.storage.timm_form`); earlier schemas,
-which are not, are read as ever. The published `first_sparse_checkpoint.pth` holds the same text beside the same tensors and loads
-in torch's weights-only mode.
+which are not, are read as ever. The published `first_sparse_checkpoint.pth` holds the same text beside the same tensors and
+loads in torch's weights-only mode.
 
 What is saved is what its description says, layer by layer (`p3b.vit.described`); what a file cannot hold, such as a hook, is
 refused. When a model is loaded, its config has to be whole (`p3b.storage.model_config`) and to describe a model that can be
