@@ -20,6 +20,7 @@ from timm.data import resolve_data_config
 import p3b
 from exported import NAMES, PREPROCESSING, save_small, small_vit
 from hub_server import Hub, serving
+from p3b.commands.command_line import main
 from p3b.deploy.card import card
 from p3b.deploy.hub import fetch
 from p3b.deploy.plain import plain_call
@@ -215,7 +216,7 @@ assert all((value == loaded.state_dict()[key]).all() for key, value in model.sta
 
 def test_the_card_says_what_is_known(tmp_path: Path) -> None:
     folder = save_small(tmp_path / "pruned")
-    text = card(read_config(folder), REPO)
+    text = card(read_config(folder), REPO, on_hub=True)
     assert text.startswith("---\nlibrary_name: p3b\n")
     for said in (
         f"# {REPO}",
@@ -229,6 +230,54 @@ def test_the_card_says_what_is_known(tmp_path: Path) -> None:
         assert said in text
     assert "without p3b" not in text
     assert "Measured" not in text
+
+
+def test_the_card_of_a_model_in_its_run_has_licence_budget_table_and_figure(hub: Hub, tmp_path: Path) -> None:
+    provenance = {"stage": "prune", "model": "vit_tiny_patch16_224.augreg_in21k", "data": "flowers `of` <b>mine</b>"}
+    pruned = p3b.save(small_vit(), tmp_path / "run" / "pruned", provenance=provenance)
+    stage = tmp_path / "run" / "prune"
+    stage.mkdir()
+    (stage / "keep_ratio.png").write_bytes(b"a picture")
+    settings = {
+        "model": {"model_pretrained": True, "model_path": None},
+        "prune": {"prune_ratio": 0.5, "prune_blocks_only": False, "prune_method": "block_benefit"},
+    }
+    columns = {"dense": {"params": 1000, "top1": 90.0}, "pruned": {"params": 500, "top1": None}}
+    summary = {**columns, "accuracy": {"test": {}}, "reached_prune_ratio": 0.5, "provenance": provenance}
+    (stage / "config.json").write_text(json.dumps(settings))
+    (stage / "summary.json").write_text(json.dumps(summary))
+
+    p3b.push(pruned, REPO)
+    pushed = hub.files[REPO, "main"]
+    text = pushed["README.md"].decode()
+    assert pushed["keep_ratio.png"] == b"a picture"
+    for said in (
+        "license: apache-2.0",
+        "base_model: timm/vit_tiny_patch16_224.augreg_in21k",
+        "`flowers 'of' <b>mine</b>`",
+        "50% of all parameters to be pruned by block_benefit; 50.0%",
+        "| parameters | 1,000 | 500 |",
+        "| top-1 (%) | 90.00 | - |",
+        "](keep_ratio.png)",
+    ):
+        assert said in text, text
+
+    (pruned / "README.md").write_text("my own card")
+    p3b.push(pruned, REPO)
+    assert pushed["README.md"] == b"my own card"
+    (stage / "summary.json").write_text(json.dumps({**summary, "provenance": {**provenance, "seed": 1}}))
+    (pruned / "README.md").unlink()
+    p3b.push(pruned, REPO)
+    assert b"Measured" not in pushed["README.md"], "of another run that has been in this place since"
+
+
+def test_the_command_pushes_and_says_where_to(hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = save_small(tmp_path / "pruned")
+    assert main(["push", str(folder), REPO, "--private"]) == 0
+    said = capsys.readouterr().out.replace("\n", "")
+    assert f"{hub.endpoint}/{REPO}/commit/" in said and f'p3b.load("{REPO}")' in said
+    assert main(["push", str(folder), "no name"]) == 2
+    assert "did not take no name" in capsys.readouterr().err
 
 
 def _uniform(dense: Any) -> Any:

@@ -20,6 +20,7 @@ from timm.models import get_pretrained_cfg
 from p3b.deploy.plain import plain_call
 from p3b.storage import saved_model
 from p3b.storage.files import write_atomically
+from p3b.vit.shapes import WHOLE
 
 CARD_FILE = "README.md"
 _FIGURE = "keep_ratio"
@@ -58,12 +59,13 @@ class Run:
     summary: Mapping[str, Any]
 
 
-def write_card(folder: Path, *, name: str, origin: Path | None = None) -> Path:
+def write_card(folder: Path, *, name: str, on_hub: bool = False, origin: Path | None = None) -> Path:
     """Write README.md into the folder of a saved model, and beside it the figure that it shows; returns the card.
 
     Args:
         folder: of the saved model.
         name: that the model goes by: "user/name", or a folder's.
+        on_hub: whether that is a name of the hub.
         origin: where the model lay when it was made, if `folder` is another place; its run is looked for there.
 
     Raises:
@@ -75,17 +77,20 @@ def write_card(folder: Path, *, name: str, origin: Path | None = None) -> Path:
     figure = drawn[0] if drawn else None
     if figure is not None:
         shutil.copyfile(figure, folder / figure.name)
-    text = card(config, name, run, None if figure is None else figure.name)
+    text = card(config, name, on_hub=on_hub, run=run, figure=None if figure is None else figure.name)
     write_atomically(folder / CARD_FILE, lambda path: path.write_text(text, encoding="utf-8"))
     return folder / CARD_FILE
 
 
-def card(config: Mapping[str, Any], name: str, run: Run | None = None, figure: str | None = None) -> str:
+def card(
+    config: Mapping[str, Any], name: str, *, on_hub: bool = False, run: Run | None = None, figure: str | None = None
+) -> str:
     """The text of a card; pure.
 
     Args:
         config: of the saved model.
         name: that the model goes by.
+        on_hub: whether that is a name of the hub.
         run: that made it.
         figure: file beside the card.
     """
@@ -100,6 +105,8 @@ def card(config: Mapping[str, Any], name: str, run: Run | None = None, figure: s
     provenance = config["provenance"] or {}
     return environment.get_template(_TEMPLATE).render(
         name=name,
+        on_hub=on_hub,
+        is_small=any(block["form"] != WHOLE for block in config["blocks"]),
         base=base_of(provenance, run),
         arguments=config["architecture"]["arguments"],
         params=config["params"],

@@ -129,7 +129,7 @@ def _staged(model: nn.Module | str | Path, folder: Path, repo_id: str, descripti
     """A folder with what is to be pushed: the model, saved anew and so checked, and its card."""
     if isinstance(model, nn.Module):
         saved_model.save(model, folder, **description)
-        write_card(folder, name=repo_id)
+        write_card(folder, name=repo_id, on_hub=True)
         return folder
     origin = Path(model)
     if description:
@@ -143,7 +143,7 @@ def _staged(model: nn.Module | str | Path, folder: Path, repo_id: str, descripti
         for figure in [*origin.glob("*.png"), *origin.glob("*.svg")]:
             (folder / figure.name).write_bytes(figure.read_bytes())
     else:
-        write_card(folder, name=repo_id, origin=origin)
+        write_card(folder, name=repo_id, on_hub=True, origin=origin)
     return folder
 
 
