@@ -110,6 +110,16 @@ def sealed(config: Mapping[str, Any]) -> str:
     return json.dumps({**entries, "digest": hashlib.sha256(text.encode()).hexdigest()})
 
 
+def of_schema(entries: Mapping[str, Any], schema: int) -> dict[str, Any]:
+    """A config.json of today as schema 1, 2 or 3 had it, without a digest; heads and stream of schemas below 3 were whole."""
+    new = {"network", "pretrained_cfg", "digest"}
+    new |= {"stream"} if schema < 3 else set()
+    new |= {"p3b_version", "weights_digest"} if schema < 2 else set()
+    kept = {key: value for key, value in entries.items() if key not in new}
+    blocks = [{key: value for key, value in block.items() if key != "heads" or schema == 3} for block in entries["blocks"]]
+    return {**kept, "schema": schema, "architecture": entries["network"], "blocks": blocks}
+
+
 def weights_digest(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 of names, dtypes, shapes and bytes."""
     digest = hashlib.sha256()
@@ -119,23 +129,23 @@ def weights_digest(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def edited(change: Callable[[dict[str, Any]], object], *, schema: int = 2) -> Callable[[Path], Path]:
+def edited(change: Callable[[dict[str, Any]], object], *, schema: int = 4) -> Callable[[Path], Path]:
     """A pruned model whose config was changed by somebody who can compute digests."""
 
     def make(folder: Path) -> Path:
         path = p3b.save(pruned(), folder / "model")
         config = json.loads((path / CONFIG_FILE).read_text())
-        if schema == 1:
-            config = {key: config[key] for key in config.keys() - {"p3b_version", "weights_digest", "digest"}} | {"schema": 1}
+        if schema < 4:
+            config = of_schema(config, schema)
         change(config)
-        (path / CONFIG_FILE).write_text(sealed(config) if schema == 2 else json.dumps(config))
+        (path / CONFIG_FILE).write_text(sealed(config) if schema > 1 else json.dumps(config))
         return path
 
     return make
 
 
 def _arguments(**changed: Any) -> Callable[[Path], Path]:
-    return edited(lambda config: config["architecture"]["arguments"].update(changed))
+    return edited(lambda config: config["network"]["arguments"].update(changed))
 
 
 def _block(index: int, **changed: Any) -> Callable[[Path], Path]:
@@ -366,7 +376,7 @@ HOSTILE: dict[str, Callable[[Path], Path]] = {
     "a .pth with tensors that share memory": _other_tensors(lambda state: state.update({"norm.bias": state["norm.weight"]})),
     "a .pth with zero strides": _other_tensors(lambda state: state.update({"norm.weight": torch.ones(1).expand(24)})),
     "a .pth of a huge architecture": _ours(
-        _changed_config(lambda config: config["architecture"]["arguments"].update(embed_dim=49152, num_heads=1))
+        _changed_config(lambda config: config["network"]["arguments"].update(embed_dim=49152, num_heads=1))
     ),
     "a .pth whose config is a number": _ours(lambda content: {**content, "p3b": 7}),
     "a .pth whose tensors are text": _ours(lambda content: {**content, "model": dict.fromkeys(content["model"], "x")}),
@@ -383,7 +393,7 @@ HOSTILE: dict[str, Callable[[Path], Path]] = {
     "a depth of a million": _arguments(depth=1_000_000),
     "a million blocks": edited(
         lambda config: (
-            config["architecture"]["arguments"].update(depth=30_000),
+            config["network"]["arguments"].update(depth=30_000),
             config.update(blocks=[{**config["blocks"][4], "name": f"blocks.{i // 2}.attn"} for i in range(60_000)]),
         )
     ),
@@ -399,7 +409,7 @@ HOSTILE: dict[str, Callable[[Path], Path]] = {
     "a width that is infinite": _arguments(mlp_ratio=float("inf")),
     "an activation from anywhere": _arguments(act_layer="os.system"),
     "an argument that timm would take": _arguments(weight_init="jax"),
-    "a class from anywhere": edited(lambda config: config["architecture"].update({"class": "os.system"})),
+    "a class from anywhere": edited(lambda config: config["network"].update({"class": "os.system"})),
     "channels out of range": _channels(lambda channels: channels.__setitem__(-1, 24)),
     "channels far out of range": _channels(lambda channels: channels.__setitem__(-1, 1 << 62), "outputs"),
     "channels that are negative": _channels(lambda channels: channels.__setitem__(0, -1)),
@@ -421,7 +431,10 @@ HOSTILE: dict[str, Callable[[Path], Path]] = {
     "a class name too many": edited(lambda config: config.update(class_names=list("abcdef"))),
     "preprocessing that is a list": edited(lambda config: config.update(preprocessing=[1])),
     "another entry": edited(lambda config: config.update(colour="red")),
-    "schema 3": edited(lambda config: config.update(schema=3, p3b_version="9.9")),
+    "a schema of the future": edited(lambda config: config.update(schema=5, p3b_version="9.9")),
+    "another entry point of timm": edited(lambda config: config.update(architecture="resnet50")),
+    "another story for timm": edited(lambda config: config["pretrained_cfg"].update(num_classes=7)),
+    "a story for timm that is a text": edited(lambda config: config.update(pretrained_cfg="num_classes")),
     "a schema that is a truth": edited(lambda config: config.update(schema=True)),
     "a schema that is a word": edited(lambda config: config.update(schema="2")),
     "schema 1 of channels out of order": edited(lambda config: config["blocks"][1]["inputs"].reverse(), schema=1),

@@ -58,6 +58,7 @@ PARTS: Mapping[str, Part] = {
     "laws": Part("faults.laws", 10_000, 40, "Laws of the mathematics and of shrinking", "random examples"),
     "ranks": Part("faults.ranks", 12, 3, "The same run in 1, 2 and 4 processes"),
     "damage": Part("faults.damage", 200, 20, "Damaged files and folders"),
+    "server": Part("faults.server", 100, 14, "What is sent to p3b serve and read by p3b predict"),
     "kills": Part("faults.kills", 50, 3, "Runs killed and resumed", "runs"),
     "images": Part("faults.images", 600, 26, "Images of every format and mode", "images"),
     "modules": Part(

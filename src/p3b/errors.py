@@ -54,6 +54,10 @@ class ExportError(UserError, RuntimeError):
     """An export that does not compute what the model computes, or that loses more than is allowed."""
 
 
+class HubError(UserError, OSError):
+    """A model hub that cannot be reached, or refuses."""
+
+
 class Stopped(Exception):  # noqa: N818 - it is none
     """A signal asked the run to stop: it has finished its step and saved; nothing went wrong and nothing is lost."""
 

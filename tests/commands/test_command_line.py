@@ -381,7 +381,7 @@ def test_thin_heads_go_whole_from_the_command_line(data: Path, tmp_path: Path) -
     assert run("prune", *flags(data, tmp_path, *given)) == 0
     config, last = read_config(tmp_path / "pruned"), lines(tmp_path / "prune" / "blocks.jsonl")[-1]
     thin, _, wide, _ = config["blocks"]
-    assert config["schema"] == 3 and 1 <= thin["heads"] < 3 and wide["form"] == "whole"
+    assert config["schema"] == 4 and 1 <= thin["heads"] < 3 and wide["form"] == "whole"
     assert last["kept_params"] == config["params"]
     saved = ("--data-path", str(data), "--model-path", str(tmp_path / "pruned"), "--num-workers", "0", "--device", "cpu")
     assert run("evaluate", *saved, "--layout", "balanced", "--output-dir", str(tmp_path / "out")) == 0

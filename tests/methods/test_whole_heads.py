@@ -171,7 +171,7 @@ def test_a_saved_model_comes_back_with_its_heads(variant: str, tmp_path: Path) -
     run.decided()
     small = run.pruner.shrink().eval()
     folder = p3b.save(small, tmp_path)
-    assert read_config(folder)["schema"] == 3
+    assert read_config(folder)["schema"] == 4
     loaded = p3b.load(folder)
     with torch.no_grad():
         assert torch.equal(loaded(images()), small(images()))

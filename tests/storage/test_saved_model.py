@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import p3b
-from hostile import sealed, weights_digest
+from hostile import of_schema, sealed, weights_digest
 from p3b.errors import ModelError, RunFolderError, WeightsError
 from p3b.storage import saved_model as artifact
 from p3b.storage.saved_model import CONFIG_FILE, WEIGHTS_FILE, is_artifact, read_config, save_checkpoint
@@ -124,13 +124,17 @@ def test_the_config_describes_the_model_in_plain_values(tmp_path: Path) -> None:
     names = ["a", "b", "c", "d", "e"]
     p3b.save(model, tmp_path, class_names=names, preprocessing={"mean": [0.5] * 3}, provenance={"seed": 3})
     config = json.loads((tmp_path / CONFIG_FILE).read_text())
-    assert config == read_config(tmp_path)
+    found = read_config(tmp_path)
+    assert {key: found[key] for key in found.keys() - {"architecture"}} == {
+        key: config[key] for key in config.keys() - {"architecture", "network", "pretrained_cfg"}
+    }
+    assert found["architecture"] == config["network"]
     assert (config["class_names"], config["preprocessing"], config["provenance"]) == (names, {"mean": [0.5] * 3}, {"seed": 3})
     assert config["params"] == parameters_of(model)
     assert [block["form"] for block in config["blocks"]] == [
         *("whole", "small", "small", "constant", "gone", "gone", "small", "gone"),
     ]
-    assert config["architecture"]["class"] == "VisionTransformer"
+    assert config["network"]["class"] == "VisionTransformer"
     assert not any(key in (tmp_path / CONFIG_FILE).read_text() for key in ("<", "0x", "torch."))
 
 
@@ -169,6 +173,10 @@ def _edit(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
     return damage
 
 
+def _network(config: dict[str, Any]) -> dict[str, Any]:
+    return config["network" if config["schema"] == 4 else "architecture"]
+
+
 def _cut(name: str, share: float) -> Callable[[Path], None]:
     def damage(folder: Path) -> None:
         content = (folder / name).read_bytes()
@@ -201,7 +209,7 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
     "config not text": lambda f: (f / CONFIG_FILE).write_bytes(b"\xff\xfe\x00"),
     "config of something else": lambda f: (f / CONFIG_FILE).write_text('{"model_type": "vit"}'),
     "config a list": lambda f: (f / CONFIG_FILE).write_text("[1]"),
-    "a later schema": _edit(lambda c: c.update(schema=4)),
+    "a later schema": _edit(lambda c: c.update(schema=5)),
     "another format": _edit(lambda c: c.update(format="other")),
     "no blocks": _edit(lambda c: c.pop("blocks")),
     "blocks null": _edit(lambda c: c.update(blocks=None)),
@@ -220,14 +228,14 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
     "a channel fewer": _edit(lambda c: c["blocks"][1]["inputs"].pop()),
     "another inner width": _edit(lambda c: c["blocks"][1].update(inner=c["blocks"][1]["inner"] + 1)),
     "a block that is gone yet writes": _edit(lambda c: c["blocks"][4].update(outputs=[1, 2])),
-    "a class that is not known": _edit(lambda c: c["architecture"].update({"class": "ResNet"})),
-    "an argument that is not known": _edit(lambda c: c["architecture"]["arguments"].update(colour="red")),
-    "heads that do not divide the width": _edit(lambda c: c["architecture"]["arguments"].update(num_heads=5)),
-    "no heads": _edit(lambda c: c["architecture"]["arguments"].update(num_heads=0)),
-    "a width that is a word": _edit(lambda c: c["architecture"]["arguments"].update(embed_dim="wide")),
-    "another depth": _edit(lambda c: c["architecture"]["arguments"].update(depth=2)),
-    "a norm that is not known": _edit(lambda c: c["architecture"]["arguments"].update(norm_layer="RMSNorm")),
-    "no architecture": _edit(lambda c: c.pop("architecture")),
+    "a class that is not known": _edit(lambda c: _network(c).update({"class": "ResNet"})),
+    "an argument that is not known": _edit(lambda c: _network(c)["arguments"].update(colour="red")),
+    "heads that do not divide the width": _edit(lambda c: _network(c)["arguments"].update(num_heads=5)),
+    "no heads": _edit(lambda c: _network(c)["arguments"].update(num_heads=0)),
+    "a width that is a word": _edit(lambda c: _network(c)["arguments"].update(embed_dim="wide")),
+    "another depth": _edit(lambda c: _network(c)["arguments"].update(depth=2)),
+    "a norm that is not known": _edit(lambda c: _network(c)["arguments"].update(norm_layer="RMSNorm")),
+    "no architecture": _edit(lambda c: c.pop("network" if c["schema"] == 4 else "architecture")),
 }
 
 
@@ -241,33 +249,31 @@ def test_damage_is_told_and_nothing_half_right_is_returned(damage: str, tmp_path
 
 
 @pytest.mark.parametrize("damage", [name for name, change in DAMAGES.items() if change.__qualname__.startswith("_edit")])
-@pytest.mark.parametrize("schema", [1, 2])
+@pytest.mark.parametrize("schema", [1, 2, 4])
 def test_what_an_edit_spoils_is_told_without_the_digest(damage: str, schema: int, tmp_path: Path) -> None:
     """The same edits by somebody who knows of digests, and in a file of before there were any."""
     p3b.save(_small(), tmp_path)
-    if schema == 1:
-        _as_schema_1(tmp_path)
+    if schema < 4:
+        _as_schema(schema, tmp_path)
     p3b.load(tmp_path)
     DAMAGES[damage](tmp_path)
     config = json.loads((tmp_path / CONFIG_FILE).read_text())
-    (tmp_path / CONFIG_FILE).write_text(sealed(config) if schema == 2 else json.dumps(config))
+    (tmp_path / CONFIG_FILE).write_text(sealed(config) if schema > 1 else json.dumps(config))
     with pytest.raises(WeightsError, match=str(tmp_path)) as caught:
         p3b.load(tmp_path)
     assert "digest" not in str(caught.value)
 
 
-def _as_schema_1(folder: Path) -> None:
-    """What p3b wrote before there were digests."""
-    config = json.loads((folder / CONFIG_FILE).read_text())
-    for entry in ("p3b_version", "weights_digest", "digest"):
-        del config[entry]
-    (folder / CONFIG_FILE).write_text(json.dumps({**config, "schema": 1}))
+def _as_schema(schema: int, folder: Path) -> None:
+    """What p3b wrote before there were digests (1), and before the file was in the form that timm reads (2)."""
+    config = of_schema(json.loads((folder / CONFIG_FILE).read_text()), schema)
+    (folder / CONFIG_FILE).write_text(json.dumps(config) if schema == 1 else sealed(config))
 
 
 def test_files_of_the_first_schema_load(tmp_path: Path) -> None:
     model = _small()
     p3b.save(model, tmp_path / "folder", class_names=list("abcde"))
-    _as_schema_1(tmp_path / "folder")
+    _as_schema(1, tmp_path / "folder")
     config = json.loads((tmp_path / "folder" / CONFIG_FILE).read_text())
     torch.save({"p3b": config, "model": model.state_dict()}, tmp_path / "old.pth")
     for path in (tmp_path / "folder", tmp_path / "old.pth"):
@@ -279,7 +285,7 @@ def test_files_of_the_first_schema_load(tmp_path: Path) -> None:
 def test_a_later_schema_says_who_wrote_it_and_what_is_read(tmp_path: Path) -> None:
     p3b.save(_small(), tmp_path)
     _edit(lambda config: config.update(schema=7, p3b_version="3.1"))(tmp_path)
-    with pytest.raises(WeightsError, match=r"schema 7, written by p3b 3\.1.*reads schemas 1, 2 and 3.*install"):
+    with pytest.raises(WeightsError, match=r"schema 7, written by p3b 3\.1.*reads schemas 1, 2, 3 and 4.*install"):
         read_config(tmp_path)
 
 
@@ -317,7 +323,7 @@ def test_digests_are_of_content(tmp_path: Path) -> None:
     config = json.loads((p3b.save(_small(), tmp_path) / CONFIG_FILE).read_text())
     assert json.loads(sealed(config)) == config
     assert config["weights_digest"] == weights_digest(safetensors.torch.load_file(tmp_path / WEIGHTS_FILE))
-    assert (config["schema"], config["p3b_version"]) == (2, p3b.__version__)
+    assert (config["schema"], config["p3b_version"]) == (4, p3b.__version__)
 
 
 def test_a_model_that_diverged_is_not_saved(tmp_path: Path) -> None:
@@ -531,7 +537,7 @@ def test_a_config_that_was_left_behind_never_wins_over_the_one_that_fits(tmp_pat
 def test_a_stop_while_a_model_of_the_first_schema_is_replaced(tmp_path: Path) -> None:
     """The old config, without digests, would fit the new weights of the same shape."""
     _interrupted(tmp_path)
-    _as_schema_1(tmp_path)
+    _as_schema(1, tmp_path)
     _assert_same(p3b.load(tmp_path), tiny_vit(seed=1), images())
     assert read_config(tmp_path)["class_names"] == list("vwxyz")
 

@@ -44,7 +44,7 @@ def test_what_is_made_to_harm_is_refused(name: str, tmp_path: Path) -> None:
     assert list(tmp_path.rglob("executed")) == []
 
 
-@pytest.mark.parametrize("schema", [1, 2])
+@pytest.mark.parametrize("schema", [1, 2, 3, 4])
 def test_the_hostile_files_are_refused_for_what_was_done_to_them(schema: int, tmp_path: Path) -> None:
     """Made in the same way without a change, they load."""
     path = edited(lambda _config: None, schema=schema)(tmp_path)

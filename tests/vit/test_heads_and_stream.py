@@ -18,7 +18,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import p3b
-from hostile import sealed
+from hostile import of_schema, sealed
 from p3b import methods
 from p3b.deploy.layouts import LAYOUTS, apply_layout, plan_layout
 from p3b.errors import ConfigError, ModelError, WeightsError
@@ -492,10 +492,10 @@ def test_a_saved_model_comes_back_bit_for_bit(family: str, dims: str, tmp_path: 
             assert torch.equal(loaded(_batch(small)), small(_batch(small)))
         assert branch_shapes(loaded) == branch_shapes(small)
         assert loaded.embed_dim == loaded.num_features == small.embed_dim
-    assert read_config(tmp_path / "folder")["schema"] == 3
+    assert read_config(tmp_path / "folder")["schema"] == 4
 
 
-def test_only_what_schema_2_cannot_say_is_written_in_schema_3(tmp_path: Path) -> None:
+def test_heads_and_stream_are_always_told(tmp_path: Path) -> None:
     for name, dims in (("default", DEFAULT_DIMS), ("heads that all stay", ("heads", "hidden")), ("heads", ("heads",))):
         dense = tiny_vit()
         layout = read_layout(dense, dims)
@@ -504,9 +504,8 @@ def test_only_what_schema_2_cannot_say_is_written_in_schema_3(tmp_path: Path) ->
             masks |= {gate: mask for gate, mask in _ones(layout).items() if gate.endswith("heads")}
         small = apply_cuts(dense, plan_cuts(layout, masks))
         config = read_config(p3b.save(small, tmp_path / name))
-        keys = {key for block in config["blocks"] for key in block}
-        assert config["schema"] == (3 if name == "heads" else 2)
-        assert ("stream" in config) == ("heads" in keys) == (name == "heads")
+        assert config["stream"] == 24
+        assert [block["heads"] for block in config["blocks"]] == [shape.heads for shape in branch_shapes(small)]
         assert branch_shapes(p3b.load(tmp_path / name)) == branch_shapes(small)
 
 
@@ -521,8 +520,7 @@ def test_a_folder_that_schema_2_was_written_in_loads(tmp_path: Path) -> None:
         {"name": "blocks.0.attn", "form": "small", "inputs": everything, "inner": 5, "outputs": everything},
         {"name": "blocks.0.mlp", "form": "whole", "inputs": [], "inner": 0, "outputs": []},
     ]
-    config["schema"] = 2
-    config.pop("stream", None)
+    config = of_schema(config, 2)
     (tmp_path / CONFIG_FILE).write_text(sealed(config))
     loaded = p3b.load(tmp_path)
     assert torch.equal(loaded(images()), small(images()))
@@ -544,7 +542,7 @@ SPOILT: dict[str, Callable[[dict[str, Any]], object]] = {
     "heads that are a truth": lambda config: config["blocks"][0].update(heads=True),
     "heads that are a word": lambda config: config["blocks"][0].update(heads="2"),
     "heads of an MLP": lambda config: config["blocks"][1].update(heads=1),
-    "schema 2 with a stream": lambda config: config.update(schema=2),
+    "schema 2 with a stream": lambda config: config.update(of_schema(config, 3), schema=2),
 }
 
 

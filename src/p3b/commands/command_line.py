@@ -113,6 +113,10 @@ COMMANDS: dict[str, Command] = {
         _NOTHING,
     ),
     "predict": Command(f"{_DEPLOY}:PredictConfig", "name what is on images", f"{_HERE}.predict:predict_images", _NOTHING),
+    "serve": Command(
+        f"{_DEPLOY}:ServeConfig", "try a model on a web page, the dense one beside it", f"{_HERE}.serve:serve", _NOTHING
+    ),
+    "push": Command(f"{_DEPLOY}:PushConfig", "put a model on the Hugging Face hub", f"{_HERE}.push:push_saved", _NOTHING),
     "bench": Command(
         f"{_DEPLOY}:BenchConfig", "speed, memory and size of models side by side", f"{_HERE}.bench:bench", _NOTHING
     ),

@@ -10,6 +10,7 @@ from PIL import Image
 
 from p3b.data import DataSplits, Preprocessing, open_data
 from p3b.data.images import LabelledImages
+from p3b.deploy.card import write_card
 from p3b.deploy.choice import AUTO, CANDIDATES
 from p3b.deploy.export import DENSE, FP32, WRITTEN, Evidence, ExportPlan, ExportReport, Figures, Labelled, export
 from p3b.deploy.layouts import check_layout
@@ -70,6 +71,8 @@ def export_saved(config: ExportConfig) -> ExportReport:
         screen.say(f"{config.model} does not say how images are prepared: the file will not either.")
     report = export(model, metadata, plan, gathered.evidence, dense if smaller else None)
     tell(screen, file, plan, report, gathered.origin)
+    if config.card:
+        screen.say(f"card:    {write_card(config.model, name=str(config.model))}")
     return report
 
 

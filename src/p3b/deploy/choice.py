@@ -9,6 +9,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from p3b.deploy.hub import local_copy
 from p3b.deploy.layouts import BranchPlan, LayoutPlan, apply_layout, check_layout, plan_layout
 from p3b.deploy.speed import images_per_second
 from p3b.errors import ConfigError
@@ -63,21 +64,30 @@ def with_layout(model: nn.Module, layout: str = AUTO, *, batch_size: int = 1) ->
     return vit if layout_of(vit) == name else _laid_out(vit, plan_layout(vit, name))
 
 
-def load(path: str | Path, device: str | torch.device = "cpu", *, layout: str = "index", batch_size: int = 1) -> nn.Module:
-    """The module that `p3b.save` wrote, in evaluation mode, carried out in the layout that is asked for.
+def load(
+    path: str | Path,
+    device: str | torch.device = "cpu",
+    *,
+    layout: str = "index",
+    batch_size: int = 1,
+    revision: str | None = None,
+) -> nn.Module:
+    """The module that `p3b.save` or `p3b.push` wrote, in evaluation mode, carried out in the layout that is asked for.
 
     Args:
-        path: a folder, or a .pth file.
+        path: a folder, a .pth file, or a model of the Hugging Face hub: "user/name", where nothing lies here by that name, or
+            "hf-hub:user/name".
         device: where the model is to be.
         layout: how it is carried out (`with_layout`): "index" is the compact model, which can be trained; "auto" measures.
         batch_size: images at a time that "auto" measures with.
+        revision: branch, tag or commit of a model of the hub; by default its main branch.
 
     Raises:
-        ConfigError: an unknown layout.
+        ConfigError: an unknown layout, or a revision of something that is not of the hub.
         WeightsError: nothing is there, or what is there is damaged, edited or of a schema that this version does not know.
     """
     check_layout(layout, [AUTO])
-    return with_layout(saved_model.load(path, device), layout, batch_size=batch_size)
+    return with_layout(saved_model.load(local_copy(path, revision), device), layout, batch_size=batch_size)
 
 
 def choose_layout(model: nn.Module, *, batch_size: int = 1, seconds: float = 4.0) -> LayoutChoice:

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from p3b.data.formats import load_plugins
 from p3b.deploy.photos import Preparation, find_files
@@ -116,7 +116,7 @@ def predict(
     window = workers if runner.metadata.takes == "images" else workers + batch_size
     names: list[str] = []
     waiting: list[NDArray[Any] | str] = []
-    with _limit(max_pixels), ThreadPoolExecutor(workers) as pool:
+    with pixel_limit(max_pixels), ThreadPoolExecutor(workers) as pool:
 
         def prepared(source: Source) -> NDArray[Any] | str:
             return _prepared(source, prepare, max_pixels)
@@ -148,21 +148,43 @@ def _ahead(
 def _prepared(source: Source, prepare: Preparation, max_pixels: int) -> NDArray[Any] | str:
     """An image as the model takes it, or why it cannot be read."""
     try:
+        with opened(source, max_pixels) as image:
+            return prepare(image)
+    except DataError as error:
+        return str(error)
+
+
+@contextmanager
+def opened(source: Source, max_pixels: int) -> Iterator[Image.Image]:
+    """An image that is not decoded yet, as long as its file is open; what fails inside, such as decoding it, is told in words.
+
+    Args:
+        source: of the image.
+        max_pixels: an image with more is refused by its header; while `pixel_limit` is in force, Pillow warns of none below.
+
+    Raises:
+        DataError: it cannot be read, and why.
+    """
+    try:
         with source.open() as file:
             if _size(file) > MOST_FILE_BYTES:
-                return f"more than {MOST_FILE_BYTES >> 20} MB"
+                raise DataError(f"more than {MOST_FILE_BYTES >> 20} MB")
             load_plugins()
             with Image.open(file) as image:
                 width, height = image.size
                 if width * height > max_pixels:
-                    return f"{width} x {height} pixels, more than the {max_pixels:,} that are allowed"
-                return prepare(image)
-    except Image.DecompressionBombError:
-        return f"far more than the {max_pixels:,} pixels that are allowed"
-    except MemoryError:
-        return "there is not enough memory to decode it"
+                    raise DataError(f"{width} x {height} pixels, more than the {max_pixels:,} that are allowed")
+                yield image
+    except DataError:
+        raise
+    except UnidentifiedImageError as error:
+        raise DataError("it is no image, or of a format that is not known here") from error
+    except Image.DecompressionBombError as error:
+        raise DataError(f"far more than the {max_pixels:,} pixels that are allowed") from error
+    except MemoryError as error:
+        raise DataError("there is not enough memory to decode it") from error
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, zlib.error ...
-        return first_line(error) or type(error).__name__
+        raise DataError(first_line(error) or type(error).__name__) from error
 
 
 def _fits(waiting: Sequence[NDArray[Any] | str], image: NDArray[Any] | str, batch_size: int) -> bool:
@@ -180,7 +202,7 @@ def _answers(runner: Runner, names: Sequence[str], waiting: Sequence[NDArray[Any
         if isinstance(image, str):
             yield Prediction(name, error=image)
         else:
-            yield Prediction(name, _labels(next(probabilities), runner.metadata.class_names, top))
+            yield Prediction(name, labels_of(next(probabilities), runner.metadata.class_names, top))
 
 
 def softmax(logits_SC: NDArray[Any]) -> NDArray[np.float64]:
@@ -196,18 +218,19 @@ def softmax(logits_SC: NDArray[Any]) -> NDArray[np.float64]:
     return probabilities
 
 
-def _labels(probabilities_C: NDArray[np.float64], names: Sequence[str] | None, top: int) -> tuple[Label, ...]:
+def labels_of(probabilities_C: NDArray[np.float64], names: Sequence[str] | None, top: int) -> tuple[Label, ...]:
+    """The likeliest classes of (C,) probabilities, by name or, without names, by number."""
     best = np.argsort(-probabilities_C, kind="stable")[:top]
     return tuple(Label(str(index) if names is None else names[index], float(probabilities_C[index])) for index in best)
 
 
 def _file(path: Path) -> Source:
-    def opened() -> BinaryIO:
+    def open_it() -> BinaryIO:
         if not path.is_file():
             raise OSError("it is no regular file")
         return path.open("rb")
 
-    return Source(os.fsencode(path).decode("utf-8", "backslashreplace"), opened)
+    return Source(os.fsencode(path).decode("utf-8", "backslashreplace"), open_it)
 
 
 def _size(file: BinaryIO) -> int:
@@ -217,7 +240,7 @@ def _size(file: BinaryIO) -> int:
 
 
 @contextmanager
-def _limit(max_pixels: int) -> Iterator[None]:
+def pixel_limit(max_pixels: int) -> Iterator[None]:
     """Let Pillow refuse at the same size as we do, and warn of none below it."""
     before = Image.MAX_IMAGE_PIXELS
     Image.MAX_IMAGE_PIXELS = max_pixels

@@ -52,6 +52,8 @@ class ExportConfig:
     """The dense model to measure beside (run/dense); by default one of its shape, whose speed and size are the same."""
     threads: int | None = None
     """Threads that are computed with; by default as many as PyTorch takes."""
+    card: bool = False
+    """Write a model card (README.md) into the folder of the saved model, too."""
 
 
 def check_export(config: ExportConfig) -> Path:
@@ -69,6 +71,8 @@ def check_export(config: ExportConfig) -> Path:
         raise ConfigError("--int8 and --half contradict each other; give one of them.")
     if config.int8 == "static" and config.calibration is None and config.data_path is None and config.data_set == "FOLDER":
         raise ConfigError("--int8 static is calibrated on images: give --data-path or --calibration, or take --int8 dynamic.")
+    if config.card and not config.model.is_dir():
+        raise ConfigError(f"--card is written into the folder of a saved model; {config.model} is none. Give run/pruned.")
     require_counts(config, "batch_size", "check_images", "calibration_images", "top1_images", "threads")
     if not 0 <= config.max_loss <= 100:
         raise ConfigError(f"--max-loss is in points of top-1, from 0 to 100; got {config.max_loss}.")
@@ -170,3 +174,62 @@ def check_bench(config: BenchConfig) -> None:
     require_counts(config, "threads", "rounds")
     if not config.seconds > 0:
         raise ConfigError(f"--seconds must be above 0, got {config.seconds}.")
+
+
+@dataclass(frozen=True)
+class ServeConfig:
+    """Try a model on a web page: drop an image, see labels, probabilities and times, of the dense model beside it."""
+
+    model: Positional[Path]
+    """run/pruned, first_sparse_checkpoint.pth, or an .onnx or .pt2 that `p3b export` wrote."""
+    dense: Path | None = None
+    """A second model to show beside: run/dense."""
+    host: str = "127.0.0.1"
+    """Address to listen at; the default is reached from this machine alone, 0.0.0.0 from everywhere."""
+    port: int = 8000
+    """Port to listen at; 0 takes a free one."""
+    top: int = 5
+    """Classes to name."""
+    layout: str = "auto"
+    """How saved models are carried out: auto (measure), index, folded, gathered, zeros, balanced, ..."""
+    threads: int | None = None
+    """Threads that compute; by default as many as PyTorch takes."""
+    max_megabytes: float = 20.0
+    """Size of an image file, at most."""
+    max_pixels: int = 50_000_000
+    """An image with more pixels is not decoded."""
+    max_images: int = 16
+    """Images that are received, decoded and computed at a time; further ones are turned away until one of them is done."""
+    decoders: int = 2
+    """Images that are decoded at a time: each takes up to 8 bytes a pixel."""
+
+
+def check_serve(config: ServeConfig) -> None:
+    """Ranges and contradictions that can be seen without the models.
+
+    Raises:
+        ConfigError: names the flag, what was got and what is expected.
+    """
+    require_counts(config, "top", "threads", "max_pixels", "max_images", "decoders")
+    if not 0 < config.max_megabytes <= 1000:
+        raise ConfigError(f"--max-megabytes is {config.max_megabytes:g}; expected a number above 0, 1000 at most.")
+    if not 0 <= config.port < 1 << 16:
+        raise ConfigError(f"--port is {config.port}; expected 0 to 65535.")
+    if config.dense == config.model:
+        raise ConfigError(f"--dense is the model itself, {config.model}; give the model that it was pruned from.")
+
+
+@dataclass(frozen=True)
+class PushConfig:
+    """Put a saved model on the Hugging Face hub, with a model card."""
+
+    model: Positional[Path]
+    """A model that p3b saved: run/pruned, or first_sparse_checkpoint.pth. A README.md in the folder is taken as its card."""
+    repo: Positional[str]
+    """user/name; made where it is absent."""
+    revision: str | None = None
+    """Branch to push to, made where it is absent; by default the main branch."""
+    private: bool = False
+    """A new repository is private."""
+    message: str = "A model saved by p3b"
+    """Of the commit."""

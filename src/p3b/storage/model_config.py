@@ -19,6 +19,7 @@ from torch import Tensor
 
 from p3b import __version__
 from p3b.errors import ModelError, WeightsError
+from p3b.storage.timm_form import from_timm_form, require_agreement, to_timm_form
 from p3b.storage.untrusted import MOST_JSON, READ_ERRORS, first_line, read_json
 from p3b.vit.architecture import build_skeleton, check_description
 from p3b.vit.compact import reshape_branches
@@ -32,13 +33,15 @@ _ENTRIES_OF_SCHEMA = {
     1: {"format", "schema", "architecture", "blocks", "params", "class_names", "preprocessing", "provenance"},
 }
 _ENTRIES_OF_SCHEMA[2] = _ENTRIES_OF_SCHEMA[1] | {"p3b_version", "weights_digest", "digest"}
-_ENTRIES_OF_SCHEMA[3] = _ENTRIES_OF_SCHEMA[2] | {"stream"}
+_ENTRIES_OF_SCHEMA[3] = _ENTRIES_OF_SCHEMA[4] = _ENTRIES_OF_SCHEMA[2] | {"stream"}
+LATEST_SCHEMA = 4
+"""By our names it has the entries of schema 3; in the file they stand in the form that timm reads (`p3b.storage.timm_form`)."""
 
 
 def sealed(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
-    """The config with its digests, as text."""
+    """The config with its digests, as the text of config.json."""
     # Digests are of what will be read: JSON has lists for tuples and text for every key.
-    plain = json.loads(json.dumps({**config, "weights_digest": weights_digest(tensors)}))
+    plain = json.loads(json.dumps({**to_timm_form(config), "weights_digest": weights_digest(tensors)}))
     text = _readable_json({**plain, "digest": _config_digest(plain)})
     if len(text) > MOST_JSON:
         raise ModelError(f"The config would take {len(text)} bytes, expected at most {MOST_JSON}: shorten the provenance.")
@@ -51,25 +54,28 @@ def read_config_file(file: Path) -> dict[str, Any]:
     return checked_config(read_json(file), file)
 
 
-def checked_config(config: object, file: Path) -> dict[str, Any]:
-    """A config of a schema that is known, unaltered, with every entry in its range."""
-    if not isinstance(config, dict) or config.get("format") != FORMAT:
+def checked_config(entries: object, file: Path) -> dict[str, Any]:
+    """A config by our names, from the entries of a file: of a schema that is known, unaltered, every entry in its range."""
+    if not isinstance(entries, dict) or entries.get("format") != FORMAT:
         raise WeightsError(f"{file} is not the config of a model that p3b saved (its format is not '{FORMAT}').")
-    schema = config.get("schema")
+    schema = entries.get("schema")
     *earlier, latest = _ENTRIES_OF_SCHEMA
     if type(schema) is not int or schema not in _ENTRIES_OF_SCHEMA:
-        writer = str(config.get("p3b_version", "of unknown version"))[:40]
+        writer = str(entries.get("p3b_version", "of unknown version"))[:40]
         raise WeightsError(
             f"{file} has schema {repr(schema)[:40]}, written by p3b {writer}. This is p3b {__version__}, which reads schemas "
             f"{', '.join(map(str, earlier))} and {latest}: install the version that wrote it, or a newer one."
         )
     try:
-        if schema > 1 and config.get("digest") != _config_digest(config):
+        if schema > 1 and entries.get("digest") != _config_digest(entries):
             raise WeightsError(
                 f"{file} is damaged or was edited by hand: its content does not match its digest. Copy it again from where it "
                 "was whole; to change class names or preprocessing, load the model with p3b.load and p3b.save it with others."
             )
+        config = entries if schema < LATEST_SCHEMA else from_timm_form(entries)
         _check_entries(config, _ENTRIES_OF_SCHEMA[schema])
+        if schema == LATEST_SCHEMA:
+            require_agreement(entries, config)
     except (ModelError, *READ_ERRORS) as error:
         raise error if isinstance(error, WeightsError) else _unbuildable(file, error) from error
     return config

@@ -35,6 +35,7 @@ from p3b.storage.suggestions import unknown_model
 from p3b.storage.untrusted import first_line
 from p3b.storage.weights import load_weights
 from p3b.storage.weights_file import Weights, open_weights
+from p3b.vit.fresh import initialise
 from p3b.vit.parts import ConstantBranch, NoBranch
 
 _BUILD_ERRORS = (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
@@ -78,8 +79,7 @@ def build_model(
         )
     if num_classes < 1:
         raise ConfigError(f"num_classes is {num_classes!r}; expected an integer of at least 1.")
-    if not 0.0 <= drop_path < 1.0:
-        raise ConfigError(f"drop_path is {drop_path!r}; expected a number in [0, 1).")
+    _check_drop_path(drop_path)
     _require_known(name, pretrained)
     kwargs = _without_own_arguments(model_kwargs or {}, num_classes=num_classes, drop_path_rate=drop_path)
 
@@ -132,6 +132,11 @@ def parse_model_kwargs(items: Sequence[str]) -> dict[str, object]:
 
 
 # ------------------------------------------------------------------------------------------------- before building
+
+
+def _check_drop_path(drop_path: float) -> None:
+    if not 0.0 <= drop_path < 1.0:
+        raise ConfigError(f"drop_path is {drop_path!r}; expected a number in [0, 1).")
 
 
 def _require_known(name: str, pretrained: bool) -> None:
@@ -286,9 +291,32 @@ def _implied(name: str, facts: Facts, kwargs: Mapping[str, Any]) -> dict[str, An
 # --------------------------------------------------------------------------------------------- small models of ours
 
 
-def _open_artifact(path: Path, num_classes: int, kwargs: Mapping[str, Any], drop_path: float) -> tuple[nn.Module, LoadReport]:
+def open_saved(path: Path, arguments: Mapping[str, Any], *, fresh: bool = False) -> VisionTransformer:
+    """A model that p3b saved, in training mode, as timm's arguments change it.
+
+    Args:
+        path: its folder, or a checkpoint of ours.
+        arguments: of timm: num_classes (another number gets a new head) and drop_path_rate change the model; any other may
+            repeat what it is.
+        fresh: newly initialised, in place of its weights.
+
+    Raises:
+        WeightsError: what is there is damaged, or an argument contradicts it.
+        ConfigError: drop_path_rate is out of range.
+    """
+    has = artifact.read_config(path)["architecture"]["arguments"]
+    others = {key: value for key, value in arguments.items() if key not in ("num_classes", "drop_path_rate")}
+    drop_path = arguments.get("drop_path_rate", 0.0)
+    _check_drop_path(drop_path)
+    model, _ = _open_artifact(path, arguments.get("num_classes", has["num_classes"]), others, drop_path)
+    return initialise(model) if fresh else model
+
+
+def _open_artifact(
+    path: Path, num_classes: int, kwargs: Mapping[str, Any], drop_path: float
+) -> tuple[VisionTransformer, LoadReport]:
     _check_repeats(kwargs, path)
-    model = cast(VisionTransformer, artifact.load(path)).train()
+    model = artifact.load(path).train()
     before = model.state_dict()
     new: list[str] = []
     if model.num_classes != num_classes:

@@ -2,8 +2,8 @@
 
 config.json says everything that is needed to build the network without the training code's arguments: the architecture,
 read off the model itself, the channels that each block reads and writes and its inner widths, class names, preprocessing and
-provenance. A model that has lost whole attention heads or channels of its residual stream is of schema 3, which says how many
-are left; any other is of schema 2. The published `first_sparse_checkpoint.pth` holds the same text beside the same tensors and
+provenance. The file is in the form of timm's folders too, for timm.create_model (`p3b.storage.timm_form`); earlier schemas,
+which are not, are read as ever. The published `first_sparse_checkpoint.pth` holds the same text beside the same tensors and
 loads in torch's weights-only mode.
 
 What is saved is what its description says, layer by layer (`p3b.vit.described`); what a file cannot hold, such as a hook, is
@@ -30,7 +30,15 @@ from p3b import __version__
 from p3b.errors import ModelError, RunFolderError, WeightsError
 from p3b.storage.files import flush_to_disk, write_atomically
 from p3b.storage.hub_folder import is_hub_folder
-from p3b.storage.model_config import FORMAT, checked_config, read_config_file, sealed, skeleton_of, weights_digest
+from p3b.storage.model_config import (
+    FORMAT,
+    LATEST_SCHEMA,
+    checked_config,
+    read_config_file,
+    sealed,
+    skeleton_of,
+    weights_digest,
+)
 from p3b.storage.pickles import Sketch, TensorClaim
 from p3b.storage.untrusted import (
     Header,
@@ -171,7 +179,7 @@ def model_config(
     preprocessing: Mapping[str, Any] | None = None,
     provenance: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """What config.json holds, as plain values, without the digests.
+    """What config.json holds, by our names (`p3b.storage.timm_form`), as plain values, without the digests.
 
     Raises:
         ModelError: the architecture cannot be described, so that `load` would not give the model back, or the class names are
@@ -181,19 +189,13 @@ def model_config(
     if class_names is not None and len(class_names) != classes_of(vit):
         raise ModelError(f"Got {len(class_names)} class names for a head of {classes_of(vit)} outputs.")
     shapes, architecture = branch_shapes(vit), describe_dense(vit)
-    dense = architecture["arguments"]
-    # What schema 2 can say is said in it: every version that reads it can read such a model.
-    narrower = vit.embed_dim != dense["embed_dim"] or any(shape.heads not in (0, dense["num_heads"]) for shape in shapes)
     blocks = [{key: list(v) if isinstance(v, tuple) else v for key, v in asdict(shape).items()} for shape in shapes]
-    if not narrower:
-        for block in blocks:
-            del block["heads"]
     return {
         "format": FORMAT,
-        "schema": 3 if narrower else 2,
+        "schema": LATEST_SCHEMA,
         "p3b_version": __version__,
         "architecture": architecture,
-        **({"stream": vit.embed_dim} if narrower else {}),
+        "stream": vit.embed_dim,
         "blocks": blocks,
         "params": sum(value.numel() for _, value in vit.named_parameters(remove_duplicate=False)),  # ties are cut by saving
         "class_names": None if class_names is None else list(class_names),

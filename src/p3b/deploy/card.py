@@ -1,0 +1,179 @@
+"""The card of a saved model, README.md: where it comes from, what it may be used under, what was measured, how it is loaded.
+
+Everything on it is read from the model's config and, where the model still lies in the run that made it, from that run's files.
+What is not known is said to be so, or left out.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import timm
+from timm.models import get_pretrained_cfg
+
+from p3b.deploy.plain import plain_call
+from p3b.storage import saved_model
+from p3b.storage.files import write_atomically
+from p3b.vit.shapes import WHOLE
+
+CARD_FILE = "README.md"
+_FIGURE = "keep_ratio"
+_TEMPLATE = "model_card.md.j2"
+_ROWS = (
+    ("parameters", "params", "{:,.0f}"),
+    ("MACs", "macs", "{:,.0f}"),
+    ("size on disk (bytes)", "bytes", "{:,.0f}"),
+    ("top-1 (%)", "top1", "{:.2f}"),
+    ("top-5 (%)", "top5", "{:.2f}"),
+    ("images per second", "images_per_second", "{:,.0f}"),
+)
+
+
+@dataclass(frozen=True)
+class Base:
+    """What the model was trained from.
+
+    Attributes:
+        said: in words.
+        licence: of these weights, as timm records it; None where it is not known.
+        hub_id: of them; None where they are not of the hub.
+    """
+
+    said: str
+    licence: str | None = None
+    hub_id: str | None = None
+
+
+@dataclass(frozen=True)
+class Run:
+    """Files of the stage that made the model: its settings and its summary."""
+
+    folder: Path
+    settings: Mapping[str, Any]
+    summary: Mapping[str, Any]
+
+
+def write_card(folder: Path, *, name: str, on_hub: bool = False, origin: Path | None = None) -> Path:
+    """Write README.md into the folder of a saved model, and beside it the figure that it shows; returns the card.
+
+    Args:
+        folder: of the saved model.
+        name: that the model goes by: "user/name", or a folder's.
+        on_hub: whether that is a name of the hub.
+        origin: where the model lay when it was made, if `folder` is another place; its run is looked for there.
+
+    Raises:
+        WeightsError: the folder holds no model.
+    """
+    config = saved_model.read_config(folder)
+    run = run_of(origin or folder, config)
+    drawn = [] if run is None else sorted(run.folder.glob(f"{_FIGURE}.*"))
+    figure = drawn[0] if drawn else None
+    if figure is not None:
+        shutil.copyfile(figure, folder / figure.name)
+    text = card(config, name, on_hub=on_hub, run=run, figure=None if figure is None else figure.name)
+    write_atomically(folder / CARD_FILE, lambda path: path.write_text(text, encoding="utf-8"))
+    return folder / CARD_FILE
+
+
+def card(
+    config: Mapping[str, Any], name: str, *, on_hub: bool = False, run: Run | None = None, figure: str | None = None
+) -> str:
+    """The text of a card; pure.
+
+    Args:
+        config: of the saved model.
+        name: that the model goes by.
+        on_hub: whether that is a name of the hub.
+        run: that made it.
+        figure: file beside the card.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("p3b.deploy", "."),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        autoescape=False,  # Markdown: what is put in is quoted here
+        keep_trailing_newline=True,
+    )
+    provenance = config["provenance"] or {}
+    return environment.get_template(_TEMPLATE).render(
+        name=name,
+        on_hub=on_hub,
+        is_small=any(block["form"] != WHOLE for block in config["blocks"]),
+        base=base_of(provenance, run),
+        arguments=config["architecture"]["arguments"],
+        params=config["params"],
+        classes=None if config["class_names"] is None else [_inline(each) for each in config["class_names"]],
+        preprocessing=config["preprocessing"],
+        data=None if "data" not in provenance else _inline(str(provenance["data"])),
+        date=provenance.get("date"),
+        versions=provenance.get("versions", {}),
+        budget=None if run is None else _budget(run),
+        rows=[] if run is None else _rows(run),
+        part="" if run is None else "test" if "test" in run.summary.get("accuracy", {}) else "val",
+        figure=figure,
+        plain=plain_call(config),
+    )
+
+
+def run_of(folder: Path, config: Mapping[str, Any]) -> Run | None:
+    """The finished run whose model lies in this folder; None where the folder has been moved away from it."""
+    provenance = config["provenance"] or {}
+    stage = folder.parent / str(provenance.get("stage", ""))
+    try:
+        settings, summary = (json.loads((stage / file).read_text("utf-8")) for file in ("config.json", "summary.json"))
+    except (OSError, ValueError):
+        return None
+    return Run(stage, settings, summary) if summary.get("provenance") == provenance else None
+
+
+def base_of(provenance: Mapping[str, Any], run: Run | None) -> Base:
+    """What the model was trained from, and under which licence that came."""
+    name = str(provenance.get("model", ""))
+    if not name:
+        return Base("not recorded")
+    architecture = f"the architecture {name} of timm"
+    settings = {} if run is None else run.settings.get("model", {})
+    if not settings:
+        return Base(architecture)
+    if settings.get("model_path"):
+        return Base(f"{architecture}, with the weights of the file {_inline(Path(settings['model_path']).name)}")
+    if not settings.get("model_pretrained"):
+        return Base(f"{architecture}, without pretrained weights")
+    cfg = get_pretrained_cfg(name) if timm.is_model(name) else None
+    if cfg is None:
+        return Base(f"{architecture}, with timm's pretrained weights")
+    tagged = f"{cfg.architecture}.{cfg.tag}" if cfg.tag else name
+    return Base(f"timm's pretrained {tagged}", cfg.license, cfg.hf_hub_id)
+
+
+def _budget(run: Run) -> str | None:
+    options, reached = run.settings.get("prune"), run.summary.get("reached_prune_ratio")
+    if options is None or reached is None:
+        return None
+    of = "the parameters of the blocks" if options["prune_blocks_only"] else "all parameters"
+    share = f"{options['prune_ratio']:.0%} of {of}"
+    return f"{share} to be pruned by {options['prune_method']}; {reached:.1%} of all parameters are gone"
+
+
+def _rows(run: Run) -> list[tuple[str, ...]]:
+    """Name and figures of each measured quantity: the dense model's, where there is one, and this one's."""
+    columns = [run.summary[key] for key in ("dense", "pruned", "model") if key in run.summary]
+    rows: list[tuple[str, ...]] = [("", *(("dense", "this model") if len(columns) == 2 else ("this model",)))]
+    for label, key, form in _ROWS:
+        values = [column.get(key) for column in columns]
+        if any(value is not None for value in values):
+            rows.append((label, *("-" if value is None else form.format(value) for value in values)))
+    return rows
+
+
+def _inline(text: str) -> str:
+    """Text of anywhere inside a line of Markdown: as code, in which nothing has a meaning."""
+    return "`" + " ".join(text.replace("`", "'").split()) + "`"

@@ -1,0 +1,34 @@
+"""Fresh weights for a small model: its shape is kept, its values are those that training from nothing begins with."""
+
+from __future__ import annotations
+
+from timm.layers import LayerScale
+from timm.models.vision_transformer import VisionTransformer, init_weights_vit_timm
+from torch import nn
+
+from p3b.vit.parts import ConstantBranch, ReadChannels, WriteChannels
+
+_LAYER_SCALE = 1e-5
+"""timm's LayerScale begins with what it was given, which weights do not tell; this is the value of its own models."""
+
+
+def initialise(model: VisionTransformer) -> VisionTransformer:
+    """Initialise a dense or small model in place, as timm initialises a dense one; returns it.
+
+    A norm begins as the identity, a block that only adds a constant with nothing.
+    """
+    model.init_weights()  # positions and tokens; layers as timm was told when the model was built, which is not at all
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            init_weights_vit_timm(module)
+        elif isinstance(module, nn.LayerNorm | ReadChannels):
+            if module.weight is not None:
+                nn.init.ones_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, LayerScale | WriteChannels):
+            if module.gamma is not None:
+                nn.init.constant_(module.gamma, _LAYER_SCALE)
+        elif isinstance(module, ConstantBranch):
+            nn.init.zeros_(module.value)
+    return model
