@@ -7,6 +7,7 @@ prune ratios. It asks the validation part alone; what the test part says is told
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ def sweep(config: SweepConfig) -> list[Path]:
         raise ConfigError("--output-dir is missing: the folder that everything is written to.")
     runs = plan(series_config)
     if asked.dense_run is not None:
-        runs = [run for run in runs if run.row != DENSE]
+        runs = [replace(run, dense_run=asked.dense_run) for run in runs if run.row != DENSE]
     require_taken(config.prune, [run.row for run in runs if is_pruned(run.row)])
     for run in runs:
         check(config_of(series_config, run))

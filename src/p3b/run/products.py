@@ -17,7 +17,7 @@ PRODUCTS = {"train": "dense", "prune": "pruned", "finetune": "finetuned"}
 """Folder of each stage's model; a stage that is not here leaves none."""
 SPARSE_CHECKPOINT = "first_sparse_checkpoint.pth"
 """The shrunk model before fine-tuning, under its published name."""
-BEST = "best.pth"
+BEST, TEACHER = "best.pth", "teacher.pth"
 
 
 def products_of(stage: str) -> tuple[str, ...]:
@@ -63,6 +63,16 @@ class Products:
     def load_best(self) -> nn.Module:
         """The model of the best epoch."""
         return saved_model.load(self._best, self._machine.device)
+
+    @property
+    def teacher(self) -> Path:
+        """File of the model that a distilled run learns from, where it is the run's own."""
+        return self._root / self._stage / TEACHER
+
+    def save_teacher(self, model: nn.Module) -> None:
+        """Write the model that the run will learn from."""
+        self._machine.on_main(lambda: saved_model.save_checkpoint(model, self.teacher, **self._description))
+        wait_for_all()
 
     @property
     def _best(self) -> Path:
