@@ -239,3 +239,13 @@ def test_a_comparison_of_distilled_models(data: Path, tmp_path: Path, capsys: py
     assert "teacher: pruned and smaller models learn from the dense one of their seed" in capsys.readouterr().out
     told = read(tmp_path / "runs" / "uniform-0.5-seed0" / "prune" / "summary.json")["distillation"]
     assert told["teacher"] == str(tmp_path / "runs" / "dense-seed0" / "dense")
+
+
+def test_a_sweep_keeps_its_teacher(data: Path, dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ("--prune-method", "uniform", "--prune-ratios", "0.5", "--epochs", "1", "--prune-start-epoch", "1steps")
+    asked = flags(data, tmp_path, *given, "--distill-from", "dense-run", "--dense-run")
+    assert run("sweep", *asked, str(dense / "0")) == 0
+    (line,) = (line for line in lines(tmp_path / "sweep.jsonl") if line.get("row") == "uniform")
+    assert line["teacher"] == read(dense / "0" / "dense" / "config.json")["weights_digest"]
+    assert run("sweep", *asked, str(dense / "1")) == USER_ERROR
+    assert "uniform-0.5-seed0 learnt from another dense run" in " ".join(capsys.readouterr().err.split())

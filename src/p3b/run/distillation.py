@@ -73,7 +73,7 @@ class SelfDistillation:
         self._tau = TAU if training.distillation_tau is None else training.distillation_tau
         check_distillation(self._kind, self._alpha, self._tau)
         self._stage, self._start, self._given = stage, start, given
-        self.teacher_digest = None if given is None else _digest(given)
+        self.teacher_digest = None if given is None else teacher_digest(given)
         self._teacher: Teacher | None = None
         self._loss: TrainingLoss | None = None
         self._measured: str | None = None
@@ -94,7 +94,7 @@ class SelfDistillation:
                 f"--resume needs the teacher that the run began with; the model of --dense-run {self._given.parent} has other "
                 "weights. Give that dense run, or start again with --overwrite."
             )
-        if self._given is None and _digest(self._stage.products.teacher) != digest:
+        if self._given is None and teacher_digest(self._stage.products.teacher) != digest:
             raise WeightsError(
                 f"{self._stage.products.teacher} is not the teacher that the run has learnt from so far. Put that one back, or "
                 "start again with --overwrite."
@@ -151,7 +151,7 @@ class SelfDistillation:
 
     def _open(self) -> Teacher:
         machine = self._stage.machine
-        self.teacher_digest = _digest(self._place)
+        self.teacher_digest = teacher_digest(self._place)
         precision = Precision.choose("auto", machine.device)
         teacher = Teacher(machine.put(saved_model.load(self._place)), precision)
         whose = "the model at the end of the warm-up" if self._given is None else "the dense model"
@@ -160,8 +160,11 @@ class SelfDistillation:
         return teacher
 
 
-def _digest(saved: Path) -> str:
-    """Of the weights of a saved model.
+def teacher_digest(saved: Path) -> str:
+    """Names a teacher: the digest of its weights.
+
+    Args:
+        saved: folder or file of the model.
 
     Raises:
         WeightsError: it is not there.
