@@ -173,7 +173,9 @@ def teacher_digest(saved: Path) -> str:
         raise WeightsError(
             f"{saved} is gone: the teacher that this run learns from. Put it back, or start again with --overwrite."
         )
-    digest: str = saved_model.read_config(saved)["weights_digest"]
+    digest: str | None = saved_model.read_config(saved).get("weights_digest")
+    if digest is None:
+        raise WeightsError(f"{saved} is of an early version and tells no digest of its weights: save it anew (p3b.save).")
     return digest
 
 
