@@ -23,6 +23,7 @@ from p3b.storage import saved_model
 from p3b.train.losses import TrainingLoss, check_distillation
 from p3b.train.optim import Precision
 from p3b.train.teacher import Teacher
+from p3b.vit.layout import require_vision_transformer
 
 TAU = 2.0
 """Temperature where none is given: between a model and its own smaller self more than the likeliest class has to tell."""
@@ -113,7 +114,7 @@ class SelfDistillation:
             return loss
         if self._loss is None:
             if self._given is None and step == self._start:
-                self._stage.products.save_teacher(watched)
+                self._stage.products.save_teacher(require_vision_transformer(watched))
             self._teacher = self._open()
             self._loss = TrainingLoss(loss.task, self._teacher, self._kind, self._alpha, self._tau)
             answer_teacher_apart(student, enable=True)

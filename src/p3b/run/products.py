@@ -12,6 +12,7 @@ from torch import nn
 from p3b.run.machine import Machine
 from p3b.storage import saved_model
 from p3b.train.distributed import wait_for_all
+from p3b.vit.architecture import build_skeleton, describe_dense
 
 PRODUCTS = {"train": "dense", "prune": "pruned", "finetune": "finetuned"}
 """Folder of each stage's model; a stage that is not here leaves none."""
@@ -69,9 +70,11 @@ class Products:
         """File of the model that a distilled run learns from, where it is the run's own."""
         return self._root / self._stage / TEACHER
 
-    def save_teacher(self, model: nn.Module) -> None:
-        """Write the model that the run will learn from."""
-        self._machine.on_main(lambda: saved_model.save_checkpoint(model, self.teacher, **self._description))
+    def save_teacher(self, model: VisionTransformer) -> None:
+        """Write the model that the run will learn from: the weights of a dense one, whose masks are still all open."""
+        plain = build_skeleton(describe_dense(model))  # the model itself is being pruned: gates and taps hang on it
+        plain.load_state_dict(model.state_dict(), assign=True)
+        self._machine.on_main(lambda: saved_model.save_checkpoint(plain, self.teacher, **self._description))
         wait_for_all()
 
     @property
