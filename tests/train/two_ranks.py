@@ -158,22 +158,23 @@ def a_step_that_is_not_finite_on_one_rank(out: Path) -> None:
 
 
 def resuming(out: Path) -> None:
-    """With the random states of both ranks, stopping and going on equals never stopping."""
+    """With the random states of both ranks and their one teacher, stopping and going on equals never stopping."""
     save = p3b.run.training.save_checkpoint
 
     def save_and_stop(*given: Any, **progress: Any) -> None:
         save(*given, **progress)
         raise KeyboardInterrupt
 
-    given = ("--epochs", "2", "--drop-path", "0.3", "--batch-size", "2", "--lr", "0.1")
-    assert run("train", *flags(out / "data", out / "whole", *given)) == 0
+    given = ("--epochs", "2", "--drop-path", "0.3", "--batch-size", "2", "--lr", "0.1", "--prune-start-epoch", "2steps")
+    given = (*given, "--distill-from", "warm-up")
+    assert run("prune", *flags(out / "data", out / "whole", *given)) == 0
     p3b.run.training.save_checkpoint = save_and_stop
     with contextlib.suppress(KeyboardInterrupt):
-        run("train", *flags(out / "data", out / "stopped", *given))
+        run("prune", *flags(out / "data", out / "stopped", *given))
     p3b.run.training.save_checkpoint = save
-    assert not (out / "stopped" / "dense").exists()
-    assert run("train", *flags(out / "data", out / "stopped", *given, "--resume")) == 0
-    assert same_tensors(weights(out / "whole" / "dense"), weights(out / "stopped" / "dense"))
+    assert not (out / "stopped" / "pruned").exists()
+    assert run("prune", *flags(out / "data", out / "stopped", *given, "--resume")) == 0
+    assert same_tensors(weights(out / "whole" / "pruned"), weights(out / "stopped" / "pruned"))
 
 
 def one_rank_alone_fails(out: Path) -> None:

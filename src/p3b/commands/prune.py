@@ -14,6 +14,7 @@ from p3b.deploy.layouts import check_layout
 from p3b.methods import effective_options, own_in_warm_up
 from p3b.pruner import Pruner
 from p3b.run.dense_run import read_dense_run, require_same_images
+from p3b.run.distillation import SelfDistillation, open_distillation
 from p3b.run.final_table import (
     as_deployed,
     figures_of,
@@ -65,6 +66,7 @@ def prune(config: PruneConfig, warm_up: Path | None = None) -> dict[str, Any]:
             require_same_images(dense_run["accuracy"], parts, options.dense_run)
         dense_params = count_parameters(model)
         plan = plan_pruning(options, config.training.epochs, recipe.steps_per_epoch, recipe.options.grad_accum_steps)
+        distillation = open_distillation(stage, config, plan.schedule.start)
         pruner = Pruner(model, options.prune_ratio, options.prune_method, plan.schedule, **method_options)
         checkpoint = _begin(stage, pruner, options.prune_method, method_options, warm_up)
         _say_plan(stage, pruner, options, method_options)
@@ -72,7 +74,8 @@ def prune(config: PruneConfig, warm_up: Path | None = None) -> dict[str, Any]:
             stage.warn_of_little(plan.epochs + plan.finetune_epochs, plan.schedule, options.prune_steps_update_mask)
 
         if checkpoint is None or checkpoint["progress"]["place"]["part"] == "prune":
-            train_epochs(stage, model, Epochs("prune", plan.epochs, lr), pruner=pruner, checkpoint=checkpoint)
+            epochs = Epochs("prune", plan.epochs, lr)
+            train_epochs(stage, model, epochs, pruner=pruner, distillation=distillation, checkpoint=checkpoint)
             _decide(stage, pruner)
             _shrink(stage, pruner, model, dense_params)
             checkpoint = None
@@ -80,9 +83,9 @@ def prune(config: PruneConfig, warm_up: Path | None = None) -> dict[str, Any]:
             model = _reopen_small(stage, config.model, distilled=recipe.options.teacher_model is not None)
         if plan.finetune_epochs:
             epochs = Epochs("fine-tune", plan.finetune_epochs, options.finetune_lr or lr, first=plan.epochs)
-            train_epochs(stage, model, epochs, checkpoint=checkpoint)
+            train_epochs(stage, model, epochs, distillation=distillation, checkpoint=checkpoint)
         folder = stage.products.save(model)
-        return _tell(stage, model, folder, options, dense_run, config.run.figure_format)
+        return _tell(stage, model, folder, options, dense_run, distillation, config.run.figure_format)
 
 
 def _begin(
@@ -145,6 +148,7 @@ def _tell(
     folder: Path,
     options: PruneOptions,
     dense_run: Mapping[str, Any] | None,
+    distillation: SelfDistillation | None,
     figure_format: str,
 ) -> dict[str, Any]:
     """Evaluate the small model, compare it with the dense one, and write the summary."""
@@ -171,6 +175,7 @@ def _tell(
             "part": part,
             "accuracy": plain(accuracies),
             "layouts": [asdict(choice) for choice in choices],
+            **({} if distillation is None else {"distillation": distillation.summary()}),
             "reached_prune_ratio": 1 - columns["pruned"].params / columns["dense"].params,
             "returned": asdict(stage.records.returned()),
             "figures": [str(figure) for figure in drawn],

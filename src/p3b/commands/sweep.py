@@ -7,6 +7,7 @@ prune ratios. It asks the validation part alone; what the test part says is told
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,11 @@ from p3b.methods import create_method, method_dims
 from p3b.report.comparison import write_report
 from p3b.run.bisection import candidates, grid, middle
 from p3b.run.dense_run import GIVEN, line_of_dense_run, require_same_images
+from p3b.run.distillation import teacher_digest
 from p3b.run.method_options import method_options_of, require_taken
 from p3b.run.option_checks import check
 from p3b.run.options import CompareConfig, CompareOptions, PruneConfig, SweepConfig, SweepOptions
+from p3b.run.products import PRODUCTS
 from p3b.run.series import Commands, Series, open_inputs, open_series, show_tables
 from p3b.run.series_lines import dense_guesses, finished
 from p3b.run.series_plan import DENSE, Run, config_of, is_pruned, shared_warm_ups
@@ -46,7 +49,7 @@ def sweep(config: SweepConfig) -> list[Path]:
         raise ConfigError("--output-dir is missing: the folder that everything is written to.")
     runs = plan(series_config)
     if asked.dense_run is not None:
-        runs = [run for run in runs if run.row != DENSE]
+        runs = [replace(run, dense_run=asked.dense_run) for run in runs if run.row != DENSE]
     require_taken(config.prune, [run.row for run in runs if is_pruned(run.row)])
     for run in runs:
         check(config_of(series_config, run))
@@ -69,6 +72,8 @@ def sweep(config: SweepConfig) -> list[Path]:
         if given is not None and asked.dense_run is not None:
             parts = {name: len(part) for name, part in (("val", splits.val), ("test", splits.test)) if part is not None}
             require_same_images(given["accuracy"], parts, asked.dense_run)
+            if config.prune.distill_from == "dense-run":
+                _require_one_teacher(lines, asked.dense_run)
 
     with open_series(series_config, "sweep", shared_warm_ups(series_config, runs), Commands(train, prune), require) as series:
         written: list[Path] = []
@@ -210,3 +215,14 @@ def _on_validation(line: dict[str, Any]) -> dict[str, Any]:
         return line
     accuracy = line["accuracy"]["val"]
     return {**line, "part": "val", **{key: accuracy[key] for key in ("top1", "top5", "images")}}
+
+
+def _require_one_teacher(lines: Sequence[Mapping[str, Any]], dense_run: Path) -> None:
+    """Refuse a dense run that is not the one that the models which are done have learnt from."""
+    now = teacher_digest(dense_run / PRODUCTS["train"])
+    taught = [line["name"] for line in finished(lines).values() if line.get("teacher", now) != now]
+    if taught:
+        raise ConfigError(
+            f"{', '.join(taught)} learnt from another dense run than --dense-run {dense_run}: their rows would not compare. "
+            "Give the same one, or choose another --output-dir."
+        )

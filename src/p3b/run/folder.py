@@ -7,6 +7,7 @@
                             checkpoints/    the newest two, everything needed to go on
                             best.pth        the best epoch's model, by validation accuracy
                             predictions.csv one line an evaluated image; examples/ has small copies of mistakes
+                            teacher.pth     what a run with --distill-from warm-up learns from, besides its labels
                             summary.json    written last: the stage is finished
 
 Every file but the two logs of lines is replaced as a whole or not at all. A lock on the output folder (`.lock`) is held from
@@ -40,6 +41,7 @@ _OWN_FILES = (
     *LINE_FILES,
     "checkpoints",
     "best.pth",
+    "teacher.pth",
     "summary.json",
     "benefit.*",
     "keep_ratio.*",

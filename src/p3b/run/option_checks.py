@@ -25,6 +25,7 @@ def check(config: TrainConfig) -> None:
         ConfigError: names the flag, what was got and what is expected.
     """
     _check_training(config.training)
+    _check_teacher(config)
     _check_inputs(config.data, config.model)
     _check_run(config.run)
     if config.run.output_dir is None:
@@ -72,10 +73,24 @@ def _check_training(training: TrainingOptions) -> None:
         raise ConfigError(f"--model-ema-decay must lie in (0, 1), got {training.model_ema_decay}.")
     if training.warmup_epochs >= training.epochs and training.warmup_epochs > 0:
         raise ConfigError(f"--warmup-epochs {training.warmup_epochs} leaves none of the {training.epochs} epochs.")
-    if (training.teacher_model is None) != (training.distillation_type == "none"):
-        raise ConfigError("Distillation needs both a teacher (--teacher-model) and a kind (--distillation-type soft or hard).")
     if training.teacher_path is not None and training.teacher_model is None:
         raise ConfigError(f"--teacher-path {training.teacher_path} needs --teacher-model, the teacher's timm name.")
+
+
+def _check_teacher(config: TrainConfig) -> None:
+    training = config.training
+    source = config.prune.distill_from if isinstance(config, PruneConfig) else "none"
+    if source == "none":
+        if (training.teacher_model is None) != (training.distillation_type == "none"):
+            raise ConfigError(
+                "Distillation needs both a teacher (--teacher-model) and a kind (--distillation-type soft or hard)."
+            )
+    elif training.teacher_model is not None:
+        raise ConfigError(
+            f"--distill-from {source} and --teacher-model {training.teacher_model} name two teachers; give one of them."
+        )
+    elif source == "dense-run" and isinstance(config, PruneConfig) and config.prune.dense_run is None:
+        raise ConfigError("--distill-from dense-run needs --dense-run: the output folder of a finished `p3b train`.")
 
 
 def _check_pruning(prune: PruneOptions) -> None:

@@ -115,11 +115,11 @@ class TrainingOptions:
     model_ema_decay: float = 0.9999
     """Decay of the moving average per optimizer step, in (0, 1)."""
     distillation_type: str = "none"
-    """none, soft (KL divergence) or hard (the teacher's label)."""
+    """none, soft (KL divergence) or hard (the teacher's label); with --distill-from soft, unless it is hard."""
     distillation_alpha: float = 0.5
     """Weight of the teacher, in [0, 1]."""
-    distillation_tau: float = 1.0
-    """Temperature of soft distillation."""
+    distillation_tau: float | None = None
+    """Temperature of soft distillation; by default 1 with --teacher-model, 2 with --distill-from."""
     teacher_model: str | None = None
     """timm name of the teacher (pretrained weights are downloaded unless --teacher-path is given)."""
     teacher_path: Path | None = None
@@ -213,6 +213,9 @@ class PhaseOptions:
     """Epochs of fine-tuning the small model in the same go."""
     finetune_lr: float | None = None
     """Learning rate of that fine-tuning, scaled like --lr, which is the default."""
+    distill_from: Literal["none", "warm-up", "dense-run"] = "none"
+    """Learn from the model's own dense transfer, too, once the warm-up is over: warm-up (the model as it is then; its moving
+    average with --model-ema) or dense-run (that of --dense-run; in a comparison or sweep the dense row)."""
 
 
 @dataclass(frozen=True)
@@ -233,7 +236,7 @@ class PruneOptions(PhaseOptions):
     prune_keep_ratios: tuple[float, ...] = ()
     """Keep ratios given by hand, one per block (attention, MLP, attention, ...); then nothing is measured to find them."""
     dense_run: Path | None = None
-    """Output folder of a finished `p3b train` to compare with in the final table."""
+    """Output folder of a finished `p3b train` to compare with at the end, and the teacher of --distill-from dense-run."""
 
 
 @dataclass(frozen=True)

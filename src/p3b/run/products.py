@@ -12,12 +12,13 @@ from torch import nn
 from p3b.run.machine import Machine
 from p3b.storage import saved_model
 from p3b.train.distributed import wait_for_all
+from p3b.vit.architecture import build_skeleton, describe_dense
 
 PRODUCTS = {"train": "dense", "prune": "pruned", "finetune": "finetuned"}
 """Folder of each stage's model; a stage that is not here leaves none."""
 SPARSE_CHECKPOINT = "first_sparse_checkpoint.pth"
 """The shrunk model before fine-tuning, under its published name."""
-BEST = "best.pth"
+BEST, TEACHER = "best.pth", "teacher.pth"
 
 
 def products_of(stage: str) -> tuple[str, ...]:
@@ -63,6 +64,18 @@ class Products:
     def load_best(self) -> nn.Module:
         """The model of the best epoch."""
         return saved_model.load(self._best, self._machine.device)
+
+    @property
+    def teacher(self) -> Path:
+        """File of the model that a distilled run learns from, where it is the run's own."""
+        return self._root / self._stage / TEACHER
+
+    def save_teacher(self, model: VisionTransformer) -> None:
+        """Write the model that the run will learn from: the weights of a dense one, whose masks are still all open."""
+        plain = build_skeleton(describe_dense(model))  # the model itself is being pruned: gates and taps hang on it
+        plain.load_state_dict(model.state_dict(), assign=True)
+        self._machine.on_main(lambda: saved_model.save_checkpoint(plain, self.teacher, **self._description))
+        wait_for_all()
 
     @property
     def _best(self) -> Path:

@@ -114,7 +114,9 @@ def training_loss(options: TrainingOptions, model: VisionTransformer, num_classe
         if report is not None and (unknown := report.replaced + report.missing):
             raise WeightsError(f"The teacher must know the same {num_classes} classes: {'; '.join(unknown)}")
         teacher.requires_grad_(False).to(device).eval()
-    loss = TrainingLoss(task, teacher, options.distillation_type, options.distillation_alpha, options.distillation_tau)
+    kind = "none" if teacher is None else options.distillation_type
+    tau = 1.0 if options.distillation_tau is None else options.distillation_tau
+    loss = TrainingLoss(task, teacher, kind, options.distillation_alpha, tau)
     answer_teacher_apart(model, enable=teacher is not None)
     return loss
 

@@ -34,7 +34,7 @@ from p3b.run.provenance import circumstances
 from p3b.run.same_settings import comparable, read_comparable, require_comparable
 from p3b.run.screen import Screen, open_screen
 from p3b.run.series_lines import finished, results
-from p3b.run.series_plan import SMALLER, Run, config_of, warm_up_of
+from p3b.run.series_plan import SMALLER, Run, about_teacher, config_of, warm_up_of
 from p3b.run.series_speed import due_batch_sizes, speed_lines
 from p3b.run.smaller_start import make_start
 from p3b.run.warm_up import WARM_UP, train_warm_up
@@ -246,6 +246,8 @@ def open_series(
         require_comparable(comparable(config, processes.world_size), before, out)
         screen = open_screen(config.run, processes.is_main)
         folder.claim_for_all(processes.is_main, screen.warn, resume=True, overwrite=False)
+        if (teacher := about_teacher(config)) is not None:
+            screen.say(teacher)
         try:
             yield Series(config, name, shared, commands, processes, device, screen)
         finally:

@@ -48,6 +48,7 @@ def results(summary: Mapping[str, Any], stage: Path) -> dict[str, Any]:
         "params": figures["params"],
         "macs": figures["macs"],
         "epochs": len(epochs),
+        **({"teacher": summary["distillation"]["digest"]} if "distillation" in summary else {}),
         "train_seconds": sum(epoch["train_seconds"] for epoch in epochs),
         "data": provenance["data"],
         "device": provenance["device"],

@@ -5,11 +5,22 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 from p3b.methods import method_options
+from p3b.run.distillation import TAU
 from p3b.run.method_options import METHOD_OPTIONS, method_options_of
-from p3b.run.options import CompareConfig, PhaseOptions, PruneConfig, PruneOptions, RunOptions, TrainConfig
+from p3b.run.options import (
+    CompareConfig,
+    PhaseOptions,
+    PruneConfig,
+    PruneOptions,
+    RunOptions,
+    TrainConfig,
+    TrainingOptions,
+)
+from p3b.run.products import PRODUCTS
 from p3b.run.warm_up import warm_up_name
 
 DENSE, SMALLER = "dense", "smaller"
@@ -27,6 +38,8 @@ class Run:
     seed: int
     changed: tuple[tuple[str, Any], ...] = ()
     """Settings of pruning in which it differs from the rest of its series, by name: (("prune_alpha", 1.0),)."""
+    dense_run: Path | None = None
+    """Output folder of the dense run that it learns from, where that is not one of the series."""
 
     @property
     def name(self) -> str:
@@ -57,20 +70,49 @@ def config_of(config: CompareConfig, run: Run) -> TrainConfig | PruneConfig:
     stays as it is by default: it means nothing to it.
     """
     assert config.run.output_dir is not None
-    folder = config.run.output_dir / "runs" / run.name
+    runs = config.run.output_dir / "runs"
+    folder, dense_run = runs / run.name, run.dense_run or runs / Run(DENSE, None, run.seed).name
     options = RunOptions(**{**_fields(config.run), "output_dir": folder, "report": False}, resume=True, seed=run.seed)
     if not is_pruned(run.row):
         model = config.model
         if run.row == SMALLER:  # its start brings its shape along
             model = replace(model, model_path=folder / "start", model_pretrained=False, model_kwargs=(), input_size=None)
-        training = replace(config.training, epochs=config.training.epochs + config.prune.finetune_epochs)
-        return TrainConfig(config.data, model, training, config.augment, options)
+        return TrainConfig(config.data, model, _training_of(config, run, dense_run), config.augment, options)
     assert run.ratio is not None
     defaults, taken = _fields(PhaseOptions()), method_options(run.row)
     unused = {setting for setting, option in METHOD_OPTIONS.items() if option not in taken}
     shared = {key: defaults[key] if key in unused else value for key, value in _fields(config.prune).items()}
     pruning = PruneOptions(**{**shared, **dict(run.changed)}, prune_method=run.row, prune_ratio=run.ratio)
+    if pruning.distill_from == "dense-run":
+        pruning = replace(pruning, dense_run=dense_run)
     return PruneConfig(config.data, config.model, config.training, config.augment, options, pruning)
+
+
+def about_teacher(config: CompareConfig) -> str | None:
+    """What the models of a series learn from, besides their labels, in a sentence; None where there is no such thing."""
+    return {
+        "none": None,
+        "warm-up": "teacher: pruned models learn from the model at the end of their warm-up, one for all that share it; a "
+        "smaller one has no warm-up and learns from the labels alone",
+        "dense-run": "teacher: pruned and smaller models learn from the dense one of their seed",
+    }[config.prune.distill_from]
+
+
+def _training_of(config: CompareConfig, run: Run, dense_run: Path) -> TrainingOptions:
+    """Of a model that is not pruned; a smaller one may learn from a dense run as pruned ones do, from its first step on."""
+    training, source = config.training, config.prune.distill_from
+    training = replace(training, epochs=training.epochs + config.prune.finetune_epochs)
+    if source == "none":
+        return training
+    if source == "warm-up" or run.row == DENSE:
+        return replace(training, distillation_type="none")
+    return replace(
+        training,
+        teacher_model=config.model.model,
+        teacher_path=dense_run / PRODUCTS["train"],
+        distillation_type="soft" if training.distillation_type == "none" else training.distillation_type,
+        distillation_tau=TAU if training.distillation_tau is None else training.distillation_tau,
+    )
 
 
 def warm_up_of(config: PruneConfig, run: Run) -> str | None:

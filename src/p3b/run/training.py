@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from p3b.errors import Stopped
 from p3b.methods.base import Decision
+from p3b.run.distillation import SelfDistillation
 from p3b.run.interruption import Wish
 from p3b.run.machine import Machine
 from p3b.run.recipe import Recipe
@@ -54,6 +55,7 @@ def train_epochs(
     epochs: Epochs,
     *,
     pruner: StepPruner | None = None,
+    distillation: SelfDistillation | None = None,
     checkpoint: Mapping[str, Any] | None = None,
 ) -> None:
     """Train for some epochs; the model ends as the best one where a validation part chooses and nothing is pruned.
@@ -63,12 +65,13 @@ def train_epochs(
         model: on the device; is changed.
         epochs: to train.
         pruner: then the learning rate stays constant and no best epoch is chosen, since every epoch has fewer parameters.
+        distillation: of the stage, where it has one.
         checkpoint: to go on from, within these epochs.
 
     Raises:
         Stopped: a signal asked for it, and everything is saved.
     """
-    Training(stage, model, epochs, pruner).run(checkpoint)
+    Training(stage, model, epochs, pruner, distillation).run(checkpoint)
 
 
 class _Reached(Exception):  # noqa: N818 - it is none
@@ -94,9 +97,17 @@ class _Place:
 class Training:
     """Some epochs of a stage under way; for the arguments see `train_epochs`."""
 
-    def __init__(self, stage: Stage, model: VisionTransformer, epochs: Epochs, pruner: StepPruner | None) -> None:
+    def __init__(
+        self,
+        stage: Stage,
+        model: VisionTransformer,
+        epochs: Epochs,
+        pruner: StepPruner | None,
+        distillation: SelfDistillation | None = None,
+    ) -> None:
         self._stage, self._model, self._prunes = stage, model, pruner is not None
         self._steps_per_epoch = stage.recipe.steps_per_epoch
+        self._distillation = distillation
         self._learner = _learner(stage.recipe, stage.machine, model, epochs, pruner)
         self._first_step, self._last_epoch = epochs.first * self._steps_per_epoch, epochs.first + epochs.count
         self._until = self._last_epoch * self._steps_per_epoch if epochs.until is None else epochs.until
@@ -110,6 +121,9 @@ class Training:
         if checkpoint is not None:
             restore(self._learner, checkpoint, stage.machine.processes.rank)
             self._place = _Place(**checkpoint["progress"]["place"])
+            if self._distillation is not None:
+                self._distillation.expect(checkpoint["progress"].get("teacher"))
+        self._distil()
         self._begin_epoch(self._place.within_epoch)
         self._shown_loss = ""
         self._started, self._compiles = time.monotonic(), stage.recipe.options.compile
@@ -143,6 +157,7 @@ class Training:
 
     def _after_step(self) -> None:
         """Show how it goes; save where it is time to, and stop where a signal asked for it."""
+        self._distil()
         self._show_progress()
         interruption = self._stage.interruption
         wish = interruption.agreed()
@@ -156,6 +171,13 @@ class Training:
             self._stop()
         if reached:
             raise _Reached
+
+    def _distil(self) -> None:
+        """From the end of the warm-up on, a distilled model learns from its teacher, too."""
+        if self._distillation is not None:
+            learner, step = self._learner, self._steps_done()
+            learner.loss = self._distillation.loss_at(step, self._model, self._watched, learner.loss)
+            self._distillation.tell_cost(self._place.part)
 
     def _show_progress(self) -> None:
         learner, screen = self._learner, self._stage.screen
@@ -209,7 +231,9 @@ class Training:
     def _save(self, within_epoch: dict[str, Any] | None) -> None:
         stage, place = self._stage, self._place
         place.step, place.within_epoch = self._steps_done(), within_epoch
-        save_checkpoint(stage.checkpoints, self._learner, stage.machine.is_main, place=asdict(place), lines=stage.folder.lines)
+        teacher = None if self._distillation is None else self._distillation.teacher_digest
+        progress = {"place": asdict(place), "lines": stage.folder.lines, **({} if teacher is None else {"teacher": teacher})}
+        save_checkpoint(stage.checkpoints, self._learner, stage.machine.is_main, **progress)
         stage.interruption.saved()
 
     def _require_finite(self) -> None:

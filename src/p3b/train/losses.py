@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,6 +23,18 @@ def task_loss(soft_targets: bool, smoothing: float) -> nn.Module:
     return LabelSmoothingCrossEntropy(smoothing) if smoothing > 0 else nn.CrossEntropyLoss()
 
 
+def check_distillation(kind: str, alpha: float, temperature: float) -> None:
+    """Refuse what no loss can be made of; for the arguments see `TrainingLoss`.
+
+    Raises:
+        ConfigError: unknown kind, or a weight or temperature outside its range.
+    """
+    if kind not in DISTILLATIONS:
+        raise ConfigError(unknown_name("distillation type", kind, DISTILLATIONS))
+    if not 0 <= alpha <= 1 or not 0 < temperature < math.inf:
+        raise ConfigError(f"Distillation needs alpha in [0, 1] and a temperature > 0, got {alpha} and {temperature}.")
+
+
 class TrainingLoss:
     """Loss of a batch: the task loss, and where there is a teacher (1 - alpha) of it and alpha of the distance to the teacher.
 
@@ -28,7 +42,7 @@ class TrainingLoss:
 
     Args:
         task: from logits and targets to a scalar.
-        teacher: a frozen model, or None.
+        teacher: from images to logits, such as a frozen model; or None.
         kind: "none", "soft" (Hinton et al. 2015: KL divergence at a temperature) or "hard" (Touvron et al. 2021: the
             teacher's label).
         alpha: weight of the teacher, in [0, 1].
@@ -41,19 +55,16 @@ class TrainingLoss:
     def __init__(
         self,
         task: nn.Module,
-        teacher: nn.Module | None = None,
+        teacher: Callable[[Tensor], Tensor] | None = None,
         kind: str = "none",
         alpha: float = 0.5,
         temperature: float = 1.0,
     ) -> None:
-        if kind not in DISTILLATIONS:
-            raise ConfigError(unknown_name("distillation type", kind, DISTILLATIONS))
+        check_distillation(kind, alpha, temperature)
         if (teacher is None) != (kind == "none"):
             raise ConfigError(
                 "Distillation needs both a teacher (--teacher-model) and a kind (--distillation-type soft or hard)."
             )
-        if not 0 <= alpha <= 1 or temperature <= 0:
-            raise ConfigError(f"Distillation needs alpha in [0, 1] and a temperature > 0, got {alpha} and {temperature}.")
         self.task, self._teacher, self._kind = task, teacher, kind
         self._alpha, self._temperature = alpha, temperature
 
