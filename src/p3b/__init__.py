@@ -9,12 +9,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["Pruner", "Schedule", "count_macs", "count_parameters", "load", "save", "with_layout"]
+__all__ = ["Pruner", "Schedule", "count_macs", "count_parameters", "from_transformers", "load", "save", "with_layout"]
 
 if TYPE_CHECKING:
     from p3b.core.schedule import Schedule
     from p3b.deploy.choice import load, with_layout
     from p3b.pruner import Pruner
+    from p3b.storage.from_transformers import from_transformers
     from p3b.storage.saved_model import save
     from p3b.vit.cost import count_macs, count_parameters
 
@@ -23,6 +24,7 @@ _HOME = {
     "Schedule": "p3b.core.schedule",
     "count_macs": "p3b.vit.cost",
     "count_parameters": "p3b.vit.cost",
+    "from_transformers": "p3b.storage.from_transformers",
     "load": "p3b.deploy.choice",
     "save": "p3b.storage.saved_model",
     "with_layout": "p3b.deploy.choice",
