@@ -48,6 +48,7 @@ LIGHT = (
     "run.option_checks",
     "run.flags",
     "run.deploy_options",
+    "run.model_options",
     "commands.settings",
     "commands.command_line",
     "__init__",

@@ -16,13 +16,14 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["Pruner", "Schedule", "count_macs", "count_parameters", "load", "push", "save", "with_layout"]
+__all__ = ["Pruner", "Schedule", "count_macs", "count_parameters", "from_transformers", "load", "push", "save", "with_layout"]
 
 if TYPE_CHECKING:
     from p3b.core.schedule import Schedule
     from p3b.deploy.choice import load, with_layout
     from p3b.deploy.hub import push
     from p3b.pruner import Pruner
+    from p3b.storage.from_transformers import from_transformers
     from p3b.storage.saved_model import save
     from p3b.vit.cost import count_macs, count_parameters
 
@@ -31,6 +32,7 @@ _HOME = {
     "Schedule": "p3b.core.schedule",
     "count_macs": "p3b.vit.cost",
     "count_parameters": "p3b.vit.cost",
+    "from_transformers": "p3b.storage.from_transformers",
     "load": "p3b.deploy.choice",
     "push": "p3b.deploy.hub",
     "save": "p3b.storage.saved_model",

@@ -14,7 +14,8 @@ from torch import Tensor
 from p3b.errors import WeightsError
 from p3b.storage.hub_folder import Facts
 from p3b.storage.models import build_model
-from p3b.storage.suggestions import can_be_pruned, unknown_model
+from p3b.storage.outline import can_be_pruned
+from p3b.storage.suggestions import unknown_model
 from p3b.storage.untrusted import read_pickle
 from p3b.storage.weights import load_weights
 from p3b.storage.weights_file import open_weights

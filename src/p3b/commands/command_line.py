@@ -105,6 +105,12 @@ COMMANDS: dict[str, Command] = {
     "report": Command(f"{_LOOK}:ReportConfig", "one page of a run, or of several side by side", f"{_HERE}.report:report"),
     "doctor": Command(f"{_LOOK}:DoctorConfig", "why a run's accuracy is lower than it could be", f"{_HERE}.doctor:doctor"),
     "runs": Command(f"{_LOOK}:RunsConfig", "list and compare the runs below a folder", f"{_HERE}.runs:runs"),
+    "models": Command(
+        "p3b.run.model_options:ModelsConfig",
+        "which of timm's models can be pruned, and how far",
+        f"{_HERE}.models:models",
+        _NOTHING,
+    ),
     "inspect": Command(f"{_LOOK}:InspectConfig", "the architecture of a saved model", f"{_HERE}.inspect:inspect"),
     "export": Command(
         f"{_DEPLOY}:ExportConfig",

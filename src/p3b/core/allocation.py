@@ -152,7 +152,7 @@ def block_budget(block_params: float, other_params: float, prune_ratio: float) -
         raise BudgetError(f"The prune ratio must lie in [0, 1), got {prune_ratio}. It is the share of parameters that goes.")
     budget = (1 - prune_ratio) * (block_params + other_params) - other_params
     if budget < -4 * sys.float_info.epsilon * (block_params + other_params):  # below zero by more than rounding
-        largest = math.floor(1e4 * block_params / (block_params + other_params)) / 1e4
+        largest = largest_prune_ratio(block_params, other_params)
         raise BudgetError(
             f"A prune ratio of {prune_ratio:g} cannot be met: the {other_params:,.0f} parameters outside the blocks "
             "(embeddings, final norm, head) stay and are more than the "
@@ -160,6 +160,11 @@ def block_budget(block_params: float, other_params: float, prune_ratio: float) -
             f"The largest ratio that can be met is {largest:.4f}; or count the blocks alone (--prune-blocks-only)."
         )
     return max(budget, 0.0)
+
+
+def largest_prune_ratio(block_params: float, other_params: float) -> float:
+    """Largest ratio that can be met where the blocks alone shrink: their share of all parameters, rounded down."""
+    return math.floor(1e4 * block_params / (block_params + other_params)) / 1e4
 
 
 def given_keep_ratios(ratios: Sequence[float], num_blocks: int) -> Tensor:

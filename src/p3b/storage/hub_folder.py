@@ -109,11 +109,11 @@ def facts_beside(file: Path) -> Facts:
     try:
         if (folder / CONFIG).is_file():
             config = read_json(folder / CONFIG)
-            facts = _of_transformers(config) if "model_type" in config else _of_timm(config)
+            facts = facts_of_transformers(config) if "model_type" in config else _of_timm(config)
         if (folder / "open_clip_config.json").is_file():
             facts = _merged(facts, _of_open_clip(read_json(folder / "open_clip_config.json")))
         if (folder / "preprocessor_config.json").is_file():
-            facts = _merged(facts, _of_preprocessor(read_json(folder / "preprocessor_config.json")))
+            facts = _merged(facts, facts_of_preprocessor(read_json(folder / "preprocessor_config.json")))
     except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:
         if isinstance(error, WeightsError):
             raise
@@ -142,7 +142,7 @@ def _shards(index: Path) -> list[Path]:
     return files
 
 
-def _of_transformers(config: Mapping[str, Any]) -> Facts:
+def facts_of_transformers(config: Mapping[str, Any]) -> Facts:
     kind = str(config["model_type"])
     vision = config.get("vision_config") or config
     family = kind.split("_", maxsplit=1)[0]
@@ -177,7 +177,7 @@ def _of_open_clip(config: Mapping[str, Any]) -> Facts:
     return _prepared(facts, {key: data[key] for key in ("mean", "std") if data.get(key) is not None})
 
 
-def _of_preprocessor(config: Mapping[str, Any]) -> Facts:
+def facts_of_preprocessor(config: Mapping[str, Any]) -> Facts:
     known: dict[str, Any] = {}
     if config.get("do_normalize", True):
         known = {key: config[f"image_{key}"] for key in ("mean", "std") if config.get(f"image_{key}") is not None}

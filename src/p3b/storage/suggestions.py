@@ -5,10 +5,8 @@ from __future__ import annotations
 import difflib
 
 import timm
-import torch
 
-from p3b.errors import ModelError
-from p3b.vit.layout import read_layout
+from p3b.storage.outline import can_be_pruned
 
 _MOST_TRIED, _MOST_SHOWN = 30, 5
 
@@ -28,14 +26,3 @@ def unknown_model(name: str) -> str:
         f"Unknown timm model '{name}', and none that can be pruned is called alike. Such models are, for instance, "
         "vit_tiny_patch16_224, deit_small_patch16_224 and vit_base_patch14_dinov2."
     )
-
-
-def can_be_pruned(name: str) -> bool:
-    """Whether timm's model of this name can be mapped, found by building it on the meta device."""
-    try:
-        with torch.device("meta"):
-            model = timm.create_model(name, depth=1)  # one block tells, and is built quickly
-        read_layout(model)
-    except (ModelError, RuntimeError, NotImplementedError, TypeError):
-        return False
-    return True

@@ -1,0 +1,72 @@
+"""timm's models on the meta device: their classes, parts and sizes, without memory for weights and without drawing any."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from p3b.errors import ModelError
+from p3b.vit.coverage import require_prunable_layers
+from p3b.vit.described import require_described
+from p3b.vit.layout import ModelLayout, read_layout
+
+_VALUES_ALONE = {"normal_", "uniform_", "erfinv_", "fill_", "zero_", "clamp_", "mul_", "add_"}
+"""Methods that change the values of a tensor and nothing else of it."""
+
+
+def outline(name: str, **arguments: Any) -> nn.Module:
+    """timm's model of this name, without values.
+
+    Args:
+        name: known to timm.
+        arguments: of the model.
+
+    Raises:
+        Whatever timm raises: some of its models ask for values while they are built, others do not take the arguments.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # on names that timm gives up: not what was asked
+        with torch.device("meta"), _NoValues():
+            return timm.create_model(name, **arguments)
+
+
+def require_prunable(model: nn.Module) -> ModelLayout:
+    """The map of a model that is covered down to every leaf, as `p3b.Pruner` asks for it.
+
+    Raises:
+        ModelError: it is not; the message names the part.
+    """
+    layout = read_layout(model)
+    require_described(model, "pruned")  # type: ignore[arg-type]  # read_layout has seen to its class
+    require_prunable_layers(model)  # type: ignore[arg-type]
+    return layout
+
+
+def can_be_pruned(name: str) -> bool:
+    """Whether timm's model of this name is covered."""
+    try:
+        require_prunable(outline(name, depth=1))  # one block tells, and is built quickly
+    except (ModelError, RuntimeError, NotImplementedError, TypeError):
+        return False
+    return True
+
+
+class _NoValues(TorchFunctionMode):
+    """Leaves out what sets values of tensors on the meta device. They have none, and it takes most of the time."""
+
+    def __torch_function__(
+        self,
+        function: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if getattr(function, "__name__", "") in _VALUES_ALONE and args and isinstance(args[0], Tensor) and args[0].is_meta:
+            return args[0]
+        return function(*args, **(kwargs or {}))
