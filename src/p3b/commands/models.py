@@ -79,7 +79,7 @@ def table(entries: Iterable[Entry]) -> list[str]:
 
 
 def markdown(entries: Sequence[Entry]) -> list[str]:
-    """Two tables, one line a family: those that can be pruned, and transformers that cannot, with the reason."""
+    """Two tables: families that can be pruned, a line each, and reasons why others cannot, with the families."""
     transformers = [each for each in entries if each.has_attention]
     groups = _grouped(transformers)
     lines = [f"timm {timm.__version__}: {summary(transformers, 'entries with attention')}.", ""]
@@ -89,10 +89,12 @@ def markdown(entries: Sequence[Entry]) -> list[str]:
             sizes, ratios = ([getattr(each, key) for each in group] for key in ("params", "largest_ratio"))
             span = _span([size / 1e6 for size in sizes], "{:,.0f}"), _span(ratios, "{:.4f}")
             lines.append(f"| {family} | {len(group)} | {_weights(group)} | {span[0]} | {span[1]} |")
-    lines += ["", "| family | entries | weights | why it cannot be pruned |", "|---|---:|---:|---|"]
-    for (family, refusal), group in groups.items():
-        if refusal:
-            lines.append(f"| {family} | {len(group)} | {_weights(group)} | {refusal} |")
+    lines += ["", "| why it cannot be pruned | families | entries | weights |", "|---|---|---:|---:|"]
+    refused = sorted({each.refusal for each in transformers if not each.prunable})
+    for refusal in refused:
+        group = [each for each in transformers if each.refusal == refusal]
+        families = ", ".join(sorted({each.family for each in group}))
+        lines.append(f"| {refusal} | {families} | {len(group)} | {_weights(group)} |")
     return [*lines, ""]
 
 

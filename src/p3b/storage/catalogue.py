@@ -43,7 +43,7 @@ class Entry:
         weights: tags of the pretrained weights that timm knows for it.
         params: all its parameters, 0 where it was not built.
         prunable_params: those in blocks that can shrink; 0 where none can.
-        has_attention: whether some layer of it attends, by the names of the layers' classes.
+        has_attention: whether some layer of it attends, by its class and the names of its layers' classes.
         refusal: why it cannot be pruned; "" where it can.
     """
 
@@ -141,7 +141,7 @@ def _in_short(model: nn.Module, error: ModelError) -> str:
 
 
 def _has_attention(model: nn.Module) -> bool:
-    return any(re.search(r"Attention|Attn", type(module).__name__) for module in model.modules())
+    return type(model) in COVERED or any(re.search(r"Attention|Attn", type(module).__name__) for module in model.modules())
 
 
 @cache
