@@ -48,7 +48,7 @@ from p3b.run.products import PRODUCTS
 from p3b.run.series import Commands, open_series
 from p3b.run.series_plan import SMALLER, Run, config_of, shared_warm_ups
 from p3b.run.series_speed import SPEED_BATCHES
-from p3b.storage import saved_model as artifact
+from p3b.storage import artifact
 from p3b.train.distributed import Processes
 from p3b.vit.cost import count_macs, count_parameters
 

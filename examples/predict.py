@@ -17,12 +17,18 @@ from p3b.data import read_image
 def main(folder: Path, files: list[Path], top: int) -> None:
     model = p3b.load(folder)
     config = json.loads((folder / "config.json").read_text())
+    if config["preprocessing"] is None:
+        raise SystemExit(
+            f"{folder} does not say how its images are prepared. Save it with what it was trained with:\n"
+            "    p3b.save(model, folder, preprocessing={'input_size': [3, 224, 224], 'mean': [...], 'std': [...], 'interpolation': 'bicubic'})"
+        )
     prepare = create_transform(**{key: tuple(v) if isinstance(v, list) else v for key, v in config["preprocessing"].items()})
-    channels, names = config["preprocessing"]["input_size"][0], config["class_names"]
+    channels, classes = config["preprocessing"]["input_size"][0], config["class_names"]
+    names = classes or [f"class {number}" for number in range(model.num_classes)]
     with torch.inference_mode():
         for file in files:
-            image = prepare(read_image(file, channels))
-            chances = model(image[None]).softmax(1)[0]
+            image = prepare(read_image(file, channels)).to(next(model.parameters()).dtype)  # a model may be saved in half
+            chances = model(image[None]).float().softmax(1)[0]
             best = chances.topk(min(top, len(names)))
             listed = ", ".join(f"{names[i]} {chance:.1%}" for chance, i in zip(best.values, best.indices, strict=True))
             print(f"{file}: {listed}")

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 import p3b
-from p3b.storage.saved_model import CONFIG_FILE, WEIGHTS_FILE, save_checkpoint
+from p3b.storage.artifact import CONFIG_FILE, WEIGHTS_FILE, save_checkpoint
 from p3b.vit.compact import apply_cuts, plan_cuts
 from p3b.vit.layout import read_layout
 from tiny import random_masks, tiny_vit

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from p3b.errors import ModelError
-from p3b.storage.saved_model import model_config
+from p3b.storage.artifact import model_config
 from p3b.vit.architecture import build_dense
 from p3b.vit.layout import read_layout
 

@@ -18,7 +18,7 @@ import torch
 import p3b
 from faults.opening import SECONDS, Opener
 from hostile import HOSTILE, MARK, pruned
-from p3b.storage.saved_model import CONFIG_FILE, save_checkpoint
+from p3b.storage.artifact import CONFIG_FILE, save_checkpoint
 from p3b.train.checkpoint import Checkpoints
 from tiny import tiny_vit
 

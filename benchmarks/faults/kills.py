@@ -59,8 +59,8 @@ TWO_RANKS = "two processes"
 EVERY_STEP, RARELY = ("--checkpoint-minutes", "1e-6"), ("--checkpoint-minutes", "0")
 TRAPS = (
     *("clock", "clock", "clock", "write", "rename", "renamed", "clock"),
-    *("call:p3b.pruner.Pruner.shrink", "call:p3b.pruner.Pruner.decide_last", "call:p3b.storage.saved_model.save", "clock"),
-    *("call:p3b.storage.saved_model.save_checkpoint", "call:p3b.run.folder.StageFolder.append_line", "write"),
+    *("call:p3b.pruner.Pruner.shrink", "call:p3b.pruner.Pruner.decide_last", "call:p3b.storage.artifact.save", "clock"),
+    *("call:p3b.storage.artifact.save_checkpoint", "call:p3b.run.folder.StageFolder.append_line", "write"),
     *("call:p3b.run.stage.Stage.write_summary", "clock"),
 )
 _WORDS = {
@@ -70,8 +70,8 @@ _WORDS = {
     "renamed": "right after a file has taken its name",
     "call:p3b.pruner.Pruner.decide_last": "before the last decision",
     "call:p3b.pruner.Pruner.shrink": "before the model is shrunk",
-    "call:p3b.storage.saved_model.save": "before the small model is saved",
-    "call:p3b.storage.saved_model.save_checkpoint": "before the sparse checkpoint or the best epoch is saved",
+    "call:p3b.storage.artifact.save": "before the small model is saved",
+    "call:p3b.storage.artifact.save_checkpoint": "before the sparse checkpoint or the best epoch is saved",
     "call:p3b.run.folder.StageFolder.append_line": "before a line of the metrics is written",
     "call:p3b.run.stage.Stage.write_summary": "before the summary is written",
 }

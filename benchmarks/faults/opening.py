@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import p3b
 from hostile import pruned
 from p3b.errors import UserError
-from p3b.storage.saved_model import save_checkpoint
+from p3b.storage.artifact import save_checkpoint
 from p3b.storage.weights import read_weights
 from p3b.train.checkpoint import Checkpoints
 

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from p3b.deploy.choice import load, with_layout
     from p3b.deploy.hub import push
     from p3b.pruner import Pruner
+    from p3b.storage.artifact import save
     from p3b.storage.from_transformers import from_transformers
-    from p3b.storage.saved_model import save
     from p3b.vit.cost import count_macs, count_parameters
 
 _HOME = {
@@ -35,7 +35,7 @@ _HOME = {
     "from_transformers": "p3b.storage.from_transformers",
     "load": "p3b.deploy.choice",
     "push": "p3b.deploy.hub",
-    "save": "p3b.storage.saved_model",
+    "save": "p3b.storage.artifact",
     "with_layout": "p3b.deploy.choice",
 }
 

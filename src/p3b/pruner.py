@@ -107,7 +107,7 @@ class Pruner:
 
         Call it once after each forward pass, micro-batches included, inside the same autocast context.
         """
-        self._require_attached()
+        self._require_in_place()
         return self._method.loss(criterion, targets)
 
     def step(self, scaler: torch.amp.GradScaler | None = None, gradients_finite: Tensor | None = None) -> Decision | None:
@@ -128,7 +128,7 @@ class Pruner:
         Raises:
             TrainingError: a call of `loss` or earlier steps are missing, or the processes have come to different masks.
         """
-        self._require_attached()
+        self._require_in_place()
         step = self.steps_done
         self.steps_done += 1
         if gradients_finite is None:
@@ -167,7 +167,7 @@ class Pruner:
             TrainingError: nothing has been measured, or the processes have come to different masks.
             ModelError: layers were exchanged since the pruner was attached.
         """
-        self._require_attached()
+        self._require_in_place()
         self._require_unchanged()
         decision = self._method.last(self._kept_params)
         return self._adopt(decision, hard_masks(decision.masks))
@@ -217,7 +217,7 @@ class Pruner:
         Raises:
             WeightsError: the state belongs to another model or method.
         """
-        self._require_attached()
+        self._require_in_place()
         try:
             self._method.load_state_dict(state["method"])
             self.steps_done = int(state["steps_done"])
@@ -240,6 +240,10 @@ class Pruner:
                 "This pruner has ended: its model was shrunk, or it was detached. Go on with the model that finalize() "
                 "returned, or make a new pruner for a dense model."
             )
+
+    def _require_in_place(self) -> None:
+        """TrainingError where the model was moved while it is measured; what is decided can be cut in any dtype."""
+        self._require_attached()
         place = self._first.device, self._first.dtype
         if place != self._place:
             raise TrainingError(

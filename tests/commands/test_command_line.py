@@ -13,7 +13,7 @@ import torch
 import p3b
 from p3b.commands.command_line import COMMANDS, INTERRUPTED, main
 from p3b.deploy.choice import CANDIDATES
-from p3b.storage.saved_model import read_config
+from p3b.storage.artifact import read_config
 from runs import (
     BLOCKS,
     CALM,

@@ -15,7 +15,7 @@ import timm
 import torch
 
 import p3b
-from p3b.storage.saved_model import read_config
+from p3b.storage.artifact import read_config
 from runs import everything_in, lines, read, write_cifar100
 from tiny import parameters_of
 

@@ -15,7 +15,7 @@ import p3b.deploy.choice
 from p3b.deploy.choice import CANDIDATES, LEAST_GAIN, choose_layout
 from p3b.deploy.layouts import LAYOUTS
 from p3b.errors import ConfigError, ModelError
-from p3b.storage.saved_model import save_checkpoint
+from p3b.storage.artifact import save_checkpoint
 from p3b.vit.compact import apply_cuts, plan_cuts
 from p3b.vit.deployment import layout_of
 from p3b.vit.layout import read_layout

@@ -25,7 +25,7 @@ from p3b.deploy.card import card
 from p3b.deploy.hub import fetch
 from p3b.deploy.plain import plain_call
 from p3b.errors import ConfigError, HubError, ModelError, WeightsError
-from p3b.storage.saved_model import CONFIG_FILE, WEIGHTS_FILE, read_config
+from p3b.storage.artifact import CONFIG_FILE, WEIGHTS_FILE, read_config
 from p3b.vit.compact import apply_cuts, plan_cuts
 from p3b.vit.layout import read_layout
 from tiny import images, masks_of, tiny_vit

@@ -17,7 +17,7 @@ from p3b.deploy.layouts import LAYOUTS, apply_layout, plan_layout
 from p3b.errors import ConfigError, WeightsError
 from p3b.methods import METHODS, create_method, effective_options, method_dims
 from p3b.methods.base import Decision
-from p3b.storage.saved_model import read_config
+from p3b.storage.artifact import read_config
 from p3b.vit.cost import kept_params
 from p3b.vit.layout import DEFAULT_DIMS, ModelLayout, read_layout
 from p3b.vit.shapes import CONSTANT, GONE, SMALL, branch_shapes

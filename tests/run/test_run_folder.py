@@ -15,7 +15,7 @@ import p3b
 import p3b.run.training
 from p3b.commands.command_line import INTERRUPTED
 from p3b.run.folder import StageFolder
-from p3b.storage.saved_model import read_config
+from p3b.storage.artifact import read_config
 from p3b.train.checkpoint import Checkpoints
 from runs import (
     BLOCKS,

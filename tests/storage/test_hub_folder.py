@@ -11,8 +11,8 @@ import safetensors.torch
 import torch
 
 from p3b.errors import WeightsError
+from p3b.storage.artifact import is_artifact, save
 from p3b.storage.hub_folder import Facts, facts_beside, is_hub_folder, weights_files
-from p3b.storage.saved_model import is_artifact, save
 from p3b.storage.weights_file import open_weights
 from tiny import tiny_vit
 

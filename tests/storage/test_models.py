@@ -13,7 +13,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from p3b.errors import ConfigError, ModelError, WeightsError
-from p3b.storage import saved_model as artifact
+from p3b.storage import artifact
 from p3b.storage.models import build_model, parse_model_kwargs
 from p3b.vit.compact import apply_cuts, plan_cuts
 from p3b.vit.layout import read_layout

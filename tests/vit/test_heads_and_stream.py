@@ -25,8 +25,8 @@ from p3b.errors import ConfigError, ModelError, WeightsError
 from p3b.methods.base import BlockDecision, Decision, ScoreMethod
 from p3b.scoring.criteria import magnitude, taylor
 from p3b.scoring.scores import RandomScores
+from p3b.storage.artifact import CONFIG_FILE, read_config, save_checkpoint
 from p3b.storage.models import build_model
-from p3b.storage.saved_model import CONFIG_FILE, read_config, save_checkpoint
 from p3b.vit.architecture import describe_dense
 from p3b.vit.compact import apply_cuts, plan_cuts
 from p3b.vit.cost import (

@@ -20,7 +20,7 @@ from p3b.deploy.runners import ONNX, PROGRAM
 from p3b.errors import RunFolderError, WeightsError
 from p3b.run.deploy_options import BenchConfig, check_bench
 from p3b.run.screen import Screen
-from p3b.storage import saved_model
+from p3b.storage import artifact
 from p3b.storage.files import write_atomically
 from p3b.train.distributed import process_group
 
@@ -138,7 +138,7 @@ def _memory(config: BenchConfig, chosen: list[Side]) -> dict[str, int | None]:
 
 
 def _is_pruned(path: Path) -> bool:
-    return any(block["form"] != "whole" for block in saved_model.read_config(path)["blocks"])
+    return any(block["form"] != "whole" for block in artifact.read_config(path)["blocks"])
 
 
 def _megabytes(count: int | None) -> str:

@@ -20,7 +20,7 @@ from p3b.deploy.photos import evenly, photo_crops, read_some, stand_in
 from p3b.errors import ConfigError, DataError
 from p3b.run.deploy_options import ExportConfig, check_export
 from p3b.run.screen import Screen
-from p3b.storage import saved_model
+from p3b.storage import artifact
 from p3b.vit.architecture import build_dense
 from p3b.vit.cost import count_parameters
 
@@ -47,11 +47,11 @@ def export_saved(config: ExportConfig) -> ExportReport:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     screen = Screen(is_main=True)
-    saved = saved_model.read_config(config.model)
-    model = saved_model.load(config.model).float()
+    saved = artifact.read_config(config.model)
+    model = artifact.load(config.model).float()
     metadata = Metadata.of_config(saved)
     gathered = gather(config, metadata, metadata.preprocessing or stand_in(model))
-    dense = build_dense(saved["architecture"]).eval() if config.dense is None else saved_model.load(config.dense).float()
+    dense = build_dense(saved["architecture"]).eval() if config.dense is None else artifact.load(config.dense).float()
     smaller = count_parameters(model) < count_parameters(dense)
     plan = ExportPlan(
         file,

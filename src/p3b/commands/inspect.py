@@ -11,7 +11,7 @@ from rich.table import Table
 
 from p3b.run.look_options import InspectConfig
 from p3b.run.trained_images import trained_on
-from p3b.storage import saved_model
+from p3b.storage import artifact
 from p3b.storage.model_config import TRAINING_IMAGES
 
 _SHOWN_CLASSES = 10
@@ -23,7 +23,7 @@ def inspect(config: InspectConfig) -> Mapping[str, Any]:
     Raises:
         WeightsError: nothing is there, or what is there is damaged or of another origin.
     """
-    found = saved_model.read_config(config.model)
+    found = artifact.read_config(config.model)
     arguments, console = found["architecture"]["arguments"], Console(highlight=False)
     dense_width, dense_heads = arguments["embed_dim"], arguments["num_heads"]
     width = found.get("stream", dense_width)

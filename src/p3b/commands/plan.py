@@ -20,7 +20,7 @@ from p3b.run.prune_plan import PrunePlan, plan_pruning
 from p3b.run.recipe_choice import recipe_lines
 from p3b.run.recipe_facts import steps_of_epoch
 from p3b.run.screen import Screen, open_screen
-from p3b.storage import saved_model
+from p3b.storage import artifact
 
 
 def show_plan(config: PlanConfig) -> list[BudgetForecast]:
@@ -53,7 +53,7 @@ def show_plan(config: PlanConfig) -> list[BudgetForecast]:
 def _shape(config: PlanConfig, num_classes: int) -> VisionTransformer:
     """The model that would be pruned, with random weights unless a file brings its shape."""
     path = config.model.model_path
-    is_saved = path is not None and saved_model.is_artifact(path)
+    is_saved = path is not None and artifact.is_artifact(path)
     options = replace(config.model, model_pretrained=False, model_path=path if is_saved else None)
     return open_model(options, num_classes, config.run.seed).model
 

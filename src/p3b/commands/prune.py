@@ -32,7 +32,7 @@ from p3b.run.recipe import answer_teacher_apart
 from p3b.run.stage import Stage, finished_summary, open_stage
 from p3b.run.training import Epochs, train_epochs
 from p3b.run.warm_up import WarmUp, depends_on
-from p3b.storage.saved_model import model_config
+from p3b.storage.artifact import model_config
 from p3b.vit.architecture import build_dense
 from p3b.vit.cost import count_parameters
 

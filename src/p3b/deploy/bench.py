@@ -24,7 +24,7 @@ from p3b.deploy.photos import stand_in
 from p3b.deploy.runners import ONNX, PROGRAM, Runner, TorchRunner, open_runner
 from p3b.deploy.turns import in_turns
 from p3b.errors import ConfigError
-from p3b.storage import saved_model
+from p3b.storage import artifact
 from p3b.vit.architecture import build_dense
 from p3b.vit.layout import require_vision_transformer
 
@@ -101,7 +101,7 @@ def open_side(
     """A side in its runtime; see `p3b.deploy.runners.open_runner`."""
     if side.path.suffix in (ONNX, PROGRAM):
         return open_runner(side.path, device=device, threads=threads, compiled=side.compiled)
-    config = saved_model.read_config(side.path)
+    config = artifact.read_config(side.path)
     metadata = Metadata.of_config(config)
     model: nn.Module
     if side.dense:

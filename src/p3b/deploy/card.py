@@ -18,7 +18,7 @@ import timm
 from timm.models import get_pretrained_cfg
 
 from p3b.deploy.plain import plain_call
-from p3b.storage import saved_model
+from p3b.storage import artifact
 from p3b.storage.files import write_atomically
 from p3b.vit.shapes import WHOLE
 
@@ -71,7 +71,7 @@ def write_card(folder: Path, *, name: str, on_hub: bool = False, origin: Path | 
     Raises:
         WeightsError: the folder holds no model.
     """
-    config = saved_model.read_config(folder)
+    config = artifact.read_config(folder)
     run = run_of(origin or folder, config)
     drawn = [] if run is None else sorted(run.folder.glob(f"{_FIGURE}.*"))
     figure = drawn[0] if drawn else None

@@ -13,7 +13,7 @@ from p3b.deploy.hub import local_copy
 from p3b.deploy.layouts import BranchPlan, LayoutPlan, apply_layout, check_layout, plan_layout
 from p3b.deploy.speed import images_per_second
 from p3b.errors import ConfigError
-from p3b.storage import saved_model
+from p3b.storage import artifact
 from p3b.vit.attention import choose_attention
 from p3b.vit.deployment import compact_of, layout_of
 from p3b.vit.wrappers import require_vision_transformer
@@ -87,7 +87,7 @@ def load(
         WeightsError: nothing is there, or what is there is damaged, edited or of a schema that this version does not know.
     """
     check_layout(layout, [AUTO])
-    return with_layout(saved_model.load(local_copy(path, revision), device), layout, batch_size=batch_size)
+    return with_layout(artifact.load(local_copy(path, revision), device), layout, batch_size=batch_size)
 
 
 def choose_layout(model: nn.Module, *, batch_size: int = 1, seconds: float = 4.0) -> LayoutChoice:

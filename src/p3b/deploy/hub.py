@@ -28,9 +28,9 @@ from torch import nn
 
 from p3b.deploy.card import CARD_FILE, write_card
 from p3b.errors import ConfigError, HubError, WeightsError
-from p3b.storage import saved_model
+from p3b.storage import artifact
+from p3b.storage.artifact import CONFIG_FILE, WEIGHTS_FILE
 from p3b.storage.model_config import read_config_file, skeleton_of
-from p3b.storage.saved_model import CONFIG_FILE, WEIGHTS_FILE
 from p3b.storage.untrusted import MOST_JSON, first_line
 
 PREFIX = "hf-hub:"
@@ -128,15 +128,15 @@ def push(
 def _staged(model: nn.Module | str | Path, folder: Path, repo_id: str, description: dict[str, Any]) -> Path:
     """A folder with what is to be pushed: the model, saved anew and so checked, and its card."""
     if isinstance(model, nn.Module):
-        saved_model.save(model, folder, **description)
+        artifact.save(model, folder, **description)
         write_card(folder, name=repo_id, on_hub=True)
         return folder
     origin = Path(model)
     if description:
         raise ConfigError(f"{origin} says itself what its {', '.join(description)} are; leave that out.")
-    config = saved_model.read_config(origin)
+    config = artifact.read_config(origin)
     own = {key: config[key] for key in ("class_names", "preprocessing", "provenance")}
-    saved_model.save(saved_model.load(origin), folder, **own)
+    artifact.save(artifact.load(origin), folder, **own)
     written = origin / CARD_FILE
     if written.is_file():
         (folder / CARD_FILE).write_bytes(written.read_bytes())

@@ -19,7 +19,7 @@ def plain_call(config: Mapping[str, Any]) -> str | None:
     """The call of timm that builds a model with the same state dict, as Python; None where there is none.
 
     Args:
-        config: of the saved model (`p3b.storage.saved_model.read_config`).
+        config: of the saved model (`p3b.storage.artifact.read_config`).
     """
     arguments = dict(config["architecture"]["arguments"])
     width = config.get("stream", arguments["embed_dim"])

@@ -15,7 +15,7 @@ from p3b.deploy.metadata import Metadata
 from p3b.deploy.onnx_file import OnnxRunner
 from p3b.deploy.program import ProgramRunner
 from p3b.errors import ConfigError, WeightsError
-from p3b.storage import saved_model
+from p3b.storage import artifact
 
 ONNX, PROGRAM = ".onnx", ".pt2"
 
@@ -83,6 +83,6 @@ def open_runner(
         return OnnxRunner(path, threads=threads)
     if path.suffix == PROGRAM:
         return ProgramRunner(path, device, compiled=compiled)
-    metadata = Metadata.of_config(saved_model.read_config(path))
+    metadata = Metadata.of_config(artifact.read_config(path))
     model = choice.load(path, device, layout=layout, batch_size=batch_size)
     return TorchRunner(model.float(), metadata, compiled=compiled)

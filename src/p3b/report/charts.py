@@ -94,7 +94,7 @@ def network(stage: StageRecord) -> Picture | None:
     blocks = stage.updates[-1].blocks
     widest = max(block["params"] for block in blocks)
     with matplotlib.rc_context(STYLE):
-        figure = new_figure(width=9.5, height=0.6 + 0.26 * len(blocks))
+        figure = new_figure(width=9.5, height=0.8 + 0.26 * len(blocks))
         panel = figure.subplots()
         for row, block in enumerate(blocks):
             colour = BLUE if block["kind"] == "attn" else ORANGE
@@ -123,7 +123,7 @@ def classes(stage: StageRecord) -> Picture | None:
         return None
     shown = found[:MOST_CLASSES]
     with matplotlib.rc_context(STYLE):
-        figure = new_figure(width=9.5, height=1.0 + 0.27 * len(shown))
+        figure = new_figure(width=9.5, height=1.4 + 0.27 * len(shown))
         panel = figure.subplots()
         dense = [entry.dense for entry in shown if entry.dense is not None]
         for row, (entry, before) in enumerate(zip(shown, dense, strict=False)):
@@ -147,7 +147,7 @@ def confusion(stage: StageRecord) -> Picture | None:
         return None
     shown = pairs[:MOST_PAIRS]
     with matplotlib.rc_context(STYLE):
-        figure = new_figure(width=9.5, height=0.9 + 0.3 * len(shown))
+        figure = new_figure(width=9.5, height=1.2 + 0.3 * len(shown))
         panel = figure.subplots()
         panel.barh(range(len(shown)), [pair.images for pair in shown], color=ORANGE, height=0.7)
         panel.set_yticks(range(len(shown)), [f"{pair.target}, taken for {pair.predicted}" for pair in shown])
@@ -192,7 +192,7 @@ def time_by_phase(stage: StageRecord) -> Picture | None:
         trained = sum(epoch["train_seconds"] for epoch in epochs)
         rows.append((phase, len(epochs), trained, sum(epoch["seconds"] for epoch in epochs) - trained))
     with matplotlib.rc_context(STYLE):
-        figure = new_figure(width=9.5, height=0.9 + 0.4 * len(rows))
+        figure = new_figure(width=9.5, height=1.4 + 0.4 * len(rows))
         panel = figure.subplots()
         panel.barh(range(len(rows)), [row[2] for row in rows], color=BLUE, height=0.6, label="training")
         panel.barh(

@@ -19,7 +19,7 @@ from p3b.run.options import PruneConfig
 from p3b.run.products import PRODUCTS
 from p3b.run.recipe import answer_teacher_apart
 from p3b.run.stage import Stage
-from p3b.storage import saved_model
+from p3b.storage import artifact
 from p3b.train.losses import TrainingLoss, check_distillation
 from p3b.train.optim import Precision
 from p3b.train.teacher import Teacher
@@ -154,7 +154,7 @@ class SelfDistillation:
         machine = self._stage.machine
         self.teacher_digest = teacher_digest(self._place)
         precision = Precision.choose("auto", machine.device)
-        teacher = Teacher(machine.put(saved_model.load(self._place)), precision)
+        teacher = Teacher(machine.put(artifact.load(self._place)), precision)
         whose = "the model at the end of the warm-up" if self._given is None else "the dense model"
         how = f"{self._kind}, alpha {self._alpha:g}" + (f", temperature {self._tau:g}" if self._kind == "soft" else "")
         self._stage.screen.say(f"teacher: {whose}, {self._place} ({how})")
@@ -174,7 +174,7 @@ def teacher_digest(saved: Path) -> str:
         raise WeightsError(
             f"{saved} is gone: the teacher that this run learns from. Put it back, or start again with --overwrite."
         )
-    digest: str | None = saved_model.read_config(saved).get("weights_digest")
+    digest: str | None = artifact.read_config(saved).get("weights_digest")
     if digest is None:
         raise WeightsError(f"{saved} is of an early version and tells no digest of its weights: save it anew (p3b.save).")
     return digest
@@ -182,7 +182,7 @@ def teacher_digest(saved: Path) -> str:
 
 def _require_same_task(teacher: Path, stage: Stage) -> None:
     """Refuse a dense run that has learnt other classes, or from images that were prepared in another way."""
-    said, names = saved_model.read_config(teacher), list(stage.splits.class_names)
+    said, names = artifact.read_config(teacher), list(stage.splits.class_names)
     if said["class_names"] != names:
         raise ConfigError(
             f"The teacher of --dense-run {teacher.parent} knows other classes than the data has, or in another order: "

@@ -12,7 +12,7 @@ from timm.models.vision_transformer import VisionTransformer
 from p3b.data import DataSplits, Preprocessing, default_num_workers, open_data
 from p3b.errors import ConfigError, WeightsError
 from p3b.run.options import DataOptions, ModelOptions
-from p3b.storage import saved_model
+from p3b.storage import artifact
 from p3b.storage.hub_folder import NOTHING_SAID, Facts
 from p3b.storage.load_report import LoadReport
 from p3b.storage.models import build_model, parse_model_kwargs
@@ -57,9 +57,9 @@ class OpenedModel:
 
 def saved_class_names(options: ModelOptions) -> tuple[str, ...] | None:
     """Names of the classes of the saved model that is to be opened, by index; None where it has none, or is no saved model."""
-    if options.model_path is None or not saved_model.is_artifact(options.model_path):
+    if options.model_path is None or not artifact.is_artifact(options.model_path):
         return None
-    return tuple(saved_model.read_config(options.model_path)["class_names"] or ()) or None
+    return tuple(artifact.read_config(options.model_path)["class_names"] or ()) or None
 
 
 def open_splits(
@@ -118,7 +118,7 @@ def open_model(options: ModelOptions, num_classes: int, seed: int) -> OpenedMode
             and the weights have none.
     """
     path = options.model_path
-    saved = saved_model.read_config(path) if path is not None and saved_model.is_artifact(path) else None
+    saved = artifact.read_config(path) if path is not None and artifact.is_artifact(path) else None
     if options.resize_model_by_checkpoint and saved is None:
         raise WeightsError(
             f"{options.model_path} is not a model that p3b saved, so it has no shape to resize to. Give run/pruned or "

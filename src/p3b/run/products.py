@@ -10,7 +10,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from p3b.run.machine import Machine
-from p3b.storage import saved_model
+from p3b.storage import artifact
 from p3b.train.distributed import wait_for_all
 from p3b.vit.architecture import build_skeleton, describe_dense
 
@@ -43,7 +43,7 @@ class Products:
     def save(self, model: VisionTransformer) -> Path:
         """Write the stage's model folder, which is returned."""
         folder = self._root / PRODUCTS[self._stage]
-        self._machine.on_main(lambda: saved_model.save(model, folder, **self._description))
+        self._machine.on_main(lambda: artifact.save(model, folder, **self._description))
         wait_for_all()
         return folder
 
@@ -54,16 +54,16 @@ class Products:
 
     def save_sparse_checkpoint(self, model: VisionTransformer) -> None:
         """Write the shrunk model before fine-tuning."""
-        self._machine.on_main(lambda: saved_model.save_checkpoint(model, self.sparse_checkpoint, **self._description))
+        self._machine.on_main(lambda: artifact.save_checkpoint(model, self.sparse_checkpoint, **self._description))
         wait_for_all()
 
     def save_best(self, model: nn.Module) -> None:
         """Write the model of the best epoch so far."""
-        self._machine.on_main(lambda: saved_model.save_checkpoint(model, self._best, **self._description))
+        self._machine.on_main(lambda: artifact.save_checkpoint(model, self._best, **self._description))
 
     def load_best(self) -> nn.Module:
         """The model of the best epoch."""
-        return saved_model.load(self._best, self._machine.device)
+        return artifact.load(self._best, self._machine.device)
 
     @property
     def teacher(self) -> Path:
@@ -74,7 +74,7 @@ class Products:
         """Write the model that the run will learn from: the weights of a dense one, whose masks are still all open."""
         plain = build_skeleton(describe_dense(model))  # the model itself is being pruned: gates and taps hang on it
         plain.load_state_dict(model.state_dict(), assign=True)
-        self._machine.on_main(lambda: saved_model.save_checkpoint(plain, self.teacher, **self._description))
+        self._machine.on_main(lambda: artifact.save_checkpoint(plain, self.teacher, **self._description))
         wait_for_all()
 
     @property

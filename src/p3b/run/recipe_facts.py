@@ -18,7 +18,7 @@ from p3b.errors import DataError
 from p3b.run.inputs import open_model
 from p3b.run.options import ModelOptions, TrainingOptions
 from p3b.run.recipes import Facts
-from p3b.storage import saved_model
+from p3b.storage import artifact
 from p3b.storage.models import parse_model_kwargs
 from p3b.train.distributed import Processes
 
@@ -83,7 +83,7 @@ def image_sizes(images: LabelledImages, most: int) -> list[tuple[int, int]]:
 def shape_of(options: ModelOptions, num_classes: int, seed: int) -> VisionTransformer:
     """The model as it will be trained, but for its weights: those of a file are read only where they bring the shape along."""
     path = options.model_path
-    brings_shape = path is not None and saved_model.is_artifact(path)
+    brings_shape = path is not None and artifact.is_artifact(path)
     options = replace(options, model_pretrained=False, model_path=path if brings_shape else None)
     is_known = timm.is_model(split_model_name_tag(options.model)[0])  # what others are called alike is looked for by building
     with torch.device("meta") if is_known and not brings_shape else nullcontext():  # where a model costs nothing
@@ -107,7 +107,7 @@ _RESAMPLED = ("pos_embed", "patch_embed.proj.weight")
 def _is_resizable(options: ModelOptions, model: VisionTransformer) -> bool:
     height, width = model.patch_embed.img_size
     is_given = "img_size" in parse_model_kwargs(options.model_kwargs) or options.input_size is not None
-    is_saved = options.model_path is not None and saved_model.is_artifact(options.model_path)
+    is_saved = options.model_path is not None and artifact.is_artifact(options.model_path)
     return height == width and not is_given and not is_saved
 
 

@@ -38,7 +38,7 @@ from p3b.run.series_plan import SMALLER, Run, about_teacher, config_of, warm_up_
 from p3b.run.series_speed import due_batch_sizes, speed_lines
 from p3b.run.smaller_start import make_start
 from p3b.run.warm_up import WARM_UP, train_warm_up
-from p3b.storage import saved_model
+from p3b.storage import artifact
 from p3b.storage.files import write_atomically
 from p3b.train.distributed import Processes, gather, in_group, process_group
 from p3b.vit.layout import read_layout
@@ -260,7 +260,7 @@ def open_inputs(config: CompareConfig, processes: Processes) -> tuple[DataSplits
     splits = open_splits(config.data, seed, processes)
     model = open_model(config.model, len(splits.class_names), seed).model
     read_layout(model)
-    saved_model.model_config(model)
+    artifact.model_config(model)
     return splits, model
 
 

@@ -13,7 +13,7 @@ from p3b.report.comparison import Comparison
 from p3b.run.products import PRODUCTS
 from p3b.run.provenance import circumstances, device_name, versions
 from p3b.run.series_plan import is_pruned
-from p3b.storage import saved_model
+from p3b.storage import artifact
 
 SPEED_BATCHES = (1, 32)
 """Batch sizes that models are timed with."""
@@ -44,7 +44,7 @@ def speed_lines(
         A line for each batch size.
     """
     saved = [Path(run.get("model") or folder / run["name"] / _product(run["row"])) for run in runs]
-    models = [saved_model.load(path, device) for path in saved]
+    models = [artifact.load(path, device) for path in saved]
     image_shape = models[0].patch_embed.proj.in_channels, *models[0].patch_embed.img_size
     seconds = min(SECONDS_OF_SPEED * len(models), most_seconds)
     for batch_size in batch_sizes:

@@ -7,7 +7,7 @@ from pathlib import Path
 from p3b.methods.base import overall_keep_ratio
 from p3b.run.inputs import open_model, open_splits
 from p3b.run.options import DataOptions, ModelOptions
-from p3b.storage import saved_model
+from p3b.storage import artifact
 from p3b.train.distributed import Processes, gather, wait_for_all
 from p3b.vit.architecture import describe_dense
 from p3b.vit.layout import read_layout
@@ -35,7 +35,7 @@ def make_start(
         blocks_only: whether the share is counted over the blocks alone.
         seed: of the run.
     """
-    if gather(saved_model.is_artifact(start))[0]:
+    if gather(artifact.is_artifact(start))[0]:
         return
     splits = open_splits(data, seed, processes)
     dense = open_model(model, len(splits.class_names), seed)
@@ -44,7 +44,7 @@ def make_start(
     kept = overall_keep_ratio(layout, ratio, blocks_only) * in_blocks
     architecture = smaller_architecture(describe_dense(dense.model), kept + layout.other_params)
     if processes.is_main:
-        saved_model.save(
+        artifact.save(
             cut_evenly(dense.model, architecture),
             start,
             class_names=dense.class_names if len(dense.class_names or ()) == len(splits.class_names) else None,

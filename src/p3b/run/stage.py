@@ -44,7 +44,7 @@ from p3b.run.records import Records
 from p3b.run.same_settings import Settings, require_finished_as_asked
 from p3b.run.screen import Screen, open_screen
 from p3b.run.trained_images import remember, said_of_part, trained_on
-from p3b.storage import saved_model
+from p3b.storage import artifact
 from p3b.train.checkpoint import Checkpoint, Checkpoints, newest_for_all, seed_everything
 from p3b.train.compiled import require_compiler
 from p3b.train.distributed import wait_for_all
@@ -264,7 +264,7 @@ def _open(config: TrainConfig, name: str, machine: Machine, folder: StageFolder)
     cache = keep_decoded(splits, config.data.cache, machine.processes.local_world_size)
 
     opened = open_model(config.model, len(splits.class_names), run.seed)
-    saved_model.model_config(opened.model)  # what could not be saved is refused now, not after hours
+    artifact.model_config(opened.model)  # what could not be saved is refused now, not after hours
     workers = num_workers(config.data, machine.processes, machine.device)
     recipe = open_recipe(
         training, config.augment, splits, opened.preprocessing, opened.model, machine, seed=run.seed, num_workers=workers

@@ -17,7 +17,7 @@ import numpy as np
 from p3b.data import DataSplits, LabelledImages, TrainRecord, record_training, seen_in_training
 from p3b.data.train_record import Seen
 from p3b.errors import DataError
-from p3b.storage import saved_model
+from p3b.storage import artifact
 from p3b.storage.model_config import TRAINING_IMAGES
 
 ALL, UNSEEN = "all", "unseen"
@@ -52,9 +52,9 @@ def trained_on(path: Path | None) -> TrainedOn | None:
     Raises:
         WeightsError: the saved model is damaged. DataError: the entry is.
     """
-    if path is None or not saved_model.is_artifact(path):
+    if path is None or not artifact.is_artifact(path):
         return None
-    entry = (saved_model.read_config(path)["provenance"] or {}).get(TRAINING_IMAGES)
+    entry = (artifact.read_config(path)["provenance"] or {}).get(TRAINING_IMAGES)
     if not isinstance(entry, dict):
         return None
     return TrainedOn(TrainRecord.from_dict(entry), _checked(entry.get("rule"), path))

@@ -26,7 +26,7 @@ from timm.models.vision_transformer import Block, VisionTransformer, init_weight
 from torch import nn
 
 from p3b.errors import ConfigError, ModelError, WeightsError, unknown_name
-from p3b.storage import saved_model as artifact
+from p3b.storage import artifact
 from p3b.storage.arithmetic import is_known_activation, same_activation
 from p3b.storage.fitting import is_head
 from p3b.storage.hub_folder import Facts

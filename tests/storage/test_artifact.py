@@ -20,8 +20,8 @@ from torch import Tensor, nn
 import p3b
 from hostile import of_schema, sealed, weights_digest
 from p3b.errors import ModelError, RunFolderError, WeightsError
-from p3b.storage import saved_model as artifact
-from p3b.storage.saved_model import CONFIG_FILE, WEIGHTS_FILE, is_artifact, read_config, save_checkpoint
+from p3b.storage import artifact
+from p3b.storage.artifact import CONFIG_FILE, WEIGHTS_FILE, is_artifact, read_config, save_checkpoint
 from p3b.vit.compact import apply_cuts, plan_cuts
 from p3b.vit.layout import read_layout
 from processes import SparePython, forked, status_of
