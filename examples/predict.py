@@ -20,7 +20,7 @@ def main(folder: Path, files: list[Path], top: int) -> None:
     if config["preprocessing"] is None:
         raise SystemExit(
             f"{folder} does not say how its images are prepared. Save it with what it was trained with:\n"
-            "    p3b.save(model, folder, preprocessing={'input_size': [3, 224, 224], 'mean': [...], 'std': [...], 'interpolation': 'bicubic'})"
+            "    p3b.save(model, folder, preprocessing={'input_size': [3, 224, 224], 'mean': [...], 'std': [...], ...})"
         )
     prepare = create_transform(**{key: tuple(v) if isinstance(v, list) else v for key, v in config["preprocessing"].items()})
     channels, classes = config["preprocessing"]["input_size"][0], config["class_names"]
