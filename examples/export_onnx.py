@@ -15,8 +15,10 @@ from p3b.commands.export import export_saved
 from p3b.run.deploy_options import ExportConfig
 
 
-def main(folder: Path, file: Path, batch_size: int, rounds: int) -> None:
-    export_saved(ExportConfig(folder, file, batch_size=batch_size))  # checked in ONNX Runtime before it is written
+def main(folder: Path, file: Path, layout: str, batch_size: int, rounds: int) -> None:
+    export_saved(
+        ExportConfig(folder, file, layout=layout, batch_size=batch_size)
+    )  # checked in ONNX Runtime before it is written
 
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
     inside = session.get_modelmeta().custom_metadata_map  # class names, preprocessing, where the model comes from
@@ -34,7 +36,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("file", type=Path)
+    parser.add_argument("--layout", default="auto", help="how pruned blocks are executed; auto measures")
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=30, help="timed calls")
     given = parser.parse_args()
-    main(given.folder, given.file, given.batch_size, given.rounds)
+    main(given.folder, given.file, given.layout, given.batch_size, given.rounds)

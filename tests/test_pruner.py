@@ -241,7 +241,8 @@ class _Dictated:
 
 def test_a_block_gets_parameters_back_when_its_benefit_rises() -> None:
     """The deeper a block lies, the later it starts to help: what it lost by then must not be lost for good."""
-    run = Run(tiny_vit(), gamma=1.0, prune_ratio=0.5, schedule=p3b.Schedule(start=0, sparse=2, final=8, update_every=2))
+    phases = p3b.Schedule(start=0, sparse=2, final=8, update_every=2)
+    run = Run(tiny_vit(), estimator="paper", gamma=1.0, prune_ratio=0.5, schedule=phases)  # asks for one loss after the other
     kept, masks = [], []
     for benefits in ([1.0, 1.0, 0.0, 0.0], [0.0, 0.0, 1.0, 1.0], [0.0, 0.0, 1.0, 1.0]):
         for _ in range(2):

@@ -593,7 +593,7 @@ def _options(**changed: Any) -> dict[str, Any]:
 def test_the_command_hands_a_method_what_it_takes_and_refuses_what_it_would_ignore() -> None:
     assert _options() == {
         "blocks_only": False, "keep_ratios": None, "alpha": 0.5, "gamma": 0.2, "benefit_scale": 10.0,
-        "align": 1, "probe_lr": 5e-4,
+        "align": 1, "probe_lr": 5e-4, "spare": None,
     }  # fmt: skip
     assert _options(prune_keep_ratios=(0.5, 1.0), prune_alpha=0.1)["keep_ratios"] == (0.5, 1.0)
     for name in REFERENCES:
@@ -602,7 +602,7 @@ def test_the_command_hands_a_method_what_it_takes_and_refuses_what_it_would_igno
         assert _options(prune_method=name, prune_alpha=0.5) == {"blocks_only": False, **seed}
         for setting, value in (
             ("prune_alpha", 0.3), ("prune_gamma", 1.0), ("prune_benefit_scale", 1.0), ("probe_lr", 1e-3),
-            ("prune_keep_ratios", (0.5,) * 4), ("prune_benefit", "ridge"),
+            ("prune_keep_ratios", (0.5,) * 4), ("prune_benefit", "ridge"), ("spare", ("head",)),
         ):  # fmt: skip
             flag = "--" + setting.replace("_", "-")
             with pytest.raises(ConfigError, match=f"{flag} .* means nothing to --prune-method {name}, only to block_benefit"):

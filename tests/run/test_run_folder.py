@@ -417,7 +417,7 @@ def test_tables_and_summaries_name_the_part_and_leave_top5_of_few_classes_out(
     summary = read(tmp_path / "train" / "summary.json")
     assert summary["part"] == "test" and summary["classes"] == len(COLOURS)
     assert summary["chance"] == pytest.approx({"val": 100 / 3, "test": 100 / 3})
-    assert run("evaluate", *flags(data, tmp_path, "--model-path", str(tmp_path / "dense"), model=())) == 0
+    assert run("evaluate", *flags(data, tmp_path, "--model-path", str(tmp_path / "dense"), model=(), recipe=())) == 0
     assert "top-5" not in capsys.readouterr().out
 
 
