@@ -19,7 +19,7 @@ from p3b.errors import WeightsError
 from p3b.storage.naming import hugging_face, open_clip, timm_names, torchvision
 from p3b.storage.naming.scheme import Scheme
 
-SCHEMES: tuple[Scheme, ...] = (*timm_names.SCHEMES, *hugging_face.SCHEMES, *torchvision.SCHEMES, *open_clip.SCHEMES)
+SCHEMES: tuple[Scheme, ...] = (timm_names.SCHEME, *hugging_face.SCHEMES, torchvision.SCHEME, open_clip.SCHEME)
 
 # Among several copies of a model: the trained one, then the teacher (DINO, iBOT), then what averages or follows it.
 _LATER = (("teacher",), ("ema", "momentum", "target", "shadow", "averaged", "avg"), ("student",))
@@ -30,7 +30,12 @@ _ORDER = ("model", "state_dict", "model_state_dict", "model_ema", "state_dict_em
 
 @dataclass(frozen=True)
 class Tower:
-    """A Vision Transformer inside a state dict: what its names begin with, and whose they are."""
+    """A Vision Transformer inside a state dict.
+
+    Attributes:
+        prefix: what its names begin with.
+        scheme: whose names they are.
+    """
 
     prefix: str
     scheme: Scheme

@@ -10,16 +10,13 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from p3b.storage.naming.scheme import Finished, Scheme
+from p3b.storage.naming.scheme import Finished, Renames, Scheme, in_blocks, modules
 
 _LAYER = r"(?:encoder\.layers?|layers)\.(\d+)\."
-_KIND = r"\.(weight|bias)"
 
 
-def _in_blocks(table: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
-    """Rows for layers with weight and bias, and a last one that keeps what is not known inside its block."""
-    rows = [(f"{_LAYER}{theirs}{_KIND}", rf"blocks.\1.{timms}.\2") for theirs, timms in table.items()]
-    return (*rows, (rf"{_LAYER}(.+)", r"blocks.\1.\2"))
+def _embeddings(table: Mapping[str, str]) -> Renames:
+    return tuple((rf"embeddings\.{theirs}", timms) for theirs, timms in table.items())
 
 
 def _finish_vit(state: Mapping[str, Tensor]) -> Finished:
@@ -55,35 +52,22 @@ _VIT = Scheme(
         "encoder.layer.0.attention.attention.query.weight",
     ),
     renames=(
-        (r"embeddings\.cls_token", r"cls_token"),
-        (r"embeddings\.distillation_token", r"dist_token"),
-        (r"embeddings\.register_tokens", r"reg_token"),
-        (r"embeddings\.mask_token", r"mask_token"),
-        (r"embeddings\.position_embeddings", r"pos_embed"),
-        (rf"embeddings\.patch_embeddings\.projection{_KIND}", r"patch_embed.proj.\1"),
-        (rf"layernorm{_KIND}", r"norm.\1"),
+        *_embeddings({"cls_token": "cls_token", "distillation_token": "dist_token", "register_tokens": "reg_token"}),
+        *_embeddings({"mask_token": "mask_token", "position_embeddings": "pos_embed"}),
+        *modules({r"embeddings\.patch_embeddings\.projection": "patch_embed.proj", "layernorm": "norm"}),
         (rf"{_LAYER}layer_scale([12])\.lambda1", r"blocks.\1.ls\2.gamma"),
-        *_in_blocks(
-            {
+        *in_blocks(
+            _LAYER,
+            norms=("(?:layernorm_before|norm1)", "(?:layernorm_after|norm2)"),
+            proj=r"attention\.(?:output\.dense|o_proj)",
+            mlp=(r"(?:intermediate\.dense|mlp\.fc1)", r"(?:output\.dense|mlp\.fc2)"),
+            others={
                 **{rf"attention\.attention\.{name}": f"attn.{name[0]}" for name in ("query", "key", "value")},
                 **{rf"attention\.{part}_proj": f"attn.{part}" for part in "qkv"},
-                r"attention\.output\.dense": "attn.proj",
-                r"attention\.o_proj": "attn.proj",
-                r"intermediate\.dense": "mlp.fc1",
-                r"output\.dense": "mlp.fc2",
-                r"mlp\.fc1": "mlp.fc1",
-                r"mlp\.fc2": "mlp.fc2",
-                r"layernorm_before": "norm1",
-                r"layernorm_after": "norm2",
-                r"norm1": "norm1",
-                r"norm2": "norm2",
-            }
+            },
         ),
     ),
-    outside=(
-        (rf"(?:cls_)?classifier{_KIND}", r"head.\1"),
-        (rf"distillation_classifier{_KIND}", r"head_dist.\1"),
-    ),
+    outside=modules({"(?:cls_)?classifier": "head", "distillation_classifier": "head_dist"}),
     finish=_finish_vit,
     pooling="token",
 )
@@ -93,26 +77,19 @@ _CLIP = Scheme(
     patch="embeddings.patch_embedding.weight",
     blocks=("encoder.layers.0.layer_norm1.weight",),
     renames=(
-        (r"embeddings\.class_embedding", r"cls_token"),
-        (r"embeddings\.position_embedding\.weight", r"pos_embed"),
-        (rf"embeddings\.patch_embedding{_KIND}", r"patch_embed.proj.\1"),
-        (rf"pre_layrnorm{_KIND}", r"norm_pre.\1"),
-        (rf"post_layernorm{_KIND}", r"norm.\1"),
-        (r"head\.probe", r"attn_pool.latent"),
-        (r"head\.attention\.in_proj_(weight|bias)", r"attn_pool.in_proj_\1"),
-        (rf"head\.attention\.out_proj{_KIND}", r"attn_pool.proj.\1"),
-        (rf"head\.layernorm{_KIND}", r"attn_pool.norm.\1"),
-        (rf"head\.mlp\.(fc[12]){_KIND}", r"attn_pool.mlp.\1.\2"),
-        *_in_blocks(
-            {
-                **{rf"self_attn\.{part}_proj": f"attn.{part}" for part in "qkv"},
-                r"self_attn\.out_proj": "attn.proj",
-                r"mlp\.fc1": "mlp.fc1",
-                r"mlp\.fc2": "mlp.fc2",
-                r"layer_norm1": "norm1",
-                r"layer_norm2": "norm2",
-            }
+        *in_blocks(
+            _LAYER,
+            norms=("layer_norm1", "layer_norm2"),
+            proj=r"self_attn\.out_proj",
+            mlp=(r"mlp\.fc1", r"mlp\.fc2"),
+            others={rf"self_attn\.{part}_proj": f"attn.{part}" for part in "qkv"},
         ),
+        *_embeddings({"class_embedding": "cls_token", r"position_embedding\.weight": "pos_embed"}),
+        *modules({r"embeddings\.patch_embedding": "patch_embed.proj", "pre_layrnorm": "norm_pre", "post_layernorm": "norm"}),
+        (r"head\.probe", "attn_pool.latent"),
+        (r"head\.attention\.in_proj_(weight|bias)", r"attn_pool.in_proj_\1"),
+        *modules({r"head\.attention\.out_proj": "attn_pool.proj", r"head\.layernorm": "attn_pool.norm"}),
+        *modules({rf"head\.mlp\.{layer}": f"attn_pool.mlp.{layer}" for layer in ("fc1", "fc2")}),
     ),
     finish=_finish_clip,
 )

@@ -9,10 +9,9 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from p3b.storage.naming.scheme import Finished, Scheme
+from p3b.storage.naming.scheme import Finished, Scheme, in_blocks, modules
 
 _LAYER = r"transformer\.resblocks\.(\d+)\."
-_KIND = r"\.(weight|bias)"
 
 
 def _finish(state: Mapping[str, Tensor]) -> Finished:
@@ -21,25 +20,17 @@ def _finish(state: Mapping[str, Tensor]) -> Finished:
     return finished, notes
 
 
-SCHEMES = (
-    Scheme(
-        name="CLIP (OpenAI, open_clip)",
-        patch="conv1.weight",
-        blocks=("transformer.resblocks.0.ln_1.weight",),
-        renames=(
-            (r"class_embedding", r"cls_token"),
-            (r"positional_embedding", r"pos_embed"),
-            (rf"conv1{_KIND}", r"patch_embed.proj.\1"),
-            (rf"ln_pre{_KIND}", r"norm_pre.\1"),
-            (rf"ln_post{_KIND}", r"norm.\1"),
-            (rf"{_LAYER}ln_([12]){_KIND}", r"blocks.\1.norm\2.\3"),
-            (rf"{_LAYER}ls_([12])\.gamma", r"blocks.\1.ls\2.gamma"),
-            (rf"{_LAYER}attn\.in_proj_(weight|bias)", r"blocks.\1.attn.qkv.\2"),
-            (rf"{_LAYER}attn\.out_proj{_KIND}", r"blocks.\1.attn.proj.\2"),
-            (rf"{_LAYER}mlp\.c_fc{_KIND}", r"blocks.\1.mlp.fc1.\2"),
-            (rf"{_LAYER}mlp\.c_proj{_KIND}", r"blocks.\1.mlp.fc2.\2"),
-            (rf"{_LAYER}(.+)", r"blocks.\1.\2"),
-        ),
-        finish=_finish,
+SCHEME = Scheme(
+    name="CLIP (OpenAI, open_clip)",
+    patch="conv1.weight",
+    blocks=("transformer.resblocks.0.ln_1.weight",),
+    renames=(
+        ("class_embedding", "cls_token"),
+        ("positional_embedding", "pos_embed"),
+        *modules({"conv1": "patch_embed.proj", "ln_pre": "norm_pre", "ln_post": "norm"}),
+        (rf"{_LAYER}ls_([12])\.gamma", r"blocks.\1.ls\2.gamma"),
+        (rf"{_LAYER}attn\.in_proj_(weight|bias)", r"blocks.\1.attn.qkv.\2"),
+        *in_blocks(_LAYER, norms=("ln_1", "ln_2"), proj=r"attn\.out_proj", mlp=(r"mlp\.c_fc", r"mlp\.c_proj")),
     ),
+    finish=_finish,
 )

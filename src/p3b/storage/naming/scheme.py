@@ -12,6 +12,44 @@ Finished = tuple[dict[str, Tensor], list[str]]
 """A state dict by timm's names, and what was done beyond renaming, in words."""
 
 
+Renames = tuple[tuple[str, str], ...]
+"""Pattern of a whole name and timm's name, row by row; the first that fits counts."""
+
+_KIND = r"\.(weight|bias)"
+
+
+def modules(table: Mapping[str, str]) -> Renames:
+    """Renames of modules with weight and bias: patterns without groups, and timm's names."""
+    return tuple((f"{theirs}{_KIND}", rf"{timms}.\1") for theirs, timms in table.items())
+
+
+def in_blocks(
+    layer: str, *, norms: tuple[str, str], proj: str, mlp: tuple[str, str], others: Mapping[str, str] | None = None
+) -> Renames:
+    """Renames of the modules of a block with weight and bias; what is not known keeps its name inside its block.
+
+    Args:
+        layer: pattern of what stands before a layer's own names; its one group is the layer's number.
+        norms, proj, mlp: patterns of the parts that every Vision Transformer has, without groups.
+        others: the same of further parts, and timm's names for them.
+    """
+    parts = dict(zip((*norms, proj, *mlp), ("norm1", "norm2", "attn.proj", "mlp.fc1", "mlp.fc2"), strict=True))
+    table = {**parts, **(others or {})}
+    rows = [(f"{layer}{theirs}{_KIND}", rf"blocks.\1.{timms}.\2") for theirs, timms in table.items()]
+    return (*rows, (rf"{layer}(.+)", r"blocks.\1.\2"))
+
+
+def without_head_behind(layer: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a state dict, less its head where that reads a layer that timm's models no longer have.
+
+    Args:
+        layer: what the names of that layer begin with.
+        state: by timm's names.
+    """
+    is_there = any(name.startswith(layer) for name in state)
+    return {name: tensor for name, tensor in state.items() if not is_there or not name.startswith(("head.", layer))}
+
+
 def _as_it_is(state: Mapping[str, Tensor]) -> Finished:
     return dict(state), []
 
@@ -24,7 +62,7 @@ class Scheme:
         name: whose names they are, for reports and errors.
         patch: the patch embedding's kernel, which only this scheme calls so.
         blocks: tensors of the first block, one of which is there too.
-        renames: (pattern of a whole name, timm's name); the first that fits counts, others keep their name.
+        renames: of tensors of the tower; others keep their name.
         outside: the same for tensors beside the tower, such as a classifier.
         finish: what names cannot say (a reordered tensor, a head that is none).
         pooling: what a classifier of this origin reads, by timm's name; None where that is not known.
@@ -33,8 +71,8 @@ class Scheme:
     name: str
     patch: str
     blocks: tuple[str, ...]
-    renames: tuple[tuple[str, str], ...]
-    outside: tuple[tuple[str, str], ...] = ()
+    renames: Renames
+    outside: Renames = ()
     finish: Callable[[Mapping[str, Tensor]], Finished] = field(default=_as_it_is)
     pooling: str | None = None
     is_timm: bool = False
@@ -52,7 +90,7 @@ class Scheme:
         return _renamed(name, self.outside)
 
 
-def _renamed(name: str, table: tuple[tuple[str, str], ...]) -> str | None:
+def _renamed(name: str, table: Renames) -> str | None:
     for pattern, replacement in table:
         if match := re.fullmatch(pattern, name):
             return match.expand(replacement)

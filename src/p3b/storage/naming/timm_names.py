@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from p3b.storage.naming.scheme import Finished, Scheme
+from p3b.storage.naming.scheme import Finished, Scheme, without_head_behind
 
 OUTGROWN_HEAD = "pre_logits."
 """A layer between pooling and head that old ViTs have and timm's no longer."""
@@ -23,29 +23,26 @@ def _finish(state: Mapping[str, Tensor]) -> Finished:
         positions, token = state["pos_embed"], state["cls_token"]
         finished |= {"cls_token": token + positions[:, :1], "pos_embed": positions[:, 1:]}
         notes.append("cls_token: its position embedding is folded into it, as timm does for DINOv2 with registers")
-    if any(name.startswith(OUTGROWN_HEAD) for name in state):
-        for name in [name for name in state if name.startswith(("head.", OUTGROWN_HEAD))]:
-            del finished[name]
+    kept = without_head_behind(OUTGROWN_HEAD, finished)
+    if len(kept) < len(finished):
         notes.append("head.*: left out, for it reads the pre_logits layer, which timm's models no longer have")
-    return finished, notes
+    return kept, notes
 
 
-SCHEMES = (
-    Scheme(
-        name="timm",
-        patch="patch_embed.proj.weight",
-        blocks=("blocks.0.attn.qkv.weight", "blocks.0.0.attn.qkv.weight", "blocks.0.attn.q_proj.weight"),
-        renames=(
-            (r"blocks\.(\d+)\.gamma_([12])", r"blocks.\1.ls\2.gamma"),
-            # DINOv2 groups its blocks for FSDP: blocks.<group>.<number>, numbers going on from group to group.
-            (r"blocks\.\d+\.(\d+)\.mlp\.w12\.(\w+)", r"blocks.\1.mlp.fc1.\2"),
-            (r"blocks\.\d+\.(\d+)\.mlp\.w3\.(\w+)", r"blocks.\1.mlp.fc2.\2"),
-            (r"blocks\.\d+\.(\d+)\.(.+)", r"blocks.\1.\2"),
-            (r"blocks\.(\d+)\.mlp\.w12\.(\w+)", r"blocks.\1.mlp.fc1.\2"),
-            (r"blocks\.(\d+)\.mlp\.w3\.(\w+)", r"blocks.\1.mlp.fc2.\2"),
-            (r"register_tokens", r"reg_token"),
-        ),
-        finish=_finish,
-        is_timm=True,
+SCHEME = Scheme(
+    name="timm",
+    patch="patch_embed.proj.weight",
+    blocks=("blocks.0.attn.qkv.weight", "blocks.0.0.attn.qkv.weight", "blocks.0.attn.q_proj.weight"),
+    renames=(
+        (r"blocks\.(\d+)\.gamma_([12])", r"blocks.\1.ls\2.gamma"),
+        # DINOv2 groups its blocks for FSDP: blocks.<group>.<number>, numbers going on from group to group.
+        (r"blocks\.\d+\.(\d+)\.mlp\.w12\.(\w+)", r"blocks.\1.mlp.fc1.\2"),
+        (r"blocks\.\d+\.(\d+)\.mlp\.w3\.(\w+)", r"blocks.\1.mlp.fc2.\2"),
+        (r"blocks\.\d+\.(\d+)\.(.+)", r"blocks.\1.\2"),
+        (r"blocks\.(\d+)\.mlp\.w12\.(\w+)", r"blocks.\1.mlp.fc1.\2"),
+        (r"blocks\.(\d+)\.mlp\.w3\.(\w+)", r"blocks.\1.mlp.fc2.\2"),
+        (r"register_tokens", r"reg_token"),
     ),
+    finish=_finish,
+    is_timm=True,
 )
