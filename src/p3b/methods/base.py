@@ -67,6 +67,18 @@ class Method(Protocol):
 
     At the beginning `attach`. In every forward pass `loss`; after the last backward of an optimizer step `collect` (or
     `discard`, in the warm-up) and `train_own`; at a mask update `renew`; at the end `last`.
+
+    What builds a method takes these, and options of its own by keyword:
+
+    Args:
+        model: dense model that is measured.
+        layout: its map.
+        prune_ratio: rho, share of parameters that goes, in [0, 1).
+        reduce: mean of a tensor over all ranks.
+        blocks_only: count the budget over the blocks alone (P_rest = 0).
+
+    Raises:
+        BudgetError: a prune ratio that cannot be met.
     """
 
     @property

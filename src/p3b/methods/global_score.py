@@ -45,17 +45,9 @@ from p3b.vit.layout import BlockLayout, ModelLayout, alike
 def magnitude(
     model: VisionTransformer, layout: ModelLayout, prune_ratio: float, reduce: Reduce, *, blocks_only: bool = False
 ) -> ScoreMethod:
-    """Elements of the whole network by the L2 norm of the weights that they carry.
+    """Elements of the whole network by the L2 norm of the weights that they carry: the weights of `model` are measured.
 
-    Args:
-        model: dense model whose weights are measured.
-        layout: its map.
-        prune_ratio: rho, share of parameters that goes, in [0, 1).
-        reduce: mean of a tensor over all ranks.
-        blocks_only: count the budget over the blocks alone (P_rest = 0).
-
-    Raises:
-        BudgetError: a prune ratio that cannot be met.
+    Arguments and errors as every method has them (`p3b.methods.base.Method`).
     """
     ranking = GlobalRanking(layout, prune_ratio, blocks_only)
     return ScoreMethod("magnitude", model, MagnitudeScores(layout, model, reduce), ranking.decide)

@@ -15,7 +15,7 @@ the element score is worth.
 from __future__ import annotations
 
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 
 from p3b.methods.base import BlockShares, Decision, ScoreMethod, overall_keep_ratio
 from p3b.scoring.criteria import by_gate
@@ -27,40 +27,17 @@ from p3b.vit.layout import ModelLayout
 def uniform(
     model: VisionTransformer, layout: ModelLayout, prune_ratio: float, reduce: Reduce, *, blocks_only: bool = False
 ) -> ScoreMethod:
-    """The same share for every block, elements by Taylor score.
-
-    Args:
-        model: dense model whose gradients are scored.
-        layout: its map.
-        prune_ratio: rho, share of parameters that goes, in [0, 1).
-        reduce: mean of a tensor over all ranks.
-        blocks_only: count the budget over the blocks alone (P_rest = 0).
-
-    Raises:
-        BudgetError: a prune ratio that cannot be met.
-    """
+    """The same share for every block, elements by Taylor score; arguments and errors as in `p3b.methods.base.Method`."""
     shares = EqualShares(layout, prune_ratio, blocks_only)
     return ScoreMethod("uniform", model, TaylorScores(layout, model, reduce), shares.decide)
 
 
 def random(
-    model: VisionTransformer,
-    layout: ModelLayout,
-    prune_ratio: float,
-    reduce: Reduce,
-    *,
-    blocks_only: bool = False,
-    seed: int = 0,
+    model: nn.Module, layout: ModelLayout, prune_ratio: float, reduce: Reduce, *, blocks_only: bool = False, seed: int = 0
 ) -> ScoreMethod:
     """The same share for every block, elements at random; nothing is measured, so nothing is reduced over ranks.
 
-    Args:
-        model, layout, prune_ratio, blocks_only: as in `uniform`.
-        reduce: taken for the sake of the other methods.
-        seed: of the draw, the same on all ranks.
-
-    Raises:
-        BudgetError: a prune ratio that cannot be met.
+    Arguments and errors as every method has them, and `seed` of the draw, the same on all ranks.
     """
     shares = EqualShares(layout, prune_ratio, blocks_only)
     return ScoreMethod("random", model, RandomScores(layout, seed), shares.decide)

@@ -97,19 +97,10 @@ class TaylorScores:
         return None if scores_N is None else self._reduce(scores_N).cpu()
 
 
-class MagnitudeScores:
-    """L2 norms of the weights that elements carry (`criteria.magnitude`), as they are when they are asked for.
-
-    Args:
-        layout: of the model.
-        model: whose weights are measured.
-        reduce: mean of a tensor over all ranks, whose weights are equal: it irons out what their devices round differently.
-    """
+class _Unmeasured:
+    """What scores that are read off no training step have in common."""
 
     needs_gradients = False
-
-    def __init__(self, layout: ModelLayout, model: nn.Module, reduce: Reduce) -> None:
-        self._layout, self._weights, self._reduce = layout, dict(model.named_parameters()), reduce
 
     def attach(self, gates: Gates) -> None:
         pass
@@ -119,6 +110,19 @@ class MagnitudeScores:
 
     def close(self) -> None:
         pass
+
+
+class MagnitudeScores(_Unmeasured):
+    """L2 norms of the weights that elements carry (`criteria.magnitude`), as they are when they are asked for.
+
+    Args:
+        layout: of the model.
+        model: whose weights are measured.
+        reduce: mean of a tensor over all ranks, whose weights are equal: it irons out what their devices round differently.
+    """
+
+    def __init__(self, layout: ModelLayout, model: nn.Module, reduce: Reduce) -> None:
+        self._layout, self._weights, self._reduce = layout, dict(model.named_parameters()), reduce
 
     def of_interval(self) -> Tensor:
         return self._reduce(of_all(magnitude, self._layout, self._weights)).cpu()
@@ -133,7 +137,7 @@ class MagnitudeScores:
         pass
 
 
-class RandomScores:
+class RandomScores(_Unmeasured):
     """Scores in [0, 1) that are drawn once, so that an element that is given up stays so.
 
     They are part of the state: a run that is resumed goes on with them, whatever torch would draw by then.
@@ -143,20 +147,9 @@ class RandomScores:
         seed: of the draw, the same on all ranks; torch's global generator is left alone.
     """
 
-    needs_gradients = False
-
     def __init__(self, layout: ModelLayout, seed: int) -> None:
         elements = sum(size for block in layout.blocks for size in block.dims.values())
         self._scores_N = torch.rand(elements, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-    def attach(self, gates: Gates) -> None:
-        pass
-
-    def collect(self, gradients_finite: Tensor, scaler: torch.amp.GradScaler | None = None) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
 
     def of_interval(self) -> Tensor:
         return self._scores_N
