@@ -294,19 +294,9 @@ def _attention_layout(depth: int, block: Block, dims: Collection[str]) -> BlockL
         "out": attn.proj.out_features,
         STREAM: attn.qkv.in_features,
     }
-    return BlockLayout(
-        name=f"{name}.attn",
-        kind="attn",
-        depth=depth,
-        dims={dim: size for dim, size in sizes.items() if dim in dims and dim != STREAM},
-        sizes=sizes,
-        weights=_existing(weights, name, block, dims, sizes),
-        inputs=_named(("in",), dims, sizes),
-        inner=_named(("heads", "head"), dims, sizes),
-        outputs=_named(("out",), dims, sizes),
-        heads=attn.num_heads,
-        constant_without_input=attn.qkv.bias is not None or attn.proj.bias is not None,
-        constant_without_inner=attn.proj.bias is not None,
+    constants = (attn.qkv.bias is not None or attn.proj.bias is not None, attn.proj.bias is not None)
+    return _residual_block(
+        "attn", depth, block, dims, sizes, weights, ("heads", "head"), heads=attn.num_heads, constants=constants
     )
 
 
@@ -327,19 +317,37 @@ def _mlp_layout(depth: int, block: Block, dims: Collection[str]) -> BlockLayout:
         "out": mlp.fc2.out_features,
         STREAM: mlp.fc1.in_features,
     }
+    constants = (mlp.fc1.bias is not None or mlp.fc2.bias is not None or acts_on_zero, mlp.fc2.bias is not None)
+    return _residual_block("mlp", depth, block, dims, sizes, weights, ("hidden",), heads=1, constants=constants)
+
+
+def _residual_block(
+    kind: str,
+    depth: int,
+    block: Block,
+    dims: Collection[str],
+    sizes: Mapping[str, int],
+    weights: list[Weight],
+    inner: Axis,
+    *,
+    heads: int,
+    constants: tuple[bool, bool],
+) -> BlockLayout:
+    """One of a timm block's two parts; `constants` are those without input and without inner channels."""
+    name = f"blocks.{depth}"
     return BlockLayout(
-        name=f"{name}.mlp",
-        kind="mlp",
+        name=f"{name}.{kind}",
+        kind=kind,
         depth=depth,
         dims={dim: size for dim, size in sizes.items() if dim in dims and dim != STREAM},
         sizes=sizes,
         weights=_existing(weights, name, block, dims, sizes),
         inputs=_named(("in",), dims, sizes),
-        inner=_named(("hidden",), dims, sizes),
+        inner=_named(inner, dims, sizes),
         outputs=_named(("out",), dims, sizes),
-        heads=1,
-        constant_without_input=mlp.fc1.bias is not None or mlp.fc2.bias is not None or acts_on_zero,
-        constant_without_inner=mlp.fc2.bias is not None,
+        heads=heads,
+        constant_without_input=constants[0],
+        constant_without_inner=constants[1],
     )
 
 
