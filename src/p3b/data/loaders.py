@@ -67,9 +67,11 @@ def train_batches(
         DataError: an empty data set. ConfigError: a batch size below 1, a rank outside 0 .. world_size - 1, an
         unknown policy.
     """
-    return TrainBatches(
-        dataset, preprocessing, augmentation, batch_size, num_workers, device, seed, rank=rank, world_size=world_size
-    )
+    _check_counts(_length(dataset), batch_size, rank, world_size)
+    repeats = max(1, augmentation.repeats) if augmentation.enabled else 1
+    order = _EpochOrder(dataset, repeats, batch_size, seed, rank, world_size)
+    samples = _Samples(dataset, train_transform(preprocessing, augmentation), preprocessing.input_size)
+    return TrainBatches(order, _on_device(samples, order, num_workers, device, preprocessing, augmentation))
 
 
 def eval_batches(
@@ -86,7 +88,10 @@ def eval_batches(
 
     Arguments and errors as for `train_batches`.
     """
-    return EvalBatches(dataset, preprocessing, batch_size, num_workers, device, rank=rank, world_size=world_size)
+    _check_counts(_length(dataset), batch_size, rank, world_size)
+    keys = _chunks([(index, 0, 0) for index in range(rank, _length(dataset), world_size)], batch_size)
+    samples = _Samples(dataset, eval_transform(preprocessing), preprocessing.input_size, replace_unreadable=False)
+    return EvalBatches(_on_device(samples, keys, num_workers, device, preprocessing, Augmentation(enabled=False)))
 
 
 @final
@@ -111,30 +116,8 @@ class TrainBatches:
         DataError: an image cannot be read, its folder is gone, a worker died.
     """
 
-    def __init__(
-        self,
-        dataset: Dataset[tuple[Any, int]],
-        preprocessing: Preprocessing,
-        augmentation: Augmentation,
-        batch_size: int,
-        num_workers: int,
-        device: torch.device,
-        seed: int,
-        *,
-        rank: int,
-        world_size: int,
-    ) -> None:
-        _check_counts(_length(dataset), batch_size, rank, world_size)
-        repeats = max(1, augmentation.repeats) if augmentation.enabled else 1
-        self._order = _EpochOrder(dataset, repeats, batch_size, seed, rank, world_size)
-        self._loader = _on_device(
-            _Samples(dataset, train_transform(preprocessing, augmentation), preprocessing.input_size),
-            self._order,
-            num_workers,
-            device,
-            preprocessing,
-            augmentation,
-        )
+    def __init__(self, order: _EpochOrder, loader: PrefetchLoader) -> None:
+        self._order, self._loader = order, loader
 
     def __len__(self) -> int:
         """Batches of a whole epoch on this rank, wherever the iteration begins; the same on every rank."""
@@ -176,27 +159,8 @@ class EvalBatches:
     be iterated any number of times, one iteration at a time; raises what `TrainBatches` raises.
     """
 
-    def __init__(
-        self,
-        dataset: Dataset[tuple[Any, int]],
-        preprocessing: Preprocessing,
-        batch_size: int,
-        num_workers: int,
-        device: torch.device,
-        *,
-        rank: int,
-        world_size: int,
-    ) -> None:
-        _check_counts(_length(dataset), batch_size, rank, world_size)
-        keys = _chunks([(index, 0, 0) for index in range(rank, _length(dataset), world_size)], batch_size)
-        self._loader = _on_device(
-            _Samples(dataset, eval_transform(preprocessing), preprocessing.input_size, replace_unreadable=False),
-            keys,
-            num_workers,
-            device,
-            preprocessing,
-            Augmentation(enabled=False),
-        )
+    def __init__(self, loader: PrefetchLoader) -> None:
+        self._loader = loader
 
     def __len__(self) -> int:
         """Batches on this rank (fewer come where all images of one cannot be read and are skipped)."""

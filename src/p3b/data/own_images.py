@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +37,8 @@ def own_parts(
     Raises:
         DataError: see `open_data`.
     """
-    found = _all_found(name, data_path, val_path, test_path, for_evaluation)
+    explicit = {part: path for part, path in (("val", val_path), ("test", test_path)) if path is not None}
+    found = _all_found(name, data_path, explicit, for_evaluation)
     if "train" not in found.parts and not for_evaluation:
         raise DataError(
             f"{data_path} has {' and '.join(sorted(found.parts))} but no train part. Expected a folder "
@@ -63,14 +64,8 @@ def own_parts(
     return Parts(where, names, **labelled, said=(*found.said, *frames), unlabelled=unlabelled)
 
 
-def _all_found(
-    name: str,
-    data_path: str | Path | None,
-    val_path: str | Path | None,
-    test_path: str | Path | None,
-    for_evaluation: bool,
-) -> FoundParts:
-    explicit = {part: path for part, path in (("val", val_path), ("test", test_path)) if path is not None}
+def _all_found(name: str, data_path: str | Path | None, explicit: Mapping[str, str | Path], for_evaluation: bool) -> FoundParts:
+    """What lies at the data path, and the parts that are given each by a path of its own."""
     if data_path is not None:
         path = Path(data_path).expanduser()
         if name != "FOLDER" and not path.exists():

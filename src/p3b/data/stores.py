@@ -155,42 +155,36 @@ class ArrayStore:
         return self.pixels[index].tobytes()[start : None if count is None else start + count]
 
 
-@final
 @dataclass(frozen=True)
-class ReaderStore:
-    """Images behind one of timm's random-access readers: reader[i] = (binary file, label)."""
+class _LibraryStore:
+    """Images that a library hands out by number, under the title of its data set."""
 
-    reader: Any
+    images: Any
     title: str
 
     def __len__(self) -> int:
-        return len(self.reader)
+        return len(self.images)
+
+    def name(self, index: int) -> str:
+        return f"{self.title}, image {index}"
+
+
+@final
+class ReaderStore(_LibraryStore):
+    """Images behind one of timm's random-access readers: images[i] = (binary file, label)."""
 
     def open(self, index: int) -> Image.Image:
-        file, *_ = self.reader[index]
+        file, *_ = self.images[index]
         with file:
             return read_image(file)
 
-    def name(self, index: int) -> str:
-        return f"{self.title}, image {index}"
-
 
 @final
-@dataclass(frozen=True)
-class TorchvisionStore:
-    """Images of a torchvision data set: dataset[i] = (PIL image, label)."""
-
-    dataset: Any
-    title: str
-
-    def __len__(self) -> int:
-        return len(self.dataset)
+class TorchvisionStore(_LibraryStore):
+    """Images of a torchvision data set: images[i] = (PIL image, label)."""
 
     def open(self, index: int) -> Image.Image:
-        return prepare_image(self.dataset[index][0])
-
-    def name(self, index: int) -> str:
-        return f"{self.title}, image {index}"
+        return prepare_image(self.images[index][0])
 
 
 def _size(path: bytes) -> int:
