@@ -14,17 +14,8 @@ from typing import Any
 
 from p3b.commands.prune import prune
 from p3b.commands.train import train
-from p3b.run.options import (
-    AugmentOptions,
-    DataOptions,
-    DemoConfig,
-    ModelOptions,
-    PruneConfig,
-    PruneOptions,
-    RunOptions,
-    TrainConfig,
-    TrainingOptions,
-)
+from p3b.run import options
+from p3b.run.options import DemoConfig, PruneConfig, TrainConfig
 
 PRUNE_EPOCHS, FINETUNE_EPOCHS = 16, 16
 
@@ -45,8 +36,8 @@ def demo_configs(config: DemoConfig) -> tuple[TrainConfig, PruneConfig]:
     described = json.loads((package / "glyph_vit.json").read_text())
     weights = Path(str(package / "glyph_vit.safetensors"))
     kwargs = {key: value for key, value in described["model_kwargs"].items() if key != "num_classes"}
-    data = DataOptions(data_set="DIGITS")
-    model = ModelOptions(
+    data = options.DataOptions(data_set="DIGITS")
+    model = options.ModelOptions(
         model=described["timm_model"],
         model_path=weights,
         model_kwargs=tuple(f"{key}={value}" for key, value in kwargs.items()),
@@ -55,11 +46,13 @@ def demo_configs(config: DemoConfig) -> tuple[TrainConfig, PruneConfig]:
         crop_pct=1.0,
         drop_path=0.0,
     )
-    training = TrainingOptions(
+    training = options.TrainingOptions(
         epochs=PRUNE_EPOCHS + FINETUNE_EPOCHS, batch_size=64, lr=8e-3, mixup=0.0, cutmix=0.0, precision="fp32"
     )
-    augment = AugmentOptions(aa=None, color_jitter=0.0, reprob=0.0, crop_scale=(0.7, 1.0), hflip=0.0, repeated_aug=False)
-    run = RunOptions(output_dir=config.output_dir / "dense", seed=config.seed, overwrite=True, device="cpu")
+    augment = options.AugmentOptions(
+        aa=None, color_jitter=0.0, reprob=0.0, crop_scale=(0.7, 1.0), hflip=0.0, repeated_aug=False
+    )
+    run = options.RunOptions(output_dir=config.output_dir / "dense", seed=config.seed, overwrite=True, device="cpu")
     dense = TrainConfig(data, model, training, augment, run)
     pruned = PruneConfig(
         data,
@@ -67,7 +60,7 @@ def demo_configs(config: DemoConfig) -> tuple[TrainConfig, PruneConfig]:
         replace(training, epochs=PRUNE_EPOCHS),
         augment,
         replace(run, output_dir=config.output_dir / "pruned"),
-        PruneOptions(
+        options.PruneOptions(
             prune_ratio=config.prune_ratio,
             prune_start_epoch="3",
             finetune_epochs=FINETUNE_EPOCHS,

@@ -6,12 +6,13 @@ p3b prune photos --keep 0.3 --from-scratch     is     p3b prune --data-path phot
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields
 from types import NoneType, UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, Union, get_args, get_origin
 
 from p3b.errors import ConfigError
 from p3b.run.flags import NO_FLAG
+from p3b.run.none_values import types_of
 
 OTHER_NAMES = {
     "--classifiers": "--wd-classifiers",
@@ -145,13 +146,7 @@ def _count(flag: str, takes: Mapping[str, int]) -> int:
 
 def _values_taken(settings: type) -> Iterator[tuple[str, int]]:
     """Every setting with the number of values that its flag takes."""
-    hints = get_type_hints(settings)
-    for field in fields(settings):
-        kind = hints[field.name]
-        if isinstance(kind, type) and is_dataclass(kind):
-            yield from _values_taken(kind)
-        elif field.name not in NO_FLAG:
-            yield field.name, _values_of(kind)
+    return ((name, _values_of(kind)) for name, kind in types_of(settings) if name not in NO_FLAG)
 
 
 def _values_of(kind: Any) -> int:

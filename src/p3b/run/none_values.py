@@ -17,7 +17,7 @@ def with_one_none(config_class: type, words: Sequence[str]) -> list[str]:
         config_class: settings of the command.
         words: flags and values.
     """
-    spelling = {name: "None" if NoneType in get_args(kind) else "none" for name, kind in _types_of(config_class)}
+    spelling = {name: "None" if NoneType in get_args(kind) else "none" for name, kind in types_of(config_class)}
     written: list[str] = []
     flag = ""
     for word in words:
@@ -35,11 +35,12 @@ def _spelled(value: str, flag: str, spelling: dict[str, str]) -> str:
     return spelling.get(name, value) if value.casefold() == "none" else value
 
 
-def _types_of(config_class: type) -> Iterator[tuple[str, Any]]:
+def types_of(config_class: type) -> Iterator[tuple[str, Any]]:
+    """Every setting of a command with its type, those of its groups in their places."""
     hints = get_type_hints(config_class)
     for field in fields(config_class):
         kind = hints[field.name]
         if isinstance(kind, type) and is_dataclass(kind):
-            yield from _types_of(kind)
+            yield from types_of(kind)
         else:
             yield field.name, kind
