@@ -108,7 +108,12 @@ class Figures:
 
 @dataclass(frozen=True)
 class Tried:
-    """A layout that was tried. `milliseconds`: median of a call at the plan's batch size; `bytes` of its weights in float32."""
+    """A layout that was tried.
+
+    Attributes:
+        milliseconds: median of a call at the plan's batch size.
+        bytes: of its weights in float32.
+    """
 
     milliseconds: float
     bytes: int

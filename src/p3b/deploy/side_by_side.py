@@ -24,7 +24,13 @@ _MOST_ROUNDS, _SECONDS = 9, 0.1
 
 @dataclass(frozen=True)
 class Model:
-    """A model under the name that people see. `about`: a few words on it."""
+    """A model that takes part.
+
+    Attributes:
+        name: that people see.
+        about: a few words on it.
+        runner: computes it.
+    """
 
     name: str
     about: str

@@ -11,6 +11,7 @@ from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
@@ -121,7 +122,12 @@ def classes(stage: StageRecord) -> Picture | None:
     found = class_accuracies(stage)
     if not found:
         return None
-    shown = found[:MOST_CLASSES]
+    figure = _draw_classes(found[:MOST_CLASSES])
+    rows = [(entry.name, entry.images, entry.dense, entry.accuracy) for entry in found]
+    return picture(figure, "classes", "Accuracy by class", _classes_say(found), ("class", "images", "dense", "accuracy"), rows)
+
+
+def _draw_classes(shown: Sequence[ClassAccuracy]) -> Figure:
     with matplotlib.rc_context(STYLE):
         figure = new_figure(width=9.5, height=1.4 + 0.27 * len(shown))
         panel = figure.subplots()
@@ -136,8 +142,7 @@ def classes(stage: StageRecord) -> Picture | None:
         panel.set_xlabel("accuracy (%)")
         panel.grid(axis="x", color="#e4e4e4", linewidth=0.8)
         panel.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
-    rows = [(entry.name, entry.images, entry.dense, entry.accuracy) for entry in found]
-    return picture(figure, "classes", "Accuracy by class", _classes_say(found), ("class", "images", "dense", "accuracy"), rows)
+    return figure
 
 
 def confusion(stage: StageRecord) -> Picture | None:

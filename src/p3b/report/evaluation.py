@@ -22,7 +22,13 @@ class ClassAccuracy:
 
 @dataclass(frozen=True)
 class ConfusedPair:
-    """Images of class `target` that were taken for `predicted`."""
+    """A mistake that is made between two classes.
+
+    Attributes:
+        target: class of the images.
+        predicted: what they were taken for.
+        images: how many they are.
+    """
 
     target: str
     predicted: str
@@ -31,7 +37,13 @@ class ConfusedPair:
 
 @dataclass(frozen=True)
 class Bin:
-    """Images whose stated probability lies in one tenth: mean probability and share that is right, in percent."""
+    """Images whose stated probability lies in one tenth.
+
+    Attributes:
+        confidence: mean probability, in percent.
+        accuracy: share that is right, in percent.
+        images: how many they are.
+    """
 
     confidence: float
     accuracy: float

@@ -144,16 +144,7 @@ def draw_benefit(updates: list[Update]) -> Figure | None:
 def keep_ratio_figure(stage_folder: str | os.PathLike[str], out: Path) -> Path | None:
     """Draw what every block keeps: over depth at the last update, and as a map of blocks by updates.
 
-    Args:
-        stage_folder: folder with `blocks.jsonl`.
-        out: file to write, .png or .svg.
-
-    Returns:
-        `out`, or None where there was no update yet.
-
-    Raises:
-        ConfigError: `out` ends otherwise.
-        RunFolderError: as for `draw_figures`.
+    Arguments and errors as for `benefit_figure`; None where there was no update yet.
     """
     figure = draw_keep_ratios(read_updates(Path(stage_folder)))
     return None if figure is None else save_figure(figure, Path(out))

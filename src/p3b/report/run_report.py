@@ -24,20 +24,27 @@ from p3b.report.thresholds import FEWEST_FOR_TOP5
 
 MOST_EXAMPLES = 24
 REPORT_FILE = "report.html"
-_ROWS = (
-    ("parameters", "params", "{:,.0f}"),
-    ("MACs", "macs", "{:,.0f}"),
-    ("size on disk (bytes)", "bytes", "{:,.0f}"),
-    ("top-1 (%)", "top1", "{:.2f}"),
-    ("top-5 (%)", "top5", "{:.2f}"),
-    ("images per second", "images_per_second", "{:,.0f}"),
-)
+_ROWS = {
+    "params": ("parameters", "{:,.0f}"),
+    "macs": ("MACs", "{:,.0f}"),
+    "bytes": ("size on disk (bytes)", "{:,.0f}"),
+    "top1": ("top-1 (%)", "{:.2f}"),
+    "top5": ("top-5 (%)", "{:.2f}"),
+    "images_per_second": ("images per second", "{:,.0f}"),
+}
+"""What is told of each figure of a model's summary: its label and its format."""
 _RATIOS = {"params", "macs", "bytes", "images_per_second"}
 
 
 @dataclass(frozen=True)
 class Example:
-    """An image that the model gets wrong, as a data URI, and what it is taken for."""
+    """An image that the model gets wrong.
+
+    Attributes:
+        source: the image as a data URI.
+        target: its class.
+        predicted: what it is taken for.
+    """
 
     source: str
     target: str
@@ -131,7 +138,7 @@ def _table(stage: StageRecord) -> list[list[str]]:
     columns = {name: stage.summary[name] for name in ("dense", "pruned", "model") if name in stage.summary}
     both = len(columns) == 2
     rows = [["", *columns, *(["ratio"] if both else [])]]
-    for label, key, form in _ROWS:
+    for key, (label, form) in _ROWS.items():
         if key == "top5" and len(stage.class_names) < FEWEST_FOR_TOP5:
             continue
         values = [figures.get(key) for figures in columns.values()]

@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 
 from p3b.report.figures import SOFT_INK, STYLE
 
+PIXELS_PER_INCH = 100
 _VARIABLES = {
     "#222222": "var(--ink)",
     SOFT_INK: "var(--soft)",
@@ -26,8 +27,6 @@ _VARIABLES = {
     "#f1f1ee": "var(--shade)",
     "#e4e4e4": "var(--rule)",
 }
-
-PIXELS_PER_INCH = 100
 _PLACE = "\N{SECTION SIGN}"
 """Stands before every id of a figure until it is known in which section of the page it is."""
 

@@ -20,7 +20,14 @@ from p3b.vit.cost import count_macs, count_parameters
 
 @dataclass(frozen=True)
 class Figures:
-    """One column of the table. Accuracies in percent, None where nothing was evaluated."""
+    """One column of the table.
+
+    Attributes:
+        params, macs: of one image.
+        bytes: of the weights.
+        top1, top5: accuracies in percent; None where nothing was evaluated.
+        images_per_second: None where it was not timed.
+    """
 
     params: int
     macs: int
