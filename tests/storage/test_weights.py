@@ -16,33 +16,11 @@ from timm.layers import resample_abs_pos_embed, resample_patch_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from built import TINY, shaken, tiny
 from p3b.errors import ModelError, WeightsError
 from p3b.storage.models import build_model
 from p3b.storage.weights import load_weights, read_weights
-
-VIT = "vit_tiny_patch16_224"
-DISTILLED = "deit_tiny_distilled_patch16_224"
-TINY: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
-
-
-def tiny(name: str = VIT, classes: int = 5, seed: int = 0, **changed: Any) -> VisionTransformer:
-    model, report = build_model(name, num_classes=classes, model_kwargs={**TINY, **changed}, seed=seed)
-    assert report is None
-    assert isinstance(model, VisionTransformer)
-    return model.eval()
-
-
-def shaken(model: VisionTransformer) -> VisionTransformer:
-    """Every parameter away from its initial value, so that none can be lost unseen."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
-    return model
-
-
-def images(size: int = 32, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(2), dtype=dtype)
+from tiny import DISTILLED, VIT, images
 
 
 def rebuilt(path: Path, name: str = VIT, classes: int = 5, **changed: Any) -> tuple[VisionTransformer, Any]:
