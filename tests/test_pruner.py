@@ -15,48 +15,22 @@ from timm.models.vision_transformer import ParallelScalingBlock
 from torch import Tensor, nn
 
 import p3b
+from loops import CE, Loop, prune_in_mixed_precision
 from p3b.errors import BudgetError, ConfigError, ModelError, ScheduleError, TrainingError, WeightsError
 from p3b.methods.base import Decision
 from p3b.vit.layout import read_layout
 from p3b.vit.shapes import branch_shapes
 from tiny import VARIANTS, images, labels, parameters_of, tiny_vit
 
-CE = nn.functional.cross_entropy
 PLAN = p3b.Schedule(start=3, sparse=9, final=14, update_every=2)
 
 
-class Run:
-    """A plain training loop around a pruner, step by step, on batches that depend on the step alone."""
+class Run(Loop):
+    """As users are most likely to have it."""
 
     def __init__(self, model: nn.Module, accumulate: int = 1, schedule: p3b.Schedule = PLAN, **options: Any) -> None:
-        self.model, self.accumulate = model.train(), accumulate
-        self.pruner = p3b.Pruner(model, schedule=schedule, **{"prune_ratio": 0.4, **options})
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-        self.decisions: list[Decision] = []
-
-    def step(self, change: Callable[[nn.Module], object] = lambda model: None, criterion: Any = CE) -> Decision | None:
-        seed = self.pruner.steps_done
-        for micro_batch in range(self.accumulate):
-            batch, targets = images(4, seed=100 * seed + micro_batch), labels(4, seed=100 * seed + micro_batch)
-            loss = CE(self.model(batch), targets) + self.pruner.loss(criterion, targets)
-            (loss / self.accumulate).backward()
-        change(self.model)
-        decision = self.pruner.step()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        if decision is not None:
-            self.decisions.append(decision)
-        return decision
-
-    def steps(self, count: int) -> Run:
-        for _ in range(count):
-            self.step()
-        return self
-
-    def to_the_end(self) -> nn.Module:
-        while not self.pruner.done:
-            self.step()
-        return self.pruner.finalize()
+        pruner = p3b.Pruner(model, schedule=schedule, **{"prune_ratio": 0.4, **options})
+        super().__init__(pruner, model, torch.optim.AdamW(model.parameters(), lr=1e-3), accumulate)
 
 
 def _same_bits(a: nn.Module, b: nn.Module) -> None:
@@ -175,7 +149,7 @@ def test_the_warm_up_trains_like_a_plain_loop_bit_for_bit() -> None:
     run.steps(PLAN.start)
     torch.manual_seed(0)
     for step in range(PLAN.start):
-        CE(plain(images(4, seed=100 * step)), labels(4, seed=100 * step)).backward()
+        CE(plain(images(4, seed=step)), labels(4, seed=step)).backward()
         optimizer.step()
         optimizer.zero_grad()
     _same_bits(run.model, plain)
@@ -366,19 +340,8 @@ def test_a_step_that_a_scaler_leaves_out_leaves_the_method_as_it_was(step: int, 
 def test_a_gradient_scaler_goes_along(enabled: bool) -> None:
     model = tiny_vit().train()
     pruner = p3b.Pruner(model, 0.4, schedule=PLAN)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    scaler = torch.amp.GradScaler("cpu", init_scale=16.0, enabled=enabled)
-    while not pruner.done:
-        batch, targets = images(4, seed=pruner.steps_done), labels(4, seed=pruner.steps_done)
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = CE(model(batch), targets) + pruner.loss(CE, targets)
-        scaler.scale(loss).backward()
-        scaler.unscale_(optimizer)
-        pruner.step(scaler)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
-    assert abs(1 - parameters_of(pruner.finalize()) / parameters_of(tiny_vit()) - 0.4) < 0.01
+    small = prune_in_mixed_precision(model, pruner, torch.amp.GradScaler("cpu", init_scale=16.0, enabled=enabled))
+    assert abs(1 - parameters_of(small) / parameters_of(tiny_vit()) - 0.4) < 0.01
 
 
 # --- stop and resume

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import p3b
+from loops import CE, Loop, prune_in_mixed_precision
 from p3b.errors import BudgetError, ConfigError, TrainingError, WeightsError
 from p3b.methods import METHODS, create_method, method_options
 from p3b.methods.base import Decision, overall_keep_ratio
@@ -27,7 +28,6 @@ from p3b.vit.layout import BlockLayout, ModelLayout, read_layout
 from runs import CALM, flags, lines, read, run
 from tiny import VARIANTS, images, labels, parameters_of, tiny_vit
 
-CE = nn.functional.cross_entropy
 PLAN = p3b.Schedule(start=3, sparse=9, final=14, update_every=2)
 REFERENCES = ("uniform", "random", "magnitude", "taylor")
 GLOBAL = ("magnitude", "taylor")
@@ -70,36 +70,12 @@ def _dearest_element(blocks: tuple[BlockLayout, ...]) -> int:
     return max(found)
 
 
-class Run:
-    """A plain training loop around a pruner, on batches that depend on the step alone."""
+class Run(Loop):
+    """Steps of two micro-batches."""
 
-    def __init__(self, model: nn.Module, method: str, **options: Any) -> None:
-        self.model = model.train()
-        self.dtype = next(model.parameters()).dtype
-        self.pruner = p3b.Pruner(model, options.pop("prune_ratio", 0.5), method, PLAN, **options)
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-        self.decisions: list[Decision] = []
-
-    def step(self) -> None:
-        for micro_batch in range(2):
-            seed = 100 * self.pruner.steps_done + micro_batch
-            batch, targets = images(4, seed=seed, dtype=self.dtype), labels(4, seed=seed)
-            loss = CE(self.model(batch), targets) + self.pruner.loss(CE, targets)
-            (loss / 2).backward()
-        decision = self.pruner.step()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        if decision is not None:
-            self.decisions.append(decision)
-
-    def steps(self, count: int) -> Run:
-        for _ in range(count):
-            self.step()
-        return self
-
-    def to_the_end(self) -> nn.Module:
-        self.steps(PLAN.final - self.pruner.steps_done)
-        return self.pruner.finalize()
+    def __init__(self, model: nn.Module, method: str, prune_ratio: float = 0.5, **options: Any) -> None:
+        pruner = p3b.Pruner(model, prune_ratio, method, PLAN, **options)
+        super().__init__(pruner, model, torch.optim.AdamW(model.parameters(), lr=1e-3), accumulate=2)
 
 
 # --- the budget
@@ -240,19 +216,8 @@ def test_the_state_of_another_method_or_model_is_refused() -> None:
 def test_mixed_precision_goes_along(name: str) -> None:
     model = tiny_vit().train()
     dense, pruner = parameters_of(model), p3b.Pruner(model, 0.4, name, PLAN)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    scaler = torch.amp.GradScaler("cpu", init_scale=16.0)
-    while not pruner.done:
-        batch, targets = images(4, seed=pruner.steps_done), labels(4, seed=pruner.steps_done)
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = CE(model(batch), targets) + pruner.loss(CE, targets)
-        scaler.scale(loss).backward()
-        scaler.unscale_(optimizer)
-        pruner.step(scaler)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
-    assert abs(1 - parameters_of(pruner.finalize()) / dense - 0.4) < 0.01
+    small = prune_in_mixed_precision(model, pruner, torch.amp.GradScaler("cpu", init_scale=16.0))
+    assert abs(1 - parameters_of(small) / dense - 0.4) < 0.01
 
 
 @pytest.mark.parametrize("name", REFERENCES)

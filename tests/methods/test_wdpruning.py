@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import p3b
+from loops import CE, Loop
 from p3b.errors import BudgetError, ConfigError, TrainingError, WeightsError
 from p3b.methods import METHOD_DIMS, create_method
 from p3b.methods.base import Decision
@@ -25,7 +26,6 @@ from p3b.vit.shapes import branch_shapes
 from runs import CALM, flags, lines, read, run
 from tiny import VARIANTS, images, in_ranks, labels, parameters_of, random_masks, tiny_vit
 
-CE = nn.functional.cross_entropy
 PLAN = p3b.Schedule(start=3, sparse=20, final=40, update_every=10)
 DIMS = METHOD_DIMS["wdpruning"]
 
@@ -44,40 +44,14 @@ def _method(model: Any, prune_ratio: float = 0.5, **options: Any) -> WDPruning:
     return method
 
 
-class Run:
-    """A plain training loop around a pruner, on batches that depend on the step alone."""
+class Run(Loop):
+    """With an optimizer whose steps grow with the gradients."""
 
     def __init__(
         self, model: nn.Module, prune_ratio: float = 0.5, plan: p3b.Schedule = PLAN, reduce: Any = _same, **options: Any
     ) -> None:
-        self.model, self.dtype = model.train(), next(model.parameters()).dtype
-        self.pruner = p3b.Pruner(model, prune_ratio, "wdpruning", plan, reduce=reduce, **options)
-        self.optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-        self.decisions: list[Decision] = []
-
-    def backward(self, own: slice = slice(None), scale: float = 1.0) -> None:
-        seed = self.pruner.steps_done
-        batch, targets = images(4, seed=seed, dtype=self.dtype)[own], labels(4, seed=seed)[own]
-        loss = CE(self.model(batch), targets) + self.pruner.loss(CE, targets)
-        (scale * loss).backward()
-
-    def step(self) -> None:
-        self.backward()
-        decision = self.pruner.step()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        if decision is not None:
-            self.decisions.append(decision)
-
-    def steps(self, count: int) -> Run:
-        for _ in range(count):
-            self.step()
-        return self
-
-    def to_the_end(self) -> nn.Module:
-        while not self.pruner.done:
-            self.step()
-        return self.pruner.finalize()
+        pruner = p3b.Pruner(model, prune_ratio, "wdpruning", plan, reduce=reduce, **options)
+        super().__init__(pruner, model, torch.optim.SGD(model.parameters(), lr=0.01))
 
     @property
     def method(self) -> WDPruning:

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor, nn
+from torch import Tensor
 
 import p3b
+from loops import Loop
 from p3b.core.masks import Heads
 from p3b.deploy.layouts import LAYOUTS, apply_layout, plan_layout
 from p3b.errors import ConfigError, WeightsError
@@ -21,35 +22,19 @@ from p3b.storage.artifact import read_config
 from p3b.vit.cost import kept_params
 from p3b.vit.layout import DEFAULT_DIMS, ModelLayout, read_layout
 from p3b.vit.shapes import CONSTANT, GONE, SMALL, branch_shapes
-from tiny import VARIANTS, images, labels, parameters_of, tiny_vit
+from tiny import VARIANTS, images, parameters_of, tiny_vit
 
-CE = nn.functional.cross_entropy
 PLAN = p3b.Schedule(start=1, sparse=3, final=5, update_every=1)
 ALIGN = 2
 UNEVEN = (0.1, 0.5, 0.004, 0.3, 0.5, 0.0, 0.0, 0.6)
 """Keep ratios of four blocks: thin heads, a constant, wide heads, an attention and an MLP that are gone."""
 
 
-class Run:
-    """A plain training loop around a pruner, on batches that depend on the step alone."""
+class Run(Loop):
+    """Pruned by the default method, and looked at before anything is cut."""
 
     def __init__(self, model: VisionTransformer, **options: Any) -> None:
-        self.model = model.train()
-        self.dtype = next(model.parameters()).dtype
-        self.pruner = p3b.Pruner(model, schedule=PLAN, **options)
-        self.optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-        self.decisions: list[Decision] = []
-
-    def steps(self, count: int) -> Run:
-        for _ in range(count):
-            seed = self.pruner.steps_done
-            loss = CE(self.model(images(4, seed=seed, dtype=self.dtype)), labels(4, seed=seed))
-            (loss + self.pruner.loss(CE, labels(4, seed=seed))).backward()
-            decision = self.pruner.step()
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-            self.decisions += [] if decision is None else [decision]
-        return self
+        super().__init__(p3b.Pruner(model, schedule=PLAN, **options), model, torch.optim.SGD(model.parameters(), lr=0.01))
 
     def decided(self) -> Decision:
         """The last decision; masks are set, nothing is cut yet."""
