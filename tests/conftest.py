@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from processes import SparePython
+from refusals import Refusals
 from runs import colour_folders
 
 torch.set_num_threads(1)  # the networks here are so small that threads only wait for each other
@@ -35,3 +36,8 @@ def python() -> Iterator[SparePython]:
     spare = SparePython()
     yield spare
     spare.close()
+
+
+@pytest.fixture
+def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Refusals:
+    return Refusals(tmp_path / "out", capsys)

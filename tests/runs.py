@@ -20,6 +20,7 @@ from torch import Tensor
 import p3b
 from p3b.commands.command_line import main, published_main
 from p3b.train.checkpoint import Checkpoints
+from tiny import DISTILLED, VIT
 
 COLOURS = ("blue", "green", "red")
 SIZES = {"train": 4, "val": 3, "test": 3}
@@ -27,7 +28,8 @@ SIZES = {"train": 4, "val": 3, "test": 3}
 SHAPE = ("img_size=16", "patch_size=8", "embed_dim=24", "depth=2", "num_heads=3")
 BLOCKS = 4
 """Two a block of the network: attention and MLP."""
-MODEL = ("--model", "vit_tiny_patch16_224", "--model-kwargs", *SHAPE)
+MODEL = ("--model", VIT, "--model-kwargs", *SHAPE)
+TWO_HEADS = ("--model", DISTILLED, "--model-kwargs", *SHAPE)
 MACHINE = ("--num-workers", "0", "--device", "cpu", "--precision", "fp32", "--batch-size", "4", "--no-report")
 CALM = ("--no-augment", "--mixup", "0", "--cutmix", "0", "--smoothing", "0", "--drop-path", "0")
 """Nothing random in training."""
@@ -109,8 +111,19 @@ def run(command: str, *given: str, figures: bool = False) -> int:
             return int(stop.code or 0)
 
 
+def finished(command: str, data: Path, out: Path, *given: str, figures: bool = False) -> Path:
+    """The output folder of a tiny run that went well."""
+    assert run(command, *flags(data, out, *given), figures=figures) == 0
+    return out
+
+
 def lines(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def without_seconds(file: Path) -> list[dict[str, Any]]:
+    """The lines of a file, but for what differs from run to run."""
+    return [{key: value for key, value in line.items() if not key.endswith("seconds")} for line in lines(file)]
 
 
 def read(file: Path) -> dict[str, Any]:

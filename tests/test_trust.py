@@ -21,16 +21,14 @@ from p3b.run.failures import explain
 from p3b.run.folder import StageFolder
 from p3b.train.distributed import lost_process
 from processes import forked, status_of
-from runs import MODEL, everything_in, flags, last_checkpoint, lines, run, same_tensors, weights
+from runs import MODEL, everything_in, finished, flags, last_checkpoint, lines, run, same_tensors, weights
 
 RANDOM = ("--epochs", "3", "--prune-start-epoch", "1", "--finetune-epochs", "2", "--drop-path", "0.3", "--lr", "0.05")
 
 
 @pytest.fixture(scope="module")
 def undisturbed(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("undisturbed")
-    assert run("prune", *flags(data, out, *RANDOM)) == 0
-    return out
+    return finished("prune", data, tmp_path_factory.mktemp("undisturbed"), *RANDOM)
 
 
 def wait_for(condition: Callable[[], Any]) -> None:

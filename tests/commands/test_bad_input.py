@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 
 import p3b
-from runs import CALM, MACHINE, MODEL, PAPER, SHAPE, colour_folders, everything_in, flags, lines, run, weights
+from refusals import Refusals
+from runs import CALM, MACHINE, MODEL, PAPER, SHAPE, colour_folders, everything_in, finished, flags, lines, run, weights
 from tiny import tiny_vit
 
 QUICK_PRUNE = ("--epochs", "2", "--prune-start-epoch", "0")
@@ -20,32 +21,7 @@ QUICK_PRUNE = ("--epochs", "2", "--prune-start-epoch", "0")
 @pytest.fixture(scope="module")
 def pruned_run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An output folder of `p3b prune`, never changed by a test."""
-    out = tmp_path_factory.mktemp("pruned")
-    assert run("prune", *flags(data, out, "--epochs", "1", "--prune-start-epoch", "0")) == 0
-    return out
-
-
-class Refusals:
-    """Runs that must be refused: what they say, and that the output folder is as it was."""
-
-    def __init__(self, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        self.out, self._capsys = out, capsys
-
-    def __call__(self, command: str, *given: str, telling: tuple[str, ...]) -> str:
-        before = everything_in(self.out) if self.out.exists() else None
-        self._capsys.readouterr()
-        assert run(command, *given) == 2
-        said = " ".join(self._capsys.readouterr().err.replace("│", " ").split())
-        for words in telling:
-            assert words in said, said
-        assert "Traceback" not in said
-        assert (everything_in(self.out) if self.out.exists() else None) == before, "nothing half written"
-        return said
-
-
-@pytest.fixture
-def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Refusals:
-    return Refusals(tmp_path / "out", capsys)
+    return finished("prune", data, tmp_path_factory.mktemp("pruned"), "--epochs", "1", "--prune-start-epoch", "0")
 
 
 # --- names and values -------------------------------------------------------------------------------------------------
@@ -62,45 +38,45 @@ def test_unknown_flag(data: Path, refused: Refusals) -> None:
 
 
 SETTINGS = {
-    "--epochs": [("0", "--epochs must be above 0, got 0"), ("many", "invalid")],
-    "--batch-size": [("-4", "--batch-size must be above 0, got -4"), ("3", "even --batch-size")],
-    "--grad-accum-steps": [("0", "--grad-accum-steps must be above 0")],
-    "--lr": [("0", "--lr must be above 0"), ("nan", "--lr must be above 0, got nan"), ("inf", "--lr must be finite")],
-    "--min-lr": [("-1", "--min-lr must be 0 or more")],
-    "--warmup-epochs": [("2", "--warmup-epochs 2 leaves none of the 2 epochs"), ("-1", "--warmup-epochs must be 0 or more")],
-    "--clip-grad": [("0", "--clip-grad must be above 0")],
-    "--smoothing": [("1", "--smoothing must lie in [0, 1), got 1")],
-    "--drop-path": [("1.0", "--drop-path must lie in [0, 1), got 1")],
-    "--mixup": [("-1", "--mixup must be 0 or more")],
-    "--mean": [("123.675", "pixels are scaled to [0, 1] first"), ("nan", "--mean is nan")],
-    "--std": [("58.4", "Divide values for pixels of 0 to 255 by 255"), ("0", "numbers from above 0 to 1")],
-    "--crop-pct": [("1.5", "--crop-pct must lie in (0, 1], got 1.5"), ("0", "--crop-pct must lie in (0, 1]")],
-    "--model-ema-decay": [("1", "--model-ema-decay must lie in (0, 1), got 1")],
-    "--cache": [(wrong, f"--cache must be auto, off or a number of gigabytes, got '{wrong}'") for wrong in ("0", "inf", "all")],
-    "--num-workers": [("-1", "--num-workers must be 0 or more")],
-    "--seed": [("-1", "--seed must lie in [0, 2**31), got -1")],
-    "--opt": [("adamv", "Unknown optimizer 'adamv'. Did you mean"), ("adahessian", "second derivatives")],
-    "--precision": [("fp8", "Unknown precision 'fp8'. Did you mean")],
-    "--device": [("gpu", "Unknown device 'gpu'. Known: auto, cpu, cuda"), ("meta", "Device 'meta' is not covered")],
     "--aa": [("ramd-m9", "ramd-m9"), ("rand-q9", "rand-q9")],
-    "--remode": [("pixl", "Unknown erasing mode 'pixl'. Did you mean 'pixel'")],
-    "--train-interpolation": [("bicubik", "Did you mean 'bicubic'")],
-    "--reprob": [("2", "expected a probability in [0, 1]")],
-    "--figure-format": [("jpeg", "png")],
-    "--distillation-type": [("soft", "needs both a teacher"), ("sofd", "needs both a teacher")],
-    "--teacher-model": [("vit_tiny_patch16_224", "needs both a teacher")],
-    "--teacher-path": [("teacher.pth", "--teacher-path teacher.pth needs --teacher-model")],
-    "--model-kwargs": [
-        ("depth", "not of the form name=value"), ("deph=2", "'depth'"), ("num_heads=5", "not divisible by num_heads"),
-    ],
-    "--input-size": [("32", "--input-size 32 contradicts --model-kwargs img_size=16")],
-    "--val-share": [("1.5", "expected a share of the training images in [0, 1)"), ("0.2", "has a validation part")],
-    "--max-train-images": [("0", "expected at least 1")],
+    "--batch-size": [("-4", "--batch-size must be above 0, got -4"), ("3", "even --batch-size")],
+    "--cache": [(wrong, f"--cache must be auto, off or a number of gigabytes, got '{wrong}'") for wrong in ("0", "inf", "all")],
+    "--clip-grad": [("0", "--clip-grad must be above 0")],
+    "--crop-pct": [("1.5", "--crop-pct must lie in (0, 1], got 1.5"), ("0", "--crop-pct must lie in (0, 1]")],
     "--data-set": [("CIFAR1000", "Unknown data set 'CIFAR1000'. Did you mean 'CIFAR100'"), ("tfds/mnist", "read as a stream")],
+    "--device": [("gpu", "Unknown device 'gpu'. Known: auto, cpu, cuda"), ("meta", "Device 'meta' is not covered")],
+    "--distillation-type": [("soft", "needs both a teacher"), ("sofd", "needs both a teacher")],
+    "--drop-path": [("1.0", "--drop-path must lie in [0, 1), got 1")],
+    "--epochs": [("0", "--epochs must be above 0, got 0"), ("many", "invalid")],
+    "--figure-format": [("jpeg", "png")],
+    "--grad-accum-steps": [("0", "--grad-accum-steps must be above 0")],
+    "--input-size": [("32", "--input-size 32 contradicts --model-kwargs img_size=16")],
+    "--lr": [("0", "--lr must be above 0"), ("nan", "--lr must be above 0, got nan"), ("inf", "--lr must be finite")],
+    "--max-train-images": [("0", "expected at least 1")],
+    "--mean": [("123.675", "pixels are scaled to [0, 1] first"), ("nan", "--mean is nan")],
+    "--min-lr": [("-1", "--min-lr must be 0 or more")],
+    "--mixup": [("-1", "--mixup must be 0 or more")],
     "--model": [
         ("vit_tiny_patch16_242", "Unknown timm model 'vit_tiny_patch16_242'. Did you mean"),
         ("resnet50", "'resnet50' is a ResNet"),
     ],
+    "--model-ema-decay": [("1", "--model-ema-decay must lie in (0, 1), got 1")],
+    "--model-kwargs": [
+        ("depth", "not of the form name=value"), ("deph=2", "'depth'"), ("num_heads=5", "not divisible by num_heads"),
+    ],
+    "--num-workers": [("-1", "--num-workers must be 0 or more")],
+    "--opt": [("adamv", "Unknown optimizer 'adamv'. Did you mean"), ("adahessian", "second derivatives")],
+    "--precision": [("fp8", "Unknown precision 'fp8'. Did you mean")],
+    "--remode": [("pixl", "Unknown erasing mode 'pixl'. Did you mean 'pixel'")],
+    "--reprob": [("2", "expected a probability in [0, 1]")],
+    "--seed": [("-1", "--seed must lie in [0, 2**31), got -1")],
+    "--smoothing": [("1", "--smoothing must lie in [0, 1), got 1")],
+    "--std": [("58.4", "Divide values for pixels of 0 to 255 by 255"), ("0", "numbers from above 0 to 1")],
+    "--teacher-model": [("vit_tiny_patch16_224", "needs both a teacher")],
+    "--teacher-path": [("teacher.pth", "--teacher-path teacher.pth needs --teacher-model")],
+    "--train-interpolation": [("bicubik", "Did you mean 'bicubic'")],
+    "--val-share": [("1.5", "expected a share of the training images in [0, 1)"), ("0.2", "has a validation part")],
+    "--warmup-epochs": [("2", "--warmup-epochs 2 leaves none of the 2 epochs"), ("-1", "--warmup-epochs must be 0 or more")],
 }  # fmt: skip
 
 

@@ -46,19 +46,3 @@ def test_compiled_sides_stand_beside_eager_ones(saved: Path) -> None:
         Side(Path("small.onnx")),
     ]
     assert [side.name.rpartition(", ")[2] for side in chosen] == ["eager", "compiled", "eager", "compiled", "ONNX Runtime"]
-
-
-@pytest.mark.parametrize(
-    ("flags", "word"),
-    [
-        (["nowhere.onnx"], "nowhere.onnx"),
-        (["--batch-sizes", "0"], "--batch-sizes"),
-        (["--seconds", "0"], "--seconds"),
-        (["--layout", "indx"], "index"),
-    ],
-)
-def test_a_mistake_is_told_before_anything_is_measured(
-    saved: Path, flags: list[str], word: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["bench", str(saved), *flags]) == 2
-    assert word in capsys.readouterr().err

@@ -11,30 +11,14 @@ import pytest
 import torch
 
 import p3b
+import runs
 from p3b.commands.command_line import COMMANDS, INTERRUPTED, main
 from p3b.deploy.choice import CANDIDATES
 from p3b.storage.artifact import read_config
-from runs import (
-    BLOCKS,
-    CALM,
-    COLOURS,
-    MODEL,
-    PHASES,
-    SHAPE,
-    SIZES,
-    colour_folders,
-    flags,
-    last_checkpoint,
-    lines,
-    read,
-    run,
-    same_tensors,
-    weights,
-)  # fmt: skip
+from runs import colour_folders, flags, last_checkpoint, lines, read, run, same_tensors, weights
 from tiny import parameters_of, tiny_vit
 
 QUICK_PRUNE = ("--epochs", "2", "--prune-start-epoch", "0")
-DISTILLED = ("--model", "deit_tiny_distilled_patch16_224", "--model-kwargs", *SHAPE)
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +101,7 @@ def test_the_published_flags_say_which_command_is_meant(data: Path, tmp_path: Pa
 def test_accumulated_batches_train_as_one_bigger_batch(data: Path, tmp_path: Path) -> None:
     """With plain SGD: Adam would blow the rounding of gradients near zero up to whole steps."""
     for name, batch in (("one", ("--batch-size", "4")), ("two", ("--batch-size", "2", "--grad-accum-steps", "2"))):
-        given = ("--opt", "sgd", "--lr", "1", "--epochs", "2", *CALM, *batch)
+        given = ("--opt", "sgd", "--lr", "1", "--epochs", "2", *runs.CALM, *batch)
         assert run("train", *flags(data, tmp_path / name, *given)) == 0
     one, two = (weights(tmp_path / name / "dense") for name in ("one", "two"))
     for key in one:
@@ -150,7 +134,7 @@ def test_distillation_of_a_distilled_student(data: Path, teacher: Path, tmp_path
     losses = {}
     for name, given in (("taught", taught), ("alone", ())):
         out = tmp_path / name
-        assert run("prune", *flags(data, out, *QUICK_PRUNE, "--lr", "0.1", *given, model=DISTILLED)) == 0
+        assert run("prune", *flags(data, out, *QUICK_PRUNE, "--lr", "0.1", *given, model=runs.TWO_HEADS)) == 0
         model = p3b.load(out / "pruned")
         assert parameters_of(model) == read(out / "prune" / "summary.json")["pruned"]["params"]
         assert model(torch.zeros(1, 3, 16, 16)).shape == (1, 3), "one answer from both heads"
@@ -165,13 +149,13 @@ def test_the_teacher_sees_the_students_images(data: Path, tmp_path: Path) -> Non
     big = timm.create_model("test_vit", num_classes=3)
     torch.save(big.state_dict(), tmp_path / "big.pth")
     taught = ("--distillation-type", "soft", "--teacher-model", "test_vit", "--teacher-path", str(tmp_path / "big.pth"))
-    student = ("--model", "vit_tiny_patch16_224", "--model-kwargs", "img_size=32", *SHAPE[1:])
+    student = ("--model", "vit_tiny_patch16_224", "--model-kwargs", "img_size=32", *runs.SHAPE[1:])
     assert run("train", *flags(data, tmp_path / "out", "--epochs", "1", *taught, model=student)) == 0
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precision(data: Path, tmp_path: Path, precision: str) -> None:
-    given = ("--precision", precision, *PHASES, "--finetune-epochs", "1")
+    given = ("--precision", precision, *runs.PHASES, "--finetune-epochs", "1")
     assert run("prune", *flags(data, tmp_path, *given)) == 0
     last = last_checkpoint(tmp_path / "prune")
     assert bool(last["scaler"]) == (precision == "fp16"), "only fp16 scales its loss"
@@ -223,7 +207,7 @@ def test_finalizing_before_the_last_epoch_leaves_the_rest_to_fine_tuning(data: P
 def test_quiet_shows_the_final_table_alone_and_the_log_has_everything(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    given = flags(data, tmp_path, "--epochs", "1", "--prune-start-epoch", "0", *CALM)
+    given = flags(data, tmp_path, "--epochs", "1", "--prune-start-epoch", "0", *runs.CALM)
     assert run("prune", *given, "-q") == 0
     shown, log = capsys.readouterr().out, (tmp_path / "prune" / "log.txt").read_text()
     assert "images per second" in shown and "epoch   1/1" not in shown and "came back" not in shown
@@ -253,7 +237,7 @@ def test_durations_in_percent_steps_and_epochs(
 
 def test_masks_that_are_hard_from_the_first_update_on(data: Path, tmp_path: Path) -> None:
     for masks in ("soft", "hard"):
-        assert run("prune", *flags(data, tmp_path / masks, *PHASES, "--prune-masks", masks)) == 0
+        assert run("prune", *flags(data, tmp_path / masks, *runs.PHASES, "--prune-masks", masks)) == 0
     softness = {
         masks: [line["tau"] for line in lines(tmp_path / masks / "prune" / "blocks.jsonl")] for masks in ("soft", "hard")
     }
@@ -295,9 +279,9 @@ def test_classes_travel_with_the_model_whatever_their_number(tmp_path: Path) -> 
     three = colour_folders(tmp_path / "three")
     assert run("finetune", *flags(three, tmp_path / "out", *start, model=())) == 0
     config = read_config(tmp_path / "out" / "finetuned")
-    assert config["class_names"] == list(COLOURS)
+    assert config["class_names"] == list(runs.COLOURS)
     assert "replaced head.weight" in (tmp_path / "out" / "finetune" / "log.txt").read_text()
-    assert len(config["blocks"]) == BLOCKS
+    assert len(config["blocks"]) == runs.BLOCKS
 
 
 def test_unreadable_images_are_skipped_and_counted_where_asked(tmp_path: Path) -> None:
@@ -314,10 +298,10 @@ def test_unreadable_images_are_skipped_and_counted_where_asked(tmp_path: Path) -
 
 def test_model_of_whole_default_shape_is_named_by_flags_alone(data: Path, tmp_path: Path) -> None:
     """--input-size is --model-kwargs img_size."""
-    small = ("--model", "vit_tiny_patch16_224", "--input-size", "16", "--model-kwargs", *SHAPE[1:])
+    small = ("--model", "vit_tiny_patch16_224", "--input-size", "16", "--model-kwargs", *runs.SHAPE[1:])
     assert run("train", *flags(data, tmp_path, "--epochs", "1", model=small)) == 0
     assert read_config(tmp_path / "dense")["preprocessing"]["input_size"] == [3, 16, 16]
-    assert MODEL[0] == small[0]
+    assert runs.MODEL[0] == small[0]
 
 
 def test_an_interrupted_run_says_how_to_go_on(
@@ -344,7 +328,7 @@ def test_a_model_saved_without_preprocessing_is_evaluated_by_defaults_that_are_s
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """p3b.save in one's own loop need not say how images are prepared."""
-    p3b.save(tiny_vit(img_size=16, patch_size=8, num_classes=len(COLOURS)), tmp_path / "own")
+    p3b.save(tiny_vit(img_size=16, patch_size=8, num_classes=len(runs.COLOURS)), tmp_path / "own")
     assert read_config(tmp_path / "own")["preprocessing"] is None
     given = ("--data-path", str(data), "--model-path", str(tmp_path / "own"), "--num-workers", "0", "--device", "cpu")
     assert run("evaluate", *given, "--output-dir", str(tmp_path / "out"), "--quiet") == 0
@@ -353,7 +337,8 @@ def test_a_model_saved_without_preprocessing_is_evaluated_by_defaults_that_are_s
     whole = ("--mean", "0.4", "0.4", "0.4", "--std", "0.2", "0.2", "0.2", "--crop-pct", "1.0")
     assert run("evaluate", *given, *whole) == 0
     assert "assumed" not in capsys.readouterr().out
-    assert read(tmp_path / "out" / "evaluate" / "summary.json")["accuracy"]["test"]["images"] == SIZES["test"] * len(COLOURS)
+    accuracy = read(tmp_path / "out" / "evaluate" / "summary.json")["accuracy"]
+    assert accuracy["test"]["images"] == runs.SIZES["test"] * len(runs.COLOURS)
 
 
 def test_aligned_widths_and_a_layout_from_the_command_line(data: Path, tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ from p3b.run.same_settings import comparable
 from p3b.run.series_lines import dense_guesses
 from p3b.vit.architecture import describe_dense
 from p3b.vit.smaller import cut_evenly, evenly_spaced, smaller_architecture
+from refusals import Refusals
 from runs import PAPER, colour_folders, everything_in, flags, lines, read, run, same_tensors, weights
 from tiny import DISTILLED, parameters_of, tiny_vit
 
@@ -262,12 +263,9 @@ def test_a_yaml_file_that_cannot_be_used_is_refused(
     ],
 )
 def test_what_cannot_be_compared_is_refused_before_anything_is_written(
-    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], given: tuple[str, ...], message: str
+    data: Path, refused: Refusals, given: tuple[str, ...], message: str
 ) -> None:
-    out = tmp_path / "out"
-    assert run("compare", *flags(data, out, *QUICK, *given)) == USER_ERROR
-    assert message in " ".join(capsys.readouterr().err.split())
-    assert not out.exists()
+    refused("compare", *flags(data, refused.out, *QUICK, *given), telling=(message,))
 
 
 def test_other_settings_in_the_same_folder_are_refused(data: Path, compared: Path, capsys: pytest.CaptureFixture[str]) -> None:

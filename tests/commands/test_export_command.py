@@ -54,27 +54,6 @@ def test_a_model_that_does_not_say_how_images_are_prepared(tmp_path: Path, capsy
     assert open_runner(file).metadata.preprocessing is None
 
 
-@pytest.mark.parametrize(
-    ("flags", "word"),
-    [
-        (["--output", "model.tflite"], ".tflite"),
-        (["--int8", "static", "--output", "a.pt2"], "--int8"),
-        (["--int8", "static", "--half"], "contradict"),
-        (["--int8", "static"], "--calibration"),
-        (["--check-images", "0"], "--check-images"),
-        (["--max-loss", "-1"], "--max-loss"),
-        (["--layout", "indx"], "index"),
-        (["--images", "nowhere"], "nowhere"),
-    ],
-)
-def test_a_mistake_is_told_before_work_starts(
-    saved: Path, flags: list[str], word: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    before = set(saved.parent.iterdir())
-    assert main(["export", str(saved), *flags]) == 2
-    assert word in capsys.readouterr().err and set(saved.parent.iterdir()) == before
-
-
 def test_data_of_other_classes_is_refused(saved: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["export", str(saved), "--data-path", str(data)]) == 2
     assert "blue, green, red" in capsys.readouterr().err

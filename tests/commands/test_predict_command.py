@@ -70,24 +70,6 @@ def test_names_on_standard_input(
     assert [json.loads(line)["file"][-5:] for line in capsys.readouterr().out.splitlines()] == ["2.png", "0.png"]
 
 
-@pytest.mark.parametrize(
-    ("flags", "word"),
-    [
-        ([], "No image is given"),
-        (["nowhere.png"], "nowhere.png"),
-        (["-", "--files-from", "-"], "Standard input"),
-        (["-", "-"], "once"),
-        (["--top", "0"], "--top"),
-        (["--layout", "foldd"], "folded"),
-    ],
-)
-def test_a_mistake_is_told_before_work_starts(
-    saved: Path, flags: list[str], word: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["predict", str(saved), *flags]) == 2
-    assert word in capsys.readouterr().err
-
-
 def test_where_nothing_can_be_read_the_status_says_so(saved: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["predict", str(saved), str(folder / "5.png")]) == 2
     assert "1 of 1 image(s) cannot be read" in capsys.readouterr().err

@@ -21,6 +21,7 @@ import p3b.run.records
 from p3b.commands.command_line import STOPPED, USER_ERROR
 from p3b.errors import ConfigError
 from p3b.run.bisection import candidates, grid, judge, largest, middle
+from refusals import Refusals
 from runs import colour_folders, everything_in, flags, lines, read, run, same_tensors, weights
 
 QUICK = ("--epochs", "2", "--prune-start-epoch", "4steps", "--finetune-epochs", "1", "--prune-method", "uniform")
@@ -231,12 +232,9 @@ def test_the_largest_budget_that_loses_little(
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
 def test_what_cannot_be_swept_is_refused_before_anything_is_written(
-    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], asked: tuple[str, ...], message: str
+    data: Path, refused: Refusals, asked: tuple[str, ...], message: str
 ) -> None:
-    out = tmp_path / "out"
-    assert run("sweep", *flags(data, out, *QUICK, *asked)) == USER_ERROR
-    assert message in " ".join(capsys.readouterr().err.split())
-    assert not out.exists()
+    refused("sweep", *flags(data, refused.out, *QUICK, *asked), telling=(message,))
 
 
 def test_a_method_that_reaches_further_may_search_further(data: Path, tmp_path: Path) -> None:

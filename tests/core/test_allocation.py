@@ -12,14 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from p3b.core.allocation import (
-    block_budget,
-    block_importance,
-    given_keep_ratios,
-    keep_ratios,
-    mix_importance,
-    update_importance,
-)
+from p3b.core import allocation
 from p3b.errors import BudgetError
 
 
@@ -32,10 +25,12 @@ def test_worked_numbers_are_reproduced(shared: Path) -> None:
             kept = torch.tensor(r["kept_params_per_block"], dtype=torch.float64)
             for kind in smoothed:
                 benefit = torch.tensor(r[f"mean_benefit_{kind}"], dtype=torch.float64)
-                smoothed[kind] = update_importance(smoothed[kind], benefit, kept, case["gamma"], case["benefit_scale"])
+                smoothed[kind] = allocation.update_importance(
+                    smoothed[kind], benefit, kept, case["gamma"], case["benefit_scale"]
+                )
                 torch.testing.assert_close(smoothed[kind], _like(r[f"smoothed_importance_{kind}"]), rtol=1e-5, atol=1e-5)
-            importance = mix_importance(smoothed["cls"], smoothed["patch"], case["alpha"])
-            ratios = keep_ratios(
+            importance = allocation.mix_importance(smoothed["cls"], smoothed["patch"], case["alpha"])
+            ratios = allocation.keep_ratios(
                 importance, _like(case["params_per_block"]), case["params_outside_blocks"], case["prune_ratio"]
             )
             torch.testing.assert_close(ratios, _like(r["keep_ratio"]), rtol=0, atol=1e-5)
@@ -51,7 +46,7 @@ def test_importance_is_positive_with_mean_one_and_follows_its_formula(seed: int)
     benefit[0] = benefit[0].abs() + 0.1
     kept = torch.randint(1, 10**6, (8,), generator=generator)
     scale = 1 + 19 * random.Random(seed).random()
-    importance = block_importance(benefit, kept, scale)
+    importance = allocation.block_importance(benefit, kept, scale)
     largest = max(benefit.tolist())
     naive = []
     for u, params in zip(benefit.tolist(), kept.tolist(), strict=True):
@@ -66,60 +61,60 @@ def test_importance_is_positive_with_mean_one_and_follows_its_formula(seed: int)
 @pytest.mark.parametrize("factor", [1e-30, 1e-3, 7.0, 1e20])
 def test_importance_does_not_depend_on_the_unit_of_the_loss(factor: float) -> None:
     benefit, kept = _like([0.3, -0.2, 1.1, 0.0]), _like([10.0, 20.0, 30.0, 40.0])
-    torch.testing.assert_close(block_importance(benefit * factor, kept), block_importance(benefit, kept))
+    torch.testing.assert_close(allocation.block_importance(benefit * factor, kept), allocation.block_importance(benefit, kept))
 
 
 def test_a_larger_benefit_or_fewer_parameters_never_lower_the_importance() -> None:
     kept = torch.full((4,), 100.0)
-    importance = block_importance(_like([-1.0, 0.1, 0.5, 1.0]), kept)
+    importance = allocation.block_importance(_like([-1.0, 0.1, 0.5, 1.0]), kept)
     assert (importance.diff() > 0).all()
-    importance = block_importance(torch.ones(4), _like([400.0, 300.0, 200.0, 100.0]))
+    importance = allocation.block_importance(torch.ones(4), _like([400.0, 300.0, 200.0, 100.0]))
     assert (importance.diff() > 0).all()
 
 
 @pytest.mark.parametrize("benefit", [[0.0, 0.0, 0.0], [-1.0, -0.5, -2.0], [0.0, -3.0, -1.0]])
 def test_where_no_block_helps_the_last_importance_stands(benefit: list[float]) -> None:
     kept, last = _like([10.0, 20.0, 30.0]), _like([0.5, 2.0, 0.5])
-    assert block_importance(_like(benefit), kept).tolist() == [1.0, 1.0, 1.0]
-    assert update_importance(None, _like(benefit), kept).tolist() == [1.0, 1.0, 1.0]
-    assert torch.equal(update_importance(last, _like(benefit), kept), last)
+    assert allocation.block_importance(_like(benefit), kept).tolist() == [1.0, 1.0, 1.0]
+    assert allocation.update_importance(None, _like(benefit), kept).tolist() == [1.0, 1.0, 1.0]
+    assert torch.equal(allocation.update_importance(last, _like(benefit), kept), last)
 
 
 def test_tied_benefits_with_equal_parameters_are_equally_important() -> None:
-    assert block_importance(torch.full((6,), 0.3), torch.full((6,), 50.0)).tolist() == pytest.approx([1.0] * 6)
+    assert allocation.block_importance(torch.full((6,), 0.3), torch.full((6,), 50.0)).tolist() == pytest.approx([1.0] * 6)
 
 
 def test_a_vanished_block_keeps_the_importance_finite() -> None:
-    assert torch.isfinite(block_importance(_like([1.0, 0.5]), _like([0.0, 100.0]))).all()
+    assert torch.isfinite(allocation.block_importance(_like([1.0, 0.5]), _like([0.0, 100.0]))).all()
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_a_benefit_that_is_not_finite_is_refused(bad: float) -> None:
-    for compute in (block_importance, lambda u, k: update_importance(torch.ones(2), u, k)):
+    for compute in (allocation.block_importance, lambda u, k: allocation.update_importance(torch.ones(2), u, k)):
         with pytest.raises(ValueError, match="finite"):
             compute(_like([0.1, bad]), _like([1.0, 1.0]))
 
 
 def test_shapes_that_differ_are_refused() -> None:
     with pytest.raises(ValueError, match="must both be"):
-        block_importance(torch.ones(3), torch.ones(2))
+        allocation.block_importance(torch.ones(3), torch.ones(2))
 
 
 @pytest.mark.parametrize("gamma", [0.05, 0.2, 1.0])
 def test_smoothing_takes_the_first_interval_as_it_is(gamma: float) -> None:
     kept = _like([10.0, 20.0, 30.0])
     first, second = _like([1.0, 0.5, 0.2]), _like([0.1, 0.5, 0.9])
-    r1 = update_importance(None, first, kept, gamma)
-    assert torch.equal(r1, block_importance(first, kept))
-    r2 = update_importance(r1, second, kept, gamma)
-    torch.testing.assert_close(r2, gamma * block_importance(second, kept) + (1 - gamma) * r1)
+    r1 = allocation.update_importance(None, first, kept, gamma)
+    assert torch.equal(r1, allocation.block_importance(first, kept))
+    r2 = allocation.update_importance(r1, second, kept, gamma)
+    torch.testing.assert_close(r2, gamma * allocation.block_importance(second, kept) + (1 - gamma) * r1)
 
 
 def test_mixing_weighs_the_class_token_by_alpha() -> None:
     cls, patch = _like([1.0, 0.0]), _like([0.0, 1.0])
-    assert mix_importance(cls, patch, 0.25).tolist() == [0.25, 0.75]
-    assert torch.equal(mix_importance(cls, patch, 1.0), cls)
-    assert torch.equal(mix_importance(cls, patch, 0.0), patch)
+    assert allocation.mix_importance(cls, patch, 0.25).tolist() == [0.25, 0.75]
+    assert torch.equal(allocation.mix_importance(cls, patch, 1.0), cls)
+    assert torch.equal(allocation.mix_importance(cls, patch, 0.0), patch)
 
 
 # --- water-filling
@@ -145,7 +140,7 @@ def _random_case(seed: int) -> tuple[Tensor, Tensor, int, float]:
 def test_the_budget_is_met_and_the_ratios_are_those_of_water_filling(start: int) -> None:
     for seed in range(start, start + 40):
         importance, params, other, prune_ratio = _random_case(seed)
-        ratios = keep_ratios(importance, params, other, prune_ratio)
+        ratios = allocation.keep_ratios(importance, params, other, prune_ratio)
         budget = (1 - prune_ratio) * (int(params.sum()) + other) - other
         spent = float((ratios * params).sum())
         assert abs(spent - budget) <= 1e-9 * float(params.sum()), seed
@@ -175,33 +170,35 @@ def _assert_water_filling(importance: Tensor, ratios: Tensor, seed: int) -> None
 def test_renaming_blocks_only_renames_the_answer(seed: int) -> None:
     importance, params, other, prune_ratio = _random_case(seed)
     order = torch.randperm(len(params), generator=torch.Generator().manual_seed(seed))
-    renamed = keep_ratios(importance[order], params[order], other, prune_ratio)
-    torch.testing.assert_close(renamed, keep_ratios(importance, params, other, prune_ratio)[order], rtol=1e-9, atol=1e-9)
+    renamed = allocation.keep_ratios(importance[order], params[order], other, prune_ratio)
+    torch.testing.assert_close(
+        renamed, allocation.keep_ratios(importance, params, other, prune_ratio)[order], rtol=1e-9, atol=1e-9
+    )
 
 
 @pytest.mark.parametrize("factor", [1e-200, 1e-9, 3.0, 1e200])
 def test_the_scale_of_importances_is_free(factor: float) -> None:
     importance, params = _like([0.4, 1.3, 0.0, 0.9, 2.0]), torch.tensor([500, 20, 300, 1000, 7])
-    expected = keep_ratios(importance, params, 200, 0.4)
-    torch.testing.assert_close(keep_ratios(importance * factor, params, 200, 0.4), expected, rtol=1e-12, atol=1e-12)
+    expected = allocation.keep_ratios(importance, params, 200, 0.4)
+    torch.testing.assert_close(allocation.keep_ratios(importance * factor, params, 200, 0.4), expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("seed", range(30))
 def test_a_more_important_block_never_keeps_a_smaller_share(seed: int) -> None:
     importance, params, other, prune_ratio = _random_case(seed)
-    ratios = keep_ratios(importance, params, other, prune_ratio)
+    ratios = allocation.keep_ratios(importance, params, other, prune_ratio)
     ascending = ratios[torch.argsort(importance)]
     assert (ascending.diff() >= -1e-12).all()
     risen = importance.clone()
     block = seed % len(importance)
     risen[block] = 2 * risen[block]
-    assert keep_ratios(risen, params, other, prune_ratio)[block] >= ratios[block] - 1e-12
+    assert allocation.keep_ratios(risen, params, other, prune_ratio)[block] >= ratios[block] - 1e-12
 
 
 def test_equal_importances_keep_equal_shares() -> None:
     params = torch.tensor([100, 2000, 30])
     for value in (0.0, 1e-300, 1.0):
-        ratios = keep_ratios(torch.full((3,), value, dtype=torch.float64), params, 70, 0.5)
+        ratios = allocation.keep_ratios(torch.full((3,), value, dtype=torch.float64), params, 70, 0.5)
         torch.testing.assert_close(ratios, torch.full((3,), (0.5 * 2200 - 70) / 2130, dtype=torch.float64))
 
 
@@ -209,45 +206,45 @@ def test_equal_importances_keep_equal_shares() -> None:
 def test_pruning_nothing_keeps_everything(seed: int) -> None:
     importance, params, other, _ = _random_case(seed)
     torch.testing.assert_close(
-        keep_ratios(importance, params, other, 0.0), torch.ones(len(params), dtype=torch.float64), rtol=0, atol=1e-12
+        allocation.keep_ratios(importance, params, other, 0.0), torch.ones(len(params), dtype=torch.float64), rtol=0, atol=1e-12
     )
 
 
 def test_the_largest_ratio_that_can_be_met_is_named_and_can_be_met() -> None:
     params, other = torch.tensor([1000, 3000]), 1234
     with pytest.raises(BudgetError, match="largest ratio") as caught:
-        keep_ratios(torch.ones(2), params, other, 0.9)
+        allocation.keep_ratios(torch.ones(2), params, other, 0.9)
     named = re.search(r"largest ratio that can be met is (\d\.\d+)", str(caught.value))
     assert named
     largest = float(named[1])
-    ratios = keep_ratios(torch.ones(2), params, other, largest)
+    ratios = allocation.keep_ratios(torch.ones(2), params, other, largest)
     assert float((ratios * params).sum()) == pytest.approx((1 - largest) * 5234 - other)
     with pytest.raises(BudgetError):
-        keep_ratios(torch.ones(2), params, other, largest + 1e-4)
+        allocation.keep_ratios(torch.ones(2), params, other, largest + 1e-4)
     assert "1,234" in str(caught.value)
 
 
 @pytest.mark.parametrize("prune_ratio", [-0.1, 1.0, 1.5, float("nan")])
 def test_a_prune_ratio_outside_its_range_is_refused(prune_ratio: float) -> None:
     with pytest.raises(BudgetError, match=r"\[0, 1\)"):
-        keep_ratios(torch.ones(2), torch.ones(2), 0, prune_ratio)
+        allocation.keep_ratios(torch.ones(2), torch.ones(2), 0, prune_ratio)
     with pytest.raises(BudgetError, match=r"\[0, 1\)"):
-        block_budget(10, 0, prune_ratio)
+        allocation.block_budget(10, 0, prune_ratio)
 
 
 @pytest.mark.parametrize("bad", [-1e-9, float("nan"), float("inf")])
 def test_importances_below_zero_or_not_finite_are_refused(bad: float) -> None:
     with pytest.raises(ValueError, match="importance must be"):
-        keep_ratios(_like([1.0, bad]), torch.ones(2), 0, 0.5)
+        allocation.keep_ratios(_like([1.0, bad]), torch.ones(2), 0, 0.5)
 
 
 def test_ratios_given_by_hand_are_checked() -> None:
-    assert given_keep_ratios([0.5, 1, 0, 0.25], 4).tolist() == [0.5, 1, 0, 0.25]
+    assert allocation.given_keep_ratios([0.5, 1, 0, 0.25], 4).tolist() == [0.5, 1, 0, 0.25]
     with pytest.raises(BudgetError, match="3 keep ratios for 4 blocks"):
-        given_keep_ratios([0.5] * 3, 4)
+        allocation.given_keep_ratios([0.5] * 3, 4)
     for bad in (-0.1, 1.1, float("nan")):
         with pytest.raises(BudgetError, match=r"\[0, 1\]"):
-            given_keep_ratios([0.5, bad], 2)
+            allocation.given_keep_ratios([0.5, bad], 2)
 
 
 def _like(values: list[float]) -> Tensor:

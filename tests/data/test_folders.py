@@ -36,20 +36,15 @@ def refusal(root: Path, **options: object) -> str:
     return str(raised.value)
 
 
+USUAL_NAMES = {
+    "val": (("TRAIN", "VAL"), ("train", "dev"), ("train", "holdout"), ("train_set", "val_set"), ("train2017", "val2017")),
+    "test": (("Train", "Test"), ("training", "testing"), ("Training Images", "Evaluation")),
+}
+"""Of the training part and of the other, by what the other is."""
+
+
 @pytest.mark.parametrize("wrapped", ["", "photos/", "photos/2024/"])
-@pytest.mark.parametrize(
-    ("train", "other", "part"),
-    [
-        ("Train", "Test", "test"),
-        ("TRAIN", "VAL", "val"),
-        ("training", "testing", "test"),
-        ("train", "dev", "val"),
-        ("train", "holdout", "val"),
-        ("train_set", "val_set", "val"),
-        ("train2017", "val2017", "val"),
-        ("Training Images", "Evaluation", "test"),
-    ],
-)
+@pytest.mark.parametrize(("train", "other", "part"), [(*names, part) for part, pairs in USUAL_NAMES.items() for names in pairs])
 def test_parts_by_any_usual_name_in_a_folder_and_its_tar(
     tmp_path: Path, train: str, other: str, part: str, wrapped: str
 ) -> None:

@@ -18,7 +18,7 @@ from p3b.run.options import CompareConfig, PruneConfig, TrainConfig
 from p3b.run.series_plan import DENSE, SMALLER, Run, config_of
 from p3b.run.warm_up import train_warm_up
 from runs import (
-    SHAPE,
+    TWO_HEADS,
     brief,
     colour_folders,
     flags,
@@ -28,16 +28,12 @@ from runs import (
     run,
     same_tensors,
     weights,
+    without_seconds,
 )
 
-TWO_HEADS = ("--model", "deit_tiny_distilled_patch16_224", "--model-kwargs", *SHAPE)
 PHASES = ("--epochs", "2", "--prune-start-epoch", "4steps", "--finetune-epochs", "2", "--drop-path", "0.3", "--lr", "0.05")
 LATER = ("--distill-from", "warm-up")
 WITH_STATE = (*PHASES, *LATER, "--model-ema", "--model-ema-decay", "0.5")
-
-
-def without_seconds(file: Path) -> list[dict[str, Any]]:
-    return [{key: value for key, value in line.items() if "seconds" not in key} for line in lines(file)]
 
 
 def same_runs(left: Path, right: Path) -> bool:

@@ -13,30 +13,15 @@ import torch
 
 import p3b
 import p3b.run.training
+import runs
 from p3b.commands.command_line import INTERRUPTED
 from p3b.run.folder import StageFolder
 from p3b.storage.artifact import read_config
 from p3b.train.checkpoint import Checkpoints
-from runs import (
-    BLOCKS,
-    COLOURS,
-    MODEL,
-    PHASES,
-    SHAPE,
-    SIZES,
-    colour_folders,
-    everything_in,
-    flags,
-    last_checkpoint,
-    lines,
-    read,
-    run,
-    same_tensors,
-    weights,
-)
+from runs import everything_in, finished, flags, last_checkpoint, lines, read, run, same_tensors, weights, without_seconds
 from tiny import parameters_of
 
-STEPS_PER_EPOCH = SIZES["train"] * len(COLOURS) // 4
+STEPS_PER_EPOCH = runs.SIZES["train"] * len(runs.COLOURS) // 4
 LARGEST_ELEMENT = 3 * 3 * (24 + 1) + 3 * 24
 """Parameters of one channel of all heads in q, k, v and proj: no element has more."""
 
@@ -44,17 +29,13 @@ LARGEST_ELEMENT = 3 * 3 * (24 + 1) + 3 * 24
 @pytest.fixture(scope="module")
 def pruned_run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An output folder of `p3b prune` with fine-tuning in one go, never changed by a test."""
-    out = tmp_path_factory.mktemp("pruned")
-    assert run("prune", *flags(data, out, *PHASES, "--finetune-epochs", "2"), figures=True) == 0
-    return out
+    return finished("prune", data, tmp_path_factory.mktemp("pruned"), *runs.PHASES, "--finetune-epochs", "2", figures=True)
 
 
 @pytest.fixture(scope="module")
 def unfinetuned_run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An output folder of `p3b prune` alone, never changed by a test."""
-    out = tmp_path_factory.mktemp("unfinetuned")
-    assert run("prune", *flags(data, out, "--epochs", "2", "--prune-start-epoch", "0")) == 0
-    return out
+    return finished("prune", data, tmp_path_factory.mktemp("unfinetuned"), "--epochs", "2", "--prune-start-epoch", "0")
 
 
 # --- what lies there --------------------------------------------------------------------------------------------------
@@ -81,7 +62,7 @@ def test_prune_leaves_its_run_folder(pruned_run: Path) -> None:
 def test_config_says_every_setting_resolved(pruned_run: Path, data: Path) -> None:
     config = read(pruned_run / "prune" / "config.json")
     assert config["data"]["data_path"] == str(data)
-    assert config["model"]["model_kwargs"] == list(SHAPE)
+    assert config["model"]["model_kwargs"] == list(runs.SHAPE)
     assert config["training"]["epochs"] == 3 and config["prune"]["finetune_epochs"] == 2
     assert config["augment"]["aa"] == "rand-m9-mstd0.5-inc1"
     resolved = config["resolved"]
@@ -111,7 +92,7 @@ def test_blocks_have_one_line_a_mask_update_and_the_last(pruned_run: Path) -> No
     assert [line["phase"] for line in updates] == ["sparsify"] * 2 + ["sharpen"] * 3 + ["finalize"]
     others = 19347 - sum(block["params"] for block in updates[0]["blocks"])
     for line in updates:
-        assert [block["kind"] for block in line["blocks"]] == ["attn", "mlp"] * (BLOCKS // 2)
+        assert [block["kind"] for block in line["blocks"]] == ["attn", "mlp"] * (runs.BLOCKS // 2)
         for block in line["blocks"]:
             assert set(block) == {
                 "name", "kind", "benefit_cls", "benefit_patch", "importance", "keep_ratio_goal", "keep_ratio", "kept_params",
@@ -124,9 +105,9 @@ def test_blocks_have_one_line_a_mask_update_and_the_last(pruned_run: Path) -> No
     assert read(pruned_run / "prune" / "summary.json")["returned"] == {
         "elements": sum(block["returned"] for block in blocks),
         "updates": len(updates),
-        "chances": sum(block["pruned"] for block in blocks[:-BLOCKS]),
+        "chances": sum(block["pruned"] for block in blocks[: -runs.BLOCKS]),
     }
-    assert sum(block["pruned"] for block in blocks[:-BLOCKS]) > 0
+    assert sum(block["pruned"] for block in blocks[: -runs.BLOCKS]) > 0
     assert f"in {len(updates)} mask updates" in (pruned_run / "prune" / "log.txt").read_text()
     progress = [line["progress"] for line in updates]
     assert progress == sorted(progress) and progress[-1] == 1 and updates[-1]["tau"] == 0
@@ -145,7 +126,7 @@ def test_budget_is_reached(pruned_run: Path) -> None:
 
 def test_pruned_model_says_classes_preprocessing_and_origin(pruned_run: Path) -> None:
     config = read_config(pruned_run / "pruned")
-    assert config["class_names"] == list(COLOURS)
+    assert config["class_names"] == list(runs.COLOURS)
     assert config["preprocessing"]["input_size"] == [3, 16, 16] and config["preprocessing"]["crop_pct"] == 0.875
     assert config["provenance"]["stage"] == "prune" and config["provenance"]["seed"] == 0
     sparse = read_config(pruned_run / "first_sparse_checkpoint.pth")
@@ -158,7 +139,7 @@ def test_evaluate_repeats_what_the_summary_states(pruned_run: Path, data: Path) 
     again = evaluated(data, pruned_run / "pruned")
     assert set(again["accuracy"]) == {"val", "test"}
     for part, stated in summary["accuracy"].items():
-        assert again["accuracy"][part]["images"] == stated["images"] == SIZES[part] * len(COLOURS)
+        assert again["accuracy"][part]["images"] == stated["images"] == runs.SIZES[part] * len(runs.COLOURS)
         for figure in ("top1", "top5", "loss"):
             assert again["accuracy"][part][figure] == pytest.approx(stated[figure], abs=1e-5)
     assert again["model"]["params"] == summary["pruned"]["params"]
@@ -270,19 +251,12 @@ def kill_at(patch: pytest.MonkeyPatch, event: str, count: int) -> None:
     patch.setattr(p3b.run.training, "save_checkpoint", saving)
 
 
-def without_seconds(file: Path) -> list[dict[str, Any]]:
-    return [{key: value for key, value in line.items() if not key.endswith("seconds")} for line in lines(file)]
-
-
 LONG = ("--epochs", "4", "--prune-start-epoch", "1", "--finetune-epochs", "3", "--drop-path", "0.3", "--lr", "0.05")
-DISTILLED = ("--model", "deit_tiny_distilled_patch16_224", "--model-kwargs", *SHAPE)
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("uninterrupted")
-    assert run("prune", *flags(data, out, *LONG)) == 0
-    return out
+    return finished("prune", data, tmp_path_factory.mktemp("uninterrupted"), *LONG)
 
 
 @pytest.mark.parametrize(
@@ -323,31 +297,35 @@ def test_resuming_equals_never_stopping_with_everything_that_has_a_state(
         *("--distillation-type", "soft", "--teacher-model", "vit_tiny_patch16_224"),
         *("--teacher-path", str(tmp_path / "teacher" / "dense")),
     )
-    assert run("prune", *flags(data, tmp_path / "whole", *given, model=DISTILLED)) == 0
+    assert run("prune", *flags(data, tmp_path / "whole", *given, model=runs.TWO_HEADS)) == 0
     for event, epoch in (("saved", 1), ("saved", 3)):
         out = tmp_path / f"{event}{epoch}"
         with monkeypatch.context() as patch:
             kill_at(patch, event, epoch)
-            assert run("prune", *flags(data, out, *given, model=DISTILLED)) == INTERRUPTED
-        assert run("prune", *flags(data, out, *given, "--resume", model=DISTILLED)) == 0
+            assert run("prune", *flags(data, out, *given, model=runs.TWO_HEADS)) == INTERRUPTED
+        assert run("prune", *flags(data, out, *given, "--resume", model=runs.TWO_HEADS)) == 0
         assert same_tensors(weights(out / "pruned"), weights(tmp_path / "whole" / "pruned"))
         for file in ("metrics.jsonl", "blocks.jsonl"):
             assert without_seconds(out / "prune" / file) == without_seconds(tmp_path / "whole" / "prune" / file)
 
 
+def trained_for_one_of_two_epochs(data: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        kill_at(patch, "saved", 1)
+        assert run("train", *flags(data, out, "--epochs", "2")) == INTERRUPTED
+
+
 def test_resume_is_told_the_same_settings(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with monkeypatch.context() as patch:
-        kill_at(patch, "saved", 1)
-        assert run("train", *flags(data, tmp_path, "--epochs", "2")) == INTERRUPTED
+    trained_for_one_of_two_epochs(data, tmp_path, monkeypatch)
     before = everything_in(tmp_path)
     capsys.readouterr()
     assert run("train", *flags(data, tmp_path, "--epochs", "3", "--lr", "0.1", "--resume")) == 2
     said = capsys.readouterr().err
     assert "--epochs was 2, now 3" in said and "--lr was 0.0005, now 0.1" in said
     assert everything_in(tmp_path) == before
-    more = colour_folders(tmp_path / "more", {"train": 9, "val": 3})  # where data lie may change, what they are may not
+    more = runs.colour_folders(tmp_path / "more", {"train": 9, "val": 3})  # where data lie may change, what they are may not
     assert run("train", *flags(more, tmp_path, "--epochs", "2", "--resume")) == 2
     assert "steps_per_epoch was 3, now 6" in capsys.readouterr().err, "other data or another number of processes"
 
@@ -356,9 +334,7 @@ def test_a_run_of_an_earlier_version_goes_on_with_its_optimizer(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Settings that came later are in their default; AdamW was not fused, and stays as it was."""
-    with monkeypatch.context() as patch:
-        kill_at(patch, "saved", 1)
-        assert run("train", *flags(data, tmp_path, "--epochs", "2")) == INTERRUPTED
+    trained_for_one_of_two_epochs(data, tmp_path, monkeypatch)
     file = tmp_path / "train" / "config.json"
     config = read(file)
     del config["training"]["compile"], config["data"]["cache"]
@@ -391,7 +367,7 @@ def test_a_finished_run_is_not_taken_for_one_with_other_settings(
 ) -> None:
     assert run("train", *flags(data, tmp_path, "--epochs", "1")) == 0
     before = everything_in(tmp_path)
-    elsewhere = colour_folders(tmp_path.parent / "elsewhere")
+    elsewhere = runs.colour_folders(tmp_path.parent / "elsewhere")
     for changed, told in (
         (flags(data, tmp_path, "--epochs", "2", "--lr", "0.1"), ("--epochs was 1, now 2", "--lr was 0.0005, now 0.1")),
         (flags(elsewhere, tmp_path, "--epochs", "1"), ("--data-path was", str(elsewhere))),
@@ -412,20 +388,20 @@ def test_tables_and_summaries_name_the_part_and_leave_top5_of_few_classes_out(
 ) -> None:
     assert run("train", *flags(data, tmp_path, "--epochs", "1")) == 0
     said = capsys.readouterr().out
-    images = SIZES["test"] * len(COLOURS)
+    images = runs.SIZES["test"] * len(runs.COLOURS)
     assert "test top-1 (%)" in said and f"accuracy on {images} test images" in said and "top-5" not in said
     summary = read(tmp_path / "train" / "summary.json")
-    assert summary["part"] == "test" and summary["classes"] == len(COLOURS)
+    assert summary["part"] == "test" and summary["classes"] == len(runs.COLOURS)
     assert summary["chance"] == pytest.approx({"val": 100 / 3, "test": 100 / 3})
     assert run("evaluate", *flags(data, tmp_path, "--model-path", str(tmp_path / "dense"), model=(), recipe=())) == 0
     assert "top-5" not in capsys.readouterr().out
 
 
 def test_a_dense_run_on_other_images_is_no_comparison(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    other = colour_folders(tmp_path / "other", {"train": 4, "val": 3})
+    other = runs.colour_folders(tmp_path / "other", {"train": 4, "val": 3})
     assert run("train", *flags(other, tmp_path / "dense", "--epochs", "1")) == 0
     capsys.readouterr()
-    assert run("prune", *flags(data, tmp_path / "out", *PHASES, "--dense-run", str(tmp_path / "dense"))) == 2
+    assert run("prune", *flags(data, tmp_path / "out", *runs.PHASES, "--dense-run", str(tmp_path / "dense"))) == 2
     assert "was measured on 0 test images, the pruned models will be on 9" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
@@ -487,6 +463,6 @@ def copy_tree(source: Path, target: Path) -> None:
 
 def test_small_model_is_named_in_the_log_of_its_fine_tuning(data: Path, unfinetuned_run: Path, tmp_path: Path) -> None:
     start = unfinetuned_run / "pruned"
-    assert run("finetune", *flags(data, tmp_path, "--model-path", str(start), "--epochs", "1", model=MODEL)) == 0
+    assert run("finetune", *flags(data, tmp_path, "--model-path", str(start), "--epochs", "1", model=runs.MODEL)) == 0
     log = (tmp_path / "finetune" / "log.txt").read_text()
     assert f"{start} (saved by p3b)" in log and f"{parameters_of(p3b.load(start)):,} parameters" in log

@@ -172,10 +172,16 @@ def as_hugging_face(state: State) -> State:
     )
 
 
+def with_ends_of_clip(state: State, class_token: str, positions: str, projection: str) -> State:
+    """The class token as a vector, the positions as a matrix and the head without its bias, under these names."""
+    rest = {key: value for key, value in state.items() if key not in ("cls_token", "pos_embed", "head.weight", "head.bias")}
+    ends = {class_token: state["cls_token"][0, 0], positions: state["pos_embed"][0], projection: state["head.weight"]}
+    return {**rest, **ends}
+
+
 def as_hugging_face_clip(state: State) -> State:
     state = replaced(
         split_qkv(state, "self_attn.{part}_proj"),
-        (r"^cls_token", "class_embedding"),
         (r"^patch_embed\.proj", "embeddings.patch_embedding"),
         (r"^norm_pre", "pre_layrnorm"),
         (r"^norm\.", "post_layernorm."),
@@ -183,10 +189,8 @@ def as_hugging_face_clip(state: State) -> State:
         (r"norm([12])", r"layer_norm\1"),
         (r"^blocks", "encoder.layers"),
     )
-    state["embeddings.class_embedding"] = state.pop("class_embedding")[0, 0]
-    state["embeddings.position_embedding.weight"] = state.pop("pos_embed")[0]
-    state["projection"] = state.pop("head.weight")
-    del state["head.bias"]
+    names = ("embeddings.class_embedding", "embeddings.position_embedding.weight", "projection")
+    state = with_ends_of_clip(state, *names)
     whole = {f"vision_model.{key}": value for key, value in state.items() if key != "projection"}
     return {
         **whole,
@@ -208,10 +212,8 @@ def as_open_clip(state: State) -> State:
         (r"norm([12])", r"ln_\1"),
         (r"^blocks", "transformer.resblocks"),
     )
-    state["class_embedding"] = state.pop("cls_token")[0, 0]
-    state["positional_embedding"] = state.pop("pos_embed")[0]
-    state["proj"] = state.pop("head.weight").T.contiguous()
-    del state["head.bias"]
+    state = with_ends_of_clip(state, "class_embedding", "positional_embedding", "proj")
+    state["proj"] = state["proj"].T.contiguous()
     visual = {f"visual.{key}": value for key, value in state.items()}
     return {**visual, "transformer.resblocks.0.ln_1.weight": torch.ones(8), "token_embedding.weight": torch.ones(2, 8)}
 
