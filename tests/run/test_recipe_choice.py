@@ -22,6 +22,7 @@ from p3b.run.options import (
 )
 from p3b.run.prune_plan import plan_pruning
 from p3b.run.recipe_choice import Config, recipe_lines, settle
+from p3b.run.recipe_facts import weights_fit
 from p3b.train.distributed import Processes
 from runs import SHAPE, colour_folders, flags, lines, read, run, same_tensors, weights
 
@@ -134,3 +135,9 @@ def test_all_flags_given_make_the_same_numbers_by_every_recipe(data: Path, tmp_p
 def test_run_options_are_not_chosen(data: Path) -> None:
     config = replace(config_for(data, "auto"), run=RunOptions(seed=3, output_dir=Path("here")))
     assert settled(config, "output_dir", "seed").run == config.run
+
+
+def test_means_of_a_grey_model_are_not_asked_of_the_named_one() -> None:
+    options = ModelOptions(model="vit_tiny_patch16_224", model_kwargs=("in_chans=1",), mean=(0.5,), std=(0.5,))
+    assert weights_fit(options), "timm makes grey weights of RGB ones"
+    assert not weights_fit(replace(options, model_kwargs=("in_chans=1", "embed_dim=48", "num_heads=3")))

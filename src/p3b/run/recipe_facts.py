@@ -94,6 +94,7 @@ def weights_fit(options: ModelOptions) -> bool:
     """Whether timm's weights of a name fit the shape that is asked for: they can be resampled to other images and patches."""
     if not options.model_kwargs:
         return True
+    options = replace(options, mean=None, std=None)  # of the channels that are asked for, which the named model may not have
     asked, named = (
         {key: tensor.shape for key, tensor in shape_of(each, 1, 0).state_dict().items() if key not in _RESAMPLED}
         for each in (options, replace(options, model_kwargs=(), input_size=None))
