@@ -14,8 +14,10 @@ from __future__ import annotations
 import math
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -329,17 +331,24 @@ def save_figure(figure: Figure, out: Path) -> Path:
         raise ConfigError(f"{unknown_name('figure format', fmt, FORMATS)} The file's name decides it; got '{out.name}'.")
     # A figure says nothing about when it was drawn, so that the same numbers give the same file.
     metadata = {"Date": None} if fmt == "svg" else {"Software": None}
+    try:
+        with whole_file(out) as file, matplotlib.rc_context(STYLE):
+            figure.savefig(file, format=fmt, metadata=metadata)
+    except OSError as error:
+        raise RunFolderError(f"Cannot write the figure '{out}' ({error}). Give a folder that exists, with space.") from error
+    return out
+
+
+@contextmanager
+def whole_file(out: Path) -> Iterator[IO[bytes]]:
+    """A file to write that takes its name when all of it is written; nothing is left of one that fails."""
     temporary: Path | None = None
     try:
         with tempfile.NamedTemporaryFile(dir=out.parent, prefix=f".{out.name}.", delete=False) as file:
             temporary = Path(file.name)
-            with matplotlib.rc_context(STYLE):
-                figure.savefig(file, format=fmt, metadata=metadata)
+            yield file
         temporary.chmod(0o644)  # as any other file of the run, not private as temporary files are
         temporary.replace(out)
-    except OSError as error:
-        raise RunFolderError(f"Cannot write the figure '{out}' ({error}). Give a folder that exists, with space.") from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
-    return out

@@ -5,7 +5,6 @@ It opens with the answer in a sentence and a table; figures, diagnosis and setti
 
 from __future__ import annotations
 
-import tempfile
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from p3b.errors import RunFolderError
 from p3b.report.charts import draw_all, watched_part
 from p3b.report.diagnosis import Finding, diagnose
 from p3b.report.evaluation import class_accuracies
+from p3b.report.figures import whole_file
 from p3b.report.record import EXAMPLES_FOLDER, StageRecord, read_run
 from p3b.report.svg import Picture
 from p3b.report.thresholds import FEWEST_FOR_TOP5
@@ -180,10 +180,8 @@ def _write(out: Path, page: str) -> Path:
     """Replace the file as a whole or not at all."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=out.parent, prefix=f".{out.name}.", delete=False, encoding="utf-8") as file:
-            file.write(page)
-        Path(file.name).chmod(0o644)
-        Path(file.name).replace(out)
+        with whole_file(out) as file:
+            file.write(page.encode())
     except OSError as error:
         raise RunFolderError(f"Cannot write the report {out}: {error}. Choose another --out.") from error
     return out

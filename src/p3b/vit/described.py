@@ -35,7 +35,6 @@ _IN_TRAINING = {
     "weight_init_mode",
     "distilled_training",
 }
-_PLAIN = (bool, int, float, str, tuple, type(None))
 _OF_NO_MATTER = _IN_TRAINING | {"num_classes", "init_values"}
 """Settings that may differ: they act in training or at the start alone, or follow from something else."""
 
