@@ -17,9 +17,10 @@ from p3b.errors import BudgetError, ConfigError, ModelError, TrainingError, Weig
 from p3b.methods.savit import Savit, cost_surface
 from p3b.scoring.criteria import taylor_of_stream
 from p3b.scoring.interactions import KINDS, draw_layers, interaction_matrix, kind_weights
+from p3b.vit.anatomy.weights import STREAM
 from p3b.vit.cost import block_params, count_parameters, other_params
 from p3b.vit.gates import Gates
-from p3b.vit.layout import STREAM, ModelLayout, read_layout
+from p3b.vit.layout import ModelLayout, read_layout
 from runs import CALM, colour_folders, flags, lines, read, run
 from tiny import VARIANTS, images, labels, tiny_vit
 

@@ -19,9 +19,10 @@ from p3b.errors import ConfigError, WeightsError
 from p3b.methods import METHODS, create_method, effective_options, method_dims
 from p3b.methods.base import Decision
 from p3b.storage.artifact import read_config
+from p3b.vit.anatomy.shape import CONSTANT, GONE, SMALL
 from p3b.vit.cost import kept_params
 from p3b.vit.layout import DEFAULT_DIMS, ModelLayout, read_layout
-from p3b.vit.shapes import CONSTANT, GONE, SMALL, branch_shapes
+from p3b.vit.shapes import branch_shapes
 from tiny import VARIANTS, images, parameters_of, tiny_vit
 
 PLAN = p3b.Schedule(start=1, sparse=3, final=5, update_every=1)

@@ -14,9 +14,10 @@ from timm.models.vision_transformer import ParallelScalingBlock, ResPostBlock
 from torch import nn
 
 from p3b.errors import ModelError
+from p3b.vit.anatomy.weights import expand_along, split_axis
 from p3b.vit.compact import apply_cuts, plan_cuts
 from p3b.vit.cost import dense_params
-from p3b.vit.layout import expand_along, read_layout, split_axis
+from p3b.vit.layout import read_layout
 from tiny import VARIANTS, parameters_of, random_masks, tiny_vit
 
 

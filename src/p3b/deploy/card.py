@@ -20,7 +20,7 @@ from timm.models import get_pretrained_cfg
 from p3b.deploy.plain import plain_call
 from p3b.storage import artifact
 from p3b.storage.files import write_atomically
-from p3b.vit.shapes import WHOLE
+from p3b.vit.anatomy.shape import WHOLE
 
 CARD_FILE = "README.md"
 _FIGURE = "keep_ratio"

@@ -36,9 +36,10 @@ from torch.nn import functional as F
 
 from p3b.deploy.sides import Addend, FloatWrite, GatherNorm, GatherWrite, IndexNorm, SliceNorm, SliceWrite
 from p3b.errors import ConfigError, ModelError, unknown_name
+from p3b.vit.anatomy.shape import CONSTANT, GONE, WHOLE, BranchShape
 from p3b.vit.deployment import Deployment, compact_of
 from p3b.vit.parts import ConstantBranch
-from p3b.vit.shapes import CONSTANT, GONE, WHOLE, BranchShape, branch_shapes
+from p3b.vit.shapes import branch_shapes
 
 Side = Literal["index", "folded", "gather", "zeros", "slice"]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from timm.models.vision_transformer import VisionTransformer
 
-from p3b.vit.shapes import CONSTANT, GONE, SMALL
+from p3b.vit.anatomy.shape import CONSTANT, GONE, SMALL
 
 _NAMES = {"VisionTransformer": "vit_base_patch16_224", "VisionTransformerDistilled": "deit_base_distilled_patch16_224"}
 """Models of timm that are built with the defaults of their class."""

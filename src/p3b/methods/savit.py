@@ -31,9 +31,10 @@ from p3b.methods.base import Criterion, Decision, decisions_by_kept
 from p3b.scoring.first_order import FirstOrder, require_signal
 from p3b.scoring.interactions import KINDS, draw_layers, interaction_matrix
 from p3b.scoring.meter import IntervalMeter, Reduce
+from p3b.vit.anatomy.weights import STREAM, dims_of
 from p3b.vit.cost import block_params, other_params
 from p3b.vit.gates import Gates
-from p3b.vit.layout import STREAM, ModelLayout, dims_of
+from p3b.vit.layout import ModelLayout
 
 LEAST_STREAM = 3
 """Channels of the stream that stay at least: a layer norm over one gives zero and over two a sign, whatever it is given."""

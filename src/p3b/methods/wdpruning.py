@@ -53,9 +53,10 @@ from p3b.core.schedule import Schedule
 from p3b.errors import BudgetError, ConfigError, TrainingError
 from p3b.methods.base import Criterion, Decision, decisions_by_kept, overall_keep_ratio
 from p3b.scoring.meter import Reduce, average
+from p3b.vit.anatomy.weights import dims_of
 from p3b.vit.cost import dense_params
 from p3b.vit.gates import Gates
-from p3b.vit.layout import BlockLayout, ModelLayout, dims_of
+from p3b.vit.layout import BlockLayout, ModelLayout
 from p3b.vit.tails import MiddleClassifiers
 
 FIRST_THRESHOLD = 10.0

@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from p3b.vit.layout import Axis, BlockLayout, ModelLayout, StreamLayout, dims_of, split_axis
+from p3b.vit.anatomy.weights import Axis, dims_of, split_axis
+from p3b.vit.layout import BlockLayout, ModelLayout, StreamLayout
 
 ElementCriterion = Callable[[BlockLayout, Mapping[str, Tensor]], Mapping[str, Tensor]]
 

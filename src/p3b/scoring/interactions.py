@@ -22,7 +22,8 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from p3b.vit.layout import STREAM, ModelLayout, Weight, expand_along
+from p3b.vit.anatomy.weights import STREAM, Weight, expand_along
+from p3b.vit.layout import ModelLayout
 
 KINDS = ("heads", "hidden", STREAM)
 

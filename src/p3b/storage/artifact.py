@@ -50,10 +50,11 @@ from p3b.storage.untrusted import (
     read_pickle,
     read_safetensors,
 )
-from p3b.vit.architecture import classes_of, describe_dense
+from p3b.vit.architecture import describe_dense
 from p3b.vit.coverage import require_saveable_layers
 from p3b.vit.deployment import compact_of
 from p3b.vit.described import require_described
+from p3b.vit.families.family import classes_of
 from p3b.vit.shapes import branch_shapes
 from p3b.vit.wrappers import require_vision_transformer
 

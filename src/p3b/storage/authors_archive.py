@@ -14,7 +14,7 @@ from torch import Tensor
 
 from p3b.errors import WeightsError
 from p3b.storage.untrusted import READ_ERRORS, first_line
-from p3b.vit.architecture import MOST_BLOCKS
+from p3b.vit.families.family import MOST_BLOCKS
 
 
 def convert_npz(arrays: Mapping[str, np.ndarray], path: Path) -> dict[str, Tensor]:

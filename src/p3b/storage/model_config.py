@@ -21,10 +21,11 @@ from p3b import __version__
 from p3b.errors import ModelError, WeightsError
 from p3b.storage.timm_form import from_timm_form, require_agreement, to_timm_form
 from p3b.storage.untrusted import MOST_JSON, READ_ERRORS, first_line, read_json
-from p3b.vit.architecture import build_skeleton, check_description
+from p3b.vit.anatomy.shape import BranchShape
+from p3b.vit.architecture import branches_of, build_skeleton, check_description
 from p3b.vit.compact import reshape_branches
 from p3b.vit.cost import count_parameters
-from p3b.vit.shapes import BranchShape, shapes_from_plain
+from p3b.vit.shapes import shapes_from_plain
 
 FORMAT = "p3b-model"
 TRAINING_IMAGES = "training_images"
@@ -105,7 +106,7 @@ def _shapes_of(config: Mapping[str, Any]) -> tuple[list[BranchShape], int]:
     width = config["stream"] if tells_heads else dense_width
     if type(width) is not int or not 1 <= width <= dense_width:
         raise ModelError(f"stream is {str(width)[:40]}; expected a whole number of channels from 1 to {dense_width}")
-    shapes = shapes_from_plain(config["blocks"], arguments["depth"], width, arguments["num_heads"], tells_heads=tells_heads)
+    shapes = shapes_from_plain(config["blocks"], branches_of(config["architecture"]), width, tells_heads=tells_heads)
     return shapes, width
 
 

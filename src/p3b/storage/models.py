@@ -22,7 +22,7 @@ import timm
 import torch
 from timm.layers import Attention, DropPath, PatchEmbed, calculate_drop_path_rates, to_2tuple
 from timm.models import get_pretrained_cfg, split_model_name_tag
-from timm.models.vision_transformer import Block, VisionTransformer, init_weights_vit_timm
+from timm.models.vision_transformer import VisionTransformer, init_weights_vit_timm
 from torch import nn
 
 from p3b.errors import ConfigError, ModelError, WeightsError, unknown_name
@@ -35,8 +35,9 @@ from p3b.storage.suggestions import unknown_model
 from p3b.storage.untrusted import first_line
 from p3b.storage.weights import load_weights
 from p3b.storage.weights_file import Weights, open_weights
+from p3b.vit.families import family_of
 from p3b.vit.fresh import initialise
-from p3b.vit.parts import ConstantBranch, NoBranch
+from p3b.vit.parts import ConstantBranch, NoBlock, NoBranch
 
 _BUILD_ERRORS = (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
 
@@ -363,12 +364,12 @@ def _repeats(key: str, value: Any, has: Mapping[str, Any]) -> bool:
 
 
 def _set_drop_path(model: VisionTransformer, drop_path: float) -> None:
-    rates = cast("list[float]", calculate_drop_path_rates(drop_path, len(model.blocks)))
-    for block, rate in zip(model.blocks, rates, strict=True):
-        if not isinstance(block, Block):  # both halves are gone
+    blocks = family_of(model).blocks(model)
+    rates = cast("list[float]", calculate_drop_path_rates(drop_path, len(blocks)))
+    for block, rate in zip(blocks, rates, strict=True):
+        if isinstance(block.module, NoBlock):
             continue
-        # A constant or vanished half depends on no input: there is no path to drop.
-        if not isinstance(block.attn, (ConstantBranch, NoBranch)):
-            block.drop_path1 = DropPath(rate) if rate > 0.0 else nn.Identity()
-        if not isinstance(block.mlp, (ConstantBranch, NoBranch)):
-            block.drop_path2 = DropPath(rate) if rate > 0.0 else nn.Identity()
+        for half in block.halves:
+            # A constant or vanished half depends on no input: there is no path to drop.
+            if not isinstance(block.module.get_submodule(half.name), (ConstantBranch, NoBranch)):
+                half.set_drop_path(block.module, DropPath(rate) if rate > 0.0 else nn.Identity())

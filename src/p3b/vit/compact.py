@@ -12,7 +12,8 @@ The small network computes exactly what the hard-masked one computed:
   the D', as the gates did;
 - a head that goes leaves the others as they are: nothing is scaled.
 
-No forward pass is replaced: a small block is timm's own Block whose parts are narrower. `branch_shapes` reads the shapes off a
+No forward pass is replaced: a small block is timm's own whose parts are narrower, which is the parts' matter
+(`p3b.vit.anatomy`). `branch_shapes` reads the shapes off a
 model and `reshape_branches` gives another model the same shapes, which is all that saving and loading needs.
 
 Layers stay the objects that they were wherever they can, and what a user has set on them stays: a new parameter wants a
@@ -21,24 +22,24 @@ gradient if the old one did, keeps its dtype, device and attributes; a new modul
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from timm.layers import LayerScale
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from p3b.errors import ModelError
+from p3b.vit.anatomy.half import Half, in_place_of
+from p3b.vit.anatomy.shape import CONSTANT, GONE, SMALL, WHOLE, BranchShape
+from p3b.vit.anatomy.weights import STREAM, Weight, split_axis
 from p3b.vit.architecture import BLOCK_ARGUMENTS, describe_blocks
 from p3b.vit.cost import block_params, other_params
-from p3b.vit.layout import STREAM, BlockLayout, ModelLayout, StreamLayout, Weight, read_layout, split_axis
-from p3b.vit.parts import ConstantBranch, NoBlock, NoBranch, ReadChannels, WriteChannels
-from p3b.vit.shapes import CONSTANT, GONE, SMALL, WHOLE, BranchShape, keep_shapes
-
-_HOOKS = tuple(name for name in vars(nn.Module()) if name.endswith("_hooks") or "_hooks_" in name)
-"""Where torch's modules keep their hooks."""
+from p3b.vit.families import family_of
+from p3b.vit.families.family import Block
+from p3b.vit.layout import BlockLayout, ModelLayout, StreamLayout, read_layout
+from p3b.vit.parts import ConstantBranch, NoBlock, NoBranch
+from p3b.vit.shapes import keep_shapes
 
 
 @dataclass(frozen=True)
@@ -127,8 +128,9 @@ def apply_cuts(model: VisionTransformer, plan: CutPlan) -> VisionTransformer:
         width, sizes = len(plan.stream.kept), {STREAM: plan.stream.stream.size}
         for weight in plan.stream.stream.outside:
             values[weight.key] = _select(model.get_parameter(weight.key), weight, sizes, {STREAM: plan.stream.kept})
+    branches = _branches(model)
     for cut in plan.cuts:
-        values.update(_cut_weights(model.blocks[cut.block.depth], cut, narrower=plan.stream is not None))
+        values.update(_cut_weights(*branches[cut.block.name], cut, narrower=plan.stream is not None))
     reshape_branches(model, [_shape(cut) for cut in plan.cuts], width)
     for key, value in values.items():
         owner, _, name = key.rpartition(".")
@@ -157,21 +159,27 @@ def reshape_branches(model: VisionTransformer, shapes: Sequence[BranchShape], wi
     if width < model.embed_dim:
         _narrow_stream(model, width)
     model.__dict__[BLOCK_ARGUMENTS] = arguments
+    branches = _branches(model)
     for shape in shapes:
-        _, depth, branch = shape.name.split(".")
-        block = model.blocks[int(depth)]
+        block, half = branches[shape.name]
         if shape.form == SMALL:
-            _make_small(block, branch, shape, model.embed_dim)
+            half.narrow(block.module, shape, block.width)
         elif shape.form == CONSTANT:
-            example = _branch_parameter(block, branch)
-            constant = ConstantBranch(shape.outputs, model.embed_dim, device=example.device, dtype=example.dtype)
-            _replace_branch(block, branch, constant)
+            example = half.body.last(block.module.get_submodule(half.name)).weight
+            constant = ConstantBranch(shape.outputs, block.width, device=example.device, dtype=example.dtype)
+            half.replace(block.module, constant)
         elif shape.form == GONE:
-            _replace_branch(block, branch, NoBranch())
-    for depth, block in enumerate(model.blocks):
-        if isinstance(block.attn, NoBranch) and isinstance(block.mlp, NoBranch):
-            model.blocks[depth] = _in_place_of(block, NoBlock())
+            half.replace(block.module, NoBranch())
+    for block in family_of(model).blocks(model):
+        if all(isinstance(block.module.get_submodule(half.name), NoBranch) for half in block.halves):
+            owner, _, name = block.name.rpartition(".")
+            setattr(model.get_submodule(owner), name, in_place_of(block.module, NoBlock()))
     keep_shapes(model, shapes)
+
+
+def _branches(model: nn.Module) -> dict[str, tuple[Block, Half]]:
+    """Every residual branch of a dense model by its name: its block, and which half of it."""
+    return {block.branch(half): (block, half) for block in family_of(model).blocks(model) for half in block.halves}
 
 
 def _shape(cut: BlockCut) -> BranchShape:
@@ -179,9 +187,9 @@ def _shape(cut: BlockCut) -> BranchShape:
     places = {channel: place for place, channel in enumerate(cut.channels(STREAM))}
     inputs, outputs = (tuple(places[channel] for channel in cut.channels(side)) for side in ("in", "out"))
     if cut.form == SMALL:
-        heads = len(cut.channels("heads")) if cut.block.kind == "attn" else 0
-        inner = len(cut.channels(_inner_dims(cut.block)[-1]))
-        return BranchShape(cut.block.name, SMALL, inputs, inner, outputs, heads)
+        counts = {dim: len(cut.channels(dim)) for dim in _inner_dims(cut.block)}
+        *_, inner = counts.values()
+        return BranchShape(cut.block.name, SMALL, inputs, inner, outputs, counts.get("heads", 0))
     return BranchShape(cut.block.name, cut.form, outputs=outputs if cut.form == CONSTANT else ())
 
 
@@ -190,7 +198,8 @@ def _kept(mask: Tensor) -> tuple[int, ...]:
 
 
 def _inner_dims(block: BlockLayout) -> tuple[str, ...]:
-    return ("heads", "head") if block.kind == "attn" else ("hidden",)
+    """Names of the dimensions inside a branch, the prunable and the others."""
+    return tuple(dim for dim in block.sizes if dim not in ("in", "out", STREAM))
 
 
 def _form(cut: BlockCut) -> str:
@@ -203,24 +212,26 @@ def _form(cut: BlockCut) -> str:
     return WHOLE if whole_sides and all(count == cut.block.sizes[dim] for dim, count in inner.items()) else SMALL
 
 
-def _cut_weights(timm_block: Block, cut: BlockCut, *, narrower: bool) -> dict[str, nn.Parameter]:
-    """New parameters of the block, by their keys in the small model; `narrower`: its stream is."""
-    block, prefix = cut.block, f"blocks.{cut.block.depth}."
+def _cut_weights(block: Block, half: Half, cut: BlockCut, *, narrower: bool) -> dict[str, nn.Parameter]:
+    """New parameters of a branch, by their keys in the small model; `narrower`: its stream is."""
+    layout, prefix = cut.block, f"{block.name}."
     if cut.form == GONE or (cut.form == WHOLE and not narrower):
         return {}
     if cut.form == CONSTANT:
-        return {f"{block.name}.value": _constant(timm_block, cut)}
+        return {f"{layout.name}.value": _constant(block, half, cut)}
     weights = {
-        weight.key: _select(timm_block.get_parameter(weight.key.removeprefix(prefix)), weight, block.sizes, cut.kept)
-        for weight in block.weights
+        weight.key: _select(block.module.get_parameter(weight.key.removeprefix(prefix)), weight, layout.sizes, cut.kept)
+        for weight in layout.weights
     }
-    if block.kind == "attn":
-        # The attention divides by the root of the width it finds; the queries make up for the width it had.
-        head_width, kept_width = block.sizes["head"], len(cut.channels("head"))
-        for key in (f"{block.name}.qkv.weight", f"{block.name}.qkv.bias"):
-            if key in weights:
-                weights[key].unflatten(0, (3, -1))[0].mul_(math.sqrt(kept_width / head_width))
-    return weights
+    inside = f"{layout.name}."
+    half.body.rescale(
+        {key.removeprefix(inside): value for key, value in weights.items() if key.startswith(inside)},
+        layout.sizes,
+        {dim: len(cut.channels(dim)) for dim in _inner_dims(layout)},
+    )
+    if cut.form == WHOLE:
+        return weights
+    return {prefix + half.small_key(key.removeprefix(prefix)): value for key, value in weights.items()}
 
 
 def _select(
@@ -240,32 +251,20 @@ def _select(
     return selected
 
 
-def _constant(timm_block: Block, cut: BlockCut) -> nn.Parameter:
-    """What the block adds on its output channels when its input, or all inside it, is masked: only biases are left."""
-    if cut.block.kind == "attn":
-        inner_bias, last, scale = timm_block.attn.qkv.bias, timm_block.attn.proj, timm_block.ls1
-        # Every token offers the same value, so attention returns it, whatever its weights.
-        sizes = (3, cut.block.sizes["heads"], cut.block.sizes["head"])
-        inner = None if inner_bias is None else inner_bias.unflatten(0, sizes)[2]
-        rows = cut.channels("heads")
-    else:
-        fc1, last, scale = timm_block.mlp.fc1, timm_block.mlp.fc2, timm_block.ls2
-        inner_bias = fc1.bias
-        inner = timm_block.mlp.act(fc1.weight.new_zeros(fc1.out_features) if fc1.bias is None else fc1.bias.detach())[None]
-        rows = (0,)
-    device = last.weight.device
-    row_index, column_index, outputs = (
-        torch.tensor(channels, device=device, dtype=torch.int64)
-        for channels in (rows, cut.channels(_inner_dims(cut.block)[-1]), cut.channels("out"))
-    )
+def _constant(block: Block, half: Half, cut: BlockCut) -> nn.Parameter:
+    """What the branch adds on its output channels when its input, or all inside it, is masked: only biases are left."""
+    body = block.module.get_submodule(half.name)
+    last = half.body.last(body)
     value = last.weight.new_zeros(last.out_features) if last.bias is None else last.bias.detach().clone()
+    inner = half.body.blind(body, {dim: cut.channels(dim) for dim in _inner_dims(cut.block)})
     if inner is not None:
-        visible = torch.zeros_like(inner)
-        visible[row_index[:, None], column_index] = inner[row_index[:, None], column_index]
-        value = value + (last.weight.detach() @ visible.flatten().to(last.weight.dtype)).to(value.dtype)
-    made_of = [inner_bias, last.weight, last.bias, getattr(scale, "gamma", None)]
-    value = (value * scale.gamma if isinstance(scale, LayerScale) else value)[outputs]
-    return nn.Parameter(value, requires_grad=any(each is not None and each.requires_grad for each in made_of))
+        value = value + (last.weight.detach() @ inner.detach().to(last.weight.dtype)).to(value.dtype)
+    outputs = torch.tensor(cut.channels("out"), device=value.device, dtype=torch.int64)
+    made_of = [*half.body.makes_constant(body), half.scale(block.module)]
+    return nn.Parameter(
+        half.scaled(block.module, value).detach()[outputs],
+        requires_grad=any(each is not None and each.requires_grad for each in made_of),
+    )
 
 
 def _narrow_stream(model: VisionTransformer, width: int) -> None:
@@ -288,65 +287,3 @@ def _narrow_stream(model: VisionTransformer, width: int) -> None:
     model.embed_dim = model.num_features = model.head_hidden_size = width
     for feature in model.feature_info:
         feature["num_chs"] = width
-
-
-def _make_small(block: Block, branch: str, shape: BranchShape, width: int) -> None:
-    """Narrow one half of a timm block; what is left whole keeps its module."""
-    if branch == "attn":
-        attn = block.attn
-        rows = shape.heads * shape.inner
-        _narrow(attn.qkv, len(shape.inputs), 3 * rows)
-        _narrow(attn.proj, rows, len(shape.outputs))
-        attn.num_heads, attn.head_dim, attn.attn_dim, attn.scale = shape.heads, shape.inner, rows, shape.inner**-0.5
-        block.norm1 = _reader(block.norm1, shape, width, attn.qkv.weight)
-        block.ls1 = _writer(block.ls1, shape, width, attn.proj.weight)
-    else:
-        mlp = block.mlp
-        _narrow(mlp.fc1, len(shape.inputs), shape.inner)
-        _narrow(mlp.fc2, shape.inner, len(shape.outputs))
-        block.norm2 = _reader(block.norm2, shape, width, mlp.fc1.weight)
-        block.ls2 = _writer(block.ls2, shape, width, mlp.fc2.weight)
-
-
-def _narrow(layer: nn.Linear, inputs: int, outputs: int) -> None:
-    weight = layer.weight
-    fresh = nn.Linear(inputs, outputs, bias=layer.bias is not None, device=weight.device, dtype=weight.dtype)
-    layer.in_features, layer.out_features = inputs, outputs
-    layer.weight, layer.bias = fresh.weight, fresh.bias
-
-
-def _reader(norm: nn.LayerNorm, shape: BranchShape, width: int, example: Tensor) -> nn.Module:
-    if len(shape.inputs) == width:
-        return norm
-    return _in_place_of(norm, ReadChannels(shape.inputs, width, norm, example))
-
-
-def _writer(scale: nn.Module, shape: BranchShape, width: int, example: Tensor) -> nn.Module:
-    if len(shape.outputs) == width:
-        return scale
-    return _in_place_of(scale, WriteChannels(shape.outputs, width, example, isinstance(scale, LayerScale)))
-
-
-def _in_place_of(old: nn.Module, new: nn.Module) -> nn.Module:
-    """A module that takes another's place: in its mode, with what a user has set on it, and heard by who listened to it."""
-    new.train(old.training)
-    own = {"elementwise_affine", "_fast_norm", "inplace"}
-    new.__dict__.update({key: value for key, value in old.__dict__.items() if key not in new.__dict__ and key not in own})
-    for name in _HOOKS:
-        new.__dict__[name] = old.__dict__[name]
-    return new
-
-
-def _replace_branch(block: Block, branch: str, replacement: nn.Module) -> None:
-    """Put a constant or nothing in the place of one half: no norm, scale or drop path is left around it."""
-    nothing = [nn.Identity().train(block.training) for _ in range(3)]
-    if branch == "attn":
-        block.attn = replacement.train(block.training)
-        block.norm1, block.ls1, block.drop_path1 = nothing
-    else:
-        block.mlp = replacement.train(block.training)
-        block.norm2, block.ls2, block.drop_path2 = nothing
-
-
-def _branch_parameter(block: Block, branch: str) -> Tensor:
-    return block.attn.qkv.weight if branch == "attn" else block.mlp.fc1.weight

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from p3b.errors import ModelError
-from p3b.vit.layout import STREAM, Axis, BlockLayout, ModelLayout, alike
+from p3b.vit.anatomy.weights import STREAM, Axis
+from p3b.vit.layout import BlockLayout, ModelLayout, alike
 
 Count = TypeVar("Count", int, Tensor)
 

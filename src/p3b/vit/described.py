@@ -16,9 +16,10 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from p3b.errors import ModelError
-from p3b.vit.architecture import BLOCK_ARGUMENTS, activation_name, build_skeleton, describe_dense
+from p3b.vit.architecture import BLOCK_ARGUMENTS, build_skeleton, describe_dense
 from p3b.vit.compact import reshape_branches
 from p3b.vit.coverage import foreign_parts
+from p3b.vit.families.activations import activation_name
 from p3b.vit.layout import require_standard_blocks
 from p3b.vit.shapes import branch_shapes
 from p3b.vit.wrappers import is_sharded

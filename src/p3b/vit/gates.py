@@ -11,11 +11,13 @@ their mask:
 
     norm(x) = m * (w * (x - mu) / sqrt(var + eps) + b),   mu = sum(m * x) / sum(m),   var = sum(m * (x - mu)^2) / sum(m)
 
-With a mask of zeros and ones this is the ordinary layer norm over the channels that stay.
+With a mask of zeros and ones this is the ordinary layer norm over the channels that stay. So it is with norms inside a block,
+over a head's width or over hidden channels: their moments are those of the channels that stay.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -24,7 +26,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from p3b.errors import ModelError, TrainingError
-from p3b.vit.layout import STREAM, Axis, ModelLayout, Weight, expand_along
+from p3b.vit.anatomy.norms import norm_of_kept
+from p3b.vit.anatomy.weights import STREAM, Axis, Weight, dims_of, expand_along
+from p3b.vit.layout import ModelLayout
 
 
 @dataclass(frozen=True)
@@ -46,8 +50,12 @@ class _Gate:
 
 @dataclass(frozen=True)
 class _GatedWeight:
-    """One parameter of a layer, its number of axes, and the gates on them."""
+    """One parameter of a layer, its number of axes, and the gates on them.
 
+    `holder` is where the layer that is called has the module that holds the parameter: mostly it is that layer itself, "".
+    """
+
+    holder: str
     parameter: str
     rank: int
     gates: tuple[_Gate, ...]
@@ -67,18 +75,24 @@ class Gates:
         self._collects = self._writers_only = False
         self._leaf: Tensor | None = None
         """All masks in one vector, where gradients are collected: it gets them."""
-        self._scales: dict[tuple[str, str], list[Tensor]] = {}
+        self._scales: dict[tuple[str, str, str], list[Tensor]] = {}
         self._gated: dict[str, list[_GatedWeight]] = {}
-        self._norms: tuple[str, ...] = ()
-        self._stream: Tensor | None = None
-        """The stream's mask, where norms have to look at it: it is not all ones."""
+        self._norms: dict[str, tuple[_Gate, ...]] = {}
+        """Norms whose moments are taken over the channels that stay, and the gates along these channels."""
+        self._norm_masks: dict[str, Tensor] = {}
+        """Their masks, where norms have to look at them: they are not all ones."""
         for block in layout.blocks:
             for weight in block.weights:
                 self._add(weight, {dim: block.gate(dim) for _, dim in weight.gated}, block.sizes)
+            for moments in block.moments:
+                self._norms[moments.norm] = tuple(
+                    _Gate(block.gate(dim), dim, 0, moments.axis, block.sizes) for dim in dims_of(moments.axis)
+                )
         if layout.stream is not None:
-            self._norms = layout.stream.norms
+            sizes = {STREAM: layout.stream.size}
+            self._norms |= dict.fromkeys(layout.stream.norms, (_Gate(STREAM, STREAM, 0, (STREAM,), sizes),))
             for weight in layout.stream.outside:
-                self._add(weight, {STREAM: STREAM}, {STREAM: layout.stream.size})
+                self._add(weight, {STREAM: STREAM}, sizes)
         self._handles: list[RemovableHandle] = []
         self._layers: list[nn.Module] = []
 
@@ -92,7 +106,7 @@ class Gates:
                 layer.register_forward_hook(_restore, always_call=True),
             ]
         for name in self._norms:
-            self._handles.append(model.get_submodule(name).register_forward_hook(self._norm_hook()))
+            self._handles.append(model.get_submodule(name).register_forward_hook(self._norm_hook(name)))
 
     def detach(self) -> None:
         """Take the gates off: class, state-dict keys and outputs are as they were before `attach`."""
@@ -126,8 +140,7 @@ class Gates:
         self.masks = {name: mask.detach() for name, mask in values.items()}
         self._closed = True
         through_norms = together.requires_grad and not self._writers_only
-        untouched = stream is None or (not through_norms and bool((stream == 1).all()))
-        self._stream = None if untouched else values[STREAM] if through_norms else self.masks[STREAM]
+        self._norm_masks = self._masks_of_norms(values if through_norms else self.masks, all_of_them=through_norms)
         expanded = {
             gate.along: expand_along(values[gate.name], gate.factors, gate.dim, gate.sizes)
             for weights in self._gated.values()
@@ -135,10 +148,30 @@ class Gates:
             for gate in gated.gates
         }
         self._scales = {
-            (layer, gated.parameter): [_along_axis(expanded[gate.along], gate.axis, gated.rank) for gate in gated.gates]
+            (layer, gated.holder, gated.parameter): [
+                _along_axis(expanded[gate.along], gate.axis, gated.rank) for gate in gated.gates
+            ]
             for layer, weights in self._gated.items()
             for gated in weights
         }
+
+    def _masks_of_norms(self, values: Mapping[str, Tensor], *, all_of_them: bool) -> dict[str, Tensor]:
+        """Masks along the channels of the norms, by name; of those alone that have a channel masked, unless all are wanted."""
+        names = list(dict.fromkeys(gate.name for gates in self._norms.values() for gate in gates))
+        if not names:
+            return {}
+        untouched = torch.stack([(values[name] == 1).all() for name in names]).tolist()  # one transfer for all
+        touched = set(names) if all_of_them else {name for name, whole in zip(names, untouched, strict=True) if not whole}
+        masks: dict[str, Tensor] = {}
+        along: dict[tuple[tuple[object, ...], ...], Tensor] = {}
+        for norm, gates in self._norms.items():
+            if any(gate.name in touched for gate in gates):
+                key = tuple(gate.along for gate in gates)
+                if key not in along:
+                    vectors = [expand_along(values[gate.name], gate.factors, gate.dim, gate.sizes) for gate in gates]
+                    along[key] = math.prod(vectors[1:], start=vectors[0])
+                masks[norm] = along[key]
+        return masks
 
     def collect_gradients(self, *, writers_only: bool = False) -> None:
         """From now on each backward pass leaves the gradient with respect to all masks, those of masked elements included.
@@ -162,7 +195,11 @@ class Gates:
 
     def gated_parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """The parameters that a gate multiplies, by key."""
-        keys = [f"{layer}.{gated.parameter}".lstrip(".") for layer, weights in self._gated.items() for gated in weights]
+        keys = [
+            ".".join(name for name in (layer, gated.holder, gated.parameter) if name)
+            for layer, weights in self._gated.items()
+            for gated in weights
+        ]
         return {key: model.get_parameter(key) for key in keys}
 
     def gradients(self) -> dict[str, Tensor]:
@@ -177,9 +214,11 @@ class Gates:
     def _add(self, weight: Weight, names: Mapping[str, str], sizes: Mapping[str, int]) -> None:
         """Take in one parameter, if any gate multiplies it; `names` says each dimension's gate."""
         if weight.gated:
-            layer, _, parameter = weight.key.rpartition(".")
+            holder, _, parameter = weight.key.rpartition(".")
+            layer = weight.user or holder
             gates = tuple(_Gate(names[dim], dim, axis, weight.factors(axis, dim), sizes) for axis, dim in weight.gated)
-            self._gated.setdefault(layer, []).append(_GatedWeight(parameter, len(weight.axes), gates))
+            inside = holder.removeprefix(layer).removeprefix(".")
+            self._gated.setdefault(layer, []).append(_GatedWeight(inside, parameter, len(weight.axes), gates))
 
     def _swap_hook(self, layer_name: str) -> Callable[[nn.Module, object], None]:
         gated_weights = self._gated[layer_name]
@@ -188,52 +227,37 @@ class Gates:
             _restore(layer)  # a keyboard interrupt in a forward pass skips the hook after it
             if not self._closed:
                 return
-            if not layer._parameters:
+            if not layer.get_submodule(gated_weights[0].holder)._parameters:
                 raise TrainingError(
                     "The layers are copies that DataParallel has made for another GPU, and gates do not go along. Train on one "
                     "GPU, or with DistributedDataParallel."
                 )
-            kept: dict[str, nn.Parameter] = {}
+            kept: dict[tuple[str, str], nn.Parameter] = {}
             for gated in gated_weights:
-                weight = kept[gated.parameter] = layer._parameters[gated.parameter]
-                first, *others = self._scales[layer_name, gated.parameter]
+                holder = layer.get_submodule(gated.holder)
+                weight = kept[gated.holder, gated.parameter] = holder._parameters[gated.parameter]
+                first, *others = self._scales[layer_name, gated.holder, gated.parameter]
                 product = weight * first.to(weight.dtype)
                 for scale in others:
                     product = product.mul_(scale.to(weight.dtype))
                 # The registry may hold any tensor while the layer computes; __setattr__ would refuse it.
-                layer._parameters[gated.parameter] = product
+                holder._parameters[gated.parameter] = product
             layer._ungated_parameters = kept
 
         return swap
 
-    def _norm_hook(self) -> Callable[[nn.LayerNorm, tuple[Tensor, ...], Tensor], Tensor | None]:
+    def _norm_hook(self, name: str) -> Callable[[nn.LayerNorm, tuple[Tensor, ...], Tensor], Tensor | None]:
         def normalise(norm: nn.LayerNorm, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-            return None if self._stream is None else _norm_of_kept(norm, args[0], self._stream).to(output.dtype)
+            mask = self._norm_masks.get(name)
+            return None if mask is None else norm_of_kept(norm, args[0], mask).to(output.dtype)
 
         return normalise
 
 
-def _norm_of_kept(norm: nn.LayerNorm, x: Tensor, mask: Tensor) -> Tensor:
-    """A layer norm over the channels that stay: (..., D) -> (..., D), channels that go are zero.
-
-    Moments are taken in float32 at least, as an ordinary layer norm takes them.
-    """
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    x, mask = x.to(dtype), mask.to(dtype)
-    share = mask / mask.sum()
-    centred = x - (x * share).sum(-1, keepdim=True)
-    variance = (centred.square() * share).sum(-1, keepdim=True)
-    x = centred * torch.rsqrt(variance + norm.eps)
-    if norm.weight is not None:
-        x = x * norm.weight.to(dtype)
-    if norm.bias is not None:
-        x = x + norm.bias.to(dtype)
-    return x * mask
-
-
 def _restore(layer: nn.Module, *_args: object) -> None:
     if "_ungated_parameters" in layer.__dict__:
-        layer._parameters.update(layer.__dict__.pop("_ungated_parameters"))
+        for (holder, name), parameter in layer.__dict__.pop("_ungated_parameters").items():
+            layer.get_submodule(holder)._parameters[name] = parameter
 
 
 def _along_axis(vector: Tensor, axis: int, rank: int) -> Tensor:

@@ -13,49 +13,31 @@ Two further dimensions are there for methods that ask for them (`read_layout(mod
     model       stream  channels of the residual stream, one gate for the whole model: everything that writes to them, while
                         each layer norm takes its moments over the channels that stay (`p3b.vit.gates`)
 
-A weight's axis is written as a tuple of factors, outermost first: the rows of `qkv.weight` are (3, heads, "head"), so the
-dimension "head" lies along that axis 3 * heads times. A factor is a name where the dimension is prunable and a number where it
-is not: with whole heads alone it is (3, "heads", head), with both (3, "heads", "head"). Costs, gates, scores and cuts follow
-from these tuples.
+The names are those of the parts that a block consists of (`p3b.vit.anatomy`), which a family puts together
+(`p3b.vit.families`): nothing here knows what a block looks like. Costs, gates, scores and cuts follow from the names that a
+weight's axes have (`p3b.vit.anatomy.weights`).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-import torch
-from timm.layers import Attention, LayerNorm, LayerNormFp32, LayerScale, Mlp
-from timm.models.vision_transformer import Block, VisionTransformer
-from torch import Tensor, nn
+from torch import nn
 
 from p3b.errors import ConfigError, ModelError, unknown_name
-from p3b.vit.architecture import BLOCK_ARGUMENTS, classes_of
-from p3b.vit.coverage import foreign_parts
+from p3b.vit.anatomy.half import Half
+from p3b.vit.anatomy.weights import STREAM, Axis, Moments, Weight
+from p3b.vit.architecture import BLOCK_ARGUMENTS
+from p3b.vit.families import family_of
+from p3b.vit.families.family import Block, classes_of
 from p3b.vit.wrappers import require_vision_transformer
-
-Axis = tuple[int | str, ...]
 
 DEFAULT_DIMS = ("in", "head", "hidden", "out")
 """Dimensions that a method prunes which does not ask for others."""
 DIMS = ("in", "heads", "head", "hidden", "out", "stream")
 """All dimensions that a method may ask for."""
-STREAM = "stream"
-"""Name of the residual stream's dimension and of its gate."""
-
-
-@dataclass(frozen=True)
-class Weight:
-    """One parameter: its key in the model, its axes, and which gates multiply it, each along one axis: (axis, dimension)."""
-
-    key: str
-    axes: tuple[Axis, ...]
-    gated: tuple[tuple[int, str], ...] = ()
-
-    def factors(self, axis: int, dim: str) -> Axis:
-        """Factors of an axis as a gate on it sees them: the stream's gate looks through the "in" or "out" of a block."""
-        return self.axes[axis] if dim in self.axes[axis] else (dim,)
 
 
 @dataclass(frozen=True)
@@ -65,13 +47,14 @@ class BlockLayout:
     Attributes:
         name: "blocks.3.attn" or "blocks.3.mlp".
         kind: "attn" or "mlp".
-        depth: index of the timm block that it lies in.
+        depth: index of the timm block that it lies in, counted through the whole model.
         dims: size of every prunable dimension of the block by its short name, input first, output last; each has a gate.
         sizes: size of every dimension, prunable or not, that of the stream included.
         weights: all its parameters.
         inputs: factors of the channels that it reads: ("in",), ("stream",) or a number.
         inner: factors of the channels inside: ("heads", "head") or ("hidden",), with a number for what is not prunable.
         outputs: factors of the channels that it writes to: ("out",), ("stream",) or a number.
+        moments: norms inside it, whose moments are taken over the inner channels that stay.
         heads: attention heads; 1 for an MLP.
         constant_without_input: it can still add a constant when it reads nothing (some bias feeds on).
         constant_without_inner: it can still add a constant when its inner channels are gone (its output has a bias).
@@ -86,6 +69,7 @@ class BlockLayout:
     inputs: Axis
     inner: Axis
     outputs: Axis
+    moments: tuple[Moments, ...]
     heads: int
     constant_without_input: bool
     constant_without_inner: bool
@@ -197,174 +181,57 @@ def alike(blocks: Sequence[BlockLayout]) -> list[list[int]]:
     return list(groups.values())
 
 
-def split_axis(tensor: Tensor, axis: int, factors: Axis, sizes: Mapping[str, int]) -> Tensor:
-    """View of a weight with one axis unfolded into its factors, e.g. (3 * H * K, D) -> (3, H, K, D)."""
-    shape = [sizes[factor] if isinstance(factor, str) else factor for factor in factors]
-    return tensor.unflatten(axis, shape)
-
-
-def expand_along(vector: Tensor, factors: Axis, dim: str, sizes: Mapping[str, int]) -> Tensor:
-    """A dimension's vector repeated along an axis: (K,) -> (3 * H * K,) for "head" and the factors (3, H, "head")."""
-    shape = [sizes[factor] if isinstance(factor, str) else factor for factor in factors]
-    if math.prod(shape) == len(vector):
-        return vector
-    position = factors.index(dim)
-    return vector.view([-1 if i == position else 1 for i in range(len(shape))]).expand(shape).flatten()
-
-
-def dims_of(axis: Axis) -> tuple[str, ...]:
-    """Names of the prunable dimensions along an axis."""
-    return tuple(factor for factor in axis if isinstance(factor, str))
-
-
-def require_standard_blocks(vit: VisionTransformer) -> None:
-    """Refuse anything whose arithmetic is not that of timm's plain pre-norm blocks.
+def require_standard_blocks(vit: nn.Module) -> None:
+    """Refuse blocks whose arithmetic is not that of the parts that their family has.
 
     Raises:
         ModelError: the message names the layer.
     """
-    for depth, block in enumerate(vit.blocks):
-        _check_block(f"blocks.{depth}", block)
+    family = family_of(vit)
+    family.require_blocks_covered(vit)
+    for block in family.blocks(vit):
+        for half in block.halves:
+            half.require_covered(block.name, block.module)
 
 
-def _check_block(name: str, block: nn.Module) -> None:
-    if type(block) is not Block:
-        raise ModelError(f"{name}: {type(block).__name__} is not covered; only timm's standard Block (attention, then MLP) is.")
-    attn, mlp = block.attn, block.mlp
-    if type(attn) is not Attention:
-        raise ModelError(f"{name}.attn: {_pruned_or(type(attn).__name__)}; only timm's standard Attention is covered.")
-    if type(mlp) is not Mlp:
-        raise ModelError(f"{name}.mlp: {_pruned_or(type(mlp).__name__)}; only timm's standard Mlp is covered.")
-    for layer in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"):
-        if type(found := block.get_submodule(layer)) is not nn.Linear:
-            raise ModelError(
-                f"{name}.{layer}: {type(found).__name__} is not covered, only torch.nn.Linear is. {foreign_parts(found)}"
-            )
-    refused = {
-        "attn.q_norm: query/key normalisation": not isinstance(attn.q_norm, nn.Identity),
-        "attn.k_norm: query/key normalisation": not isinstance(attn.k_norm, nn.Identity),
-        "attn.norm: a norm on the attention output": not isinstance(attn.norm, nn.Identity),
-        "attn.gate: gated attention": attn.gate is not None,
-        "mlp.norm: a norm on the hidden channels": not isinstance(mlp.norm, nn.Identity),
-        f"ls1: {_pruned_or(type(block.ls1).__name__)}": type(block.ls1) not in (nn.Identity, LayerScale),
-        f"ls2: {_pruned_or(type(block.ls2).__name__)}": type(block.ls2) not in (nn.Identity, LayerScale),
-        f"norm1: {_pruned_or(type(block.norm1).__name__)}": not _is_layer_norm(block.norm1),
-        f"norm2: {_pruned_or(type(block.norm2).__name__)}": not _is_layer_norm(block.norm2),
-    }
-    for reason, present in refused.items():
-        if present:
-            raise ModelError(f"{name}.{reason} is not covered.")
-    width = attn.qkv.in_features
-    if attn.attn_dim != width or attn.proj.out_features != width or mlp.fc2.out_features != width:
-        raise ModelError(f"{name}: its widths show that it has been pruned already; prune the dense model instead.")
+def _block_layouts(vit: nn.Module, dims: Collection[str]) -> tuple[BlockLayout, ...]:
+    blocks = family_of(vit).blocks(vit)
+    return tuple(_branch_layout(depth, block, half, dims) for depth, block in enumerate(blocks) for half in block.halves)
 
 
-def _pruned_or(name: str) -> str:
-    pruned = name in ("ReadChannels", "WriteChannels", "ConstantBranch", "NoBranch")
-    return f"{name} (of a model that has been pruned already)" if pruned else name
-
-
-def _is_layer_norm(norm: nn.Module) -> bool:
-    return type(norm) in (nn.LayerNorm, LayerNorm, LayerNormFp32)
-
-
-def _block_layouts(vit: VisionTransformer, dims: Collection[str]) -> tuple[BlockLayout, ...]:
-    layouts: list[BlockLayout] = []
-    for depth, block in enumerate(vit.blocks):
-        layouts += [_attention_layout(depth, block, dims), _mlp_layout(depth, block, dims)]
-    return tuple(layouts)
-
-
-def _attention_layout(depth: int, block: Block, dims: Collection[str]) -> BlockLayout:
-    name, attn = f"blocks.{depth}", block.attn
-    qkv_rows: Axis = (3, "heads", "head")
-    weights = [
-        *_affine(f"{name}.norm1", block.norm1),
-        Weight(f"{name}.attn.qkv.weight", (qkv_rows, ("in",)), gated=((0, "head"), (1, "in"))),
-        Weight(f"{name}.attn.qkv.bias", (qkv_rows,), gated=((0, "head"),)),
-        # A head's output is what proj reads of it: scaling the columns scales the output, the value's bias included.
-        Weight(f"{name}.attn.proj.weight", (("out",), ("heads", "head")), gated=((0, "out"), (1, "heads"), (0, STREAM))),
-        Weight(f"{name}.attn.proj.bias", (("out",),), gated=((0, "out"), (0, STREAM))),
-        Weight(f"{name}.ls1.gamma", (("out",),)),
-    ]
-    sizes = {
-        "in": attn.qkv.in_features,
-        "heads": attn.num_heads,
-        "head": attn.head_dim,
-        "out": attn.proj.out_features,
-        STREAM: attn.qkv.in_features,
-    }
-    constants = (attn.qkv.bias is not None or attn.proj.bias is not None, attn.proj.bias is not None)
-    return _residual_block(
-        "attn", depth, block, dims, sizes, weights, ("heads", "head"), heads=attn.num_heads, constants=constants
-    )
-
-
-def _mlp_layout(depth: int, block: Block, dims: Collection[str]) -> BlockLayout:
-    name, mlp = f"blocks.{depth}", block.mlp
-    weights = [
-        *_affine(f"{name}.norm2", block.norm2),
-        Weight(f"{name}.mlp.fc1.weight", (("hidden",), ("in",)), gated=((1, "in"),)),
-        Weight(f"{name}.mlp.fc1.bias", (("hidden",),)),
-        Weight(f"{name}.mlp.fc2.weight", (("out",), ("hidden",)), gated=((0, "out"), (1, "hidden"), (0, STREAM))),
-        Weight(f"{name}.mlp.fc2.bias", (("out",),), gated=((0, "out"), (0, STREAM))),
-        Weight(f"{name}.ls2.gamma", (("out",),)),
-    ]
-    acts_on_zero = bool(mlp.act(torch.zeros(1)).abs() > 0)
-    sizes = {
-        "in": mlp.fc1.in_features,
-        "hidden": mlp.fc1.out_features,
-        "out": mlp.fc2.out_features,
-        STREAM: mlp.fc1.in_features,
-    }
-    constants = (mlp.fc1.bias is not None or mlp.fc2.bias is not None or acts_on_zero, mlp.fc2.bias is not None)
-    return _residual_block("mlp", depth, block, dims, sizes, weights, ("hidden",), heads=1, constants=constants)
-
-
-def _residual_block(
-    kind: str,
-    depth: int,
-    block: Block,
-    dims: Collection[str],
-    sizes: Mapping[str, int],
-    weights: list[Weight],
-    inner: Axis,
-    *,
-    heads: int,
-    constants: tuple[bool, bool],
-) -> BlockLayout:
-    """One of a timm block's two parts; `constants` are those without input and without inner channels."""
-    name = f"blocks.{depth}"
+def _branch_layout(depth: int, block: Block, half: Half, dims: Collection[str]) -> BlockLayout:
+    """One of a block's residual branches."""
+    body, module = half.body, block.module.get_submodule(half.name)
+    sizes = {**body.sizes(module), STREAM: block.width}
+    without_input, without_inner = body.constant_without(module)
     return BlockLayout(
-        name=f"{name}.{kind}",
-        kind=kind,
+        name=block.branch(half),
+        kind=body.kind,
         depth=depth,
         dims={dim: size for dim, size in sizes.items() if dim in dims and dim != STREAM},
         sizes=sizes,
-        weights=_existing(weights, name, block, dims, sizes),
+        weights=_existing(half.weights(block.module), block, dims, sizes),
         inputs=_named(("in",), dims, sizes),
-        inner=_named(inner, dims, sizes),
+        inner=_named(body.inner, dims, sizes),
         outputs=_named(("out",), dims, sizes),
-        heads=heads,
-        constant_without_input=constants[0],
-        constant_without_inner=constants[1],
+        moments=tuple(
+            Moments(f"{block.branch(half)}.{moments.norm}", _named(moments.axis, dims, sizes))
+            for moments in body.moments(module)
+        ),
+        heads=sizes.get("heads", 1),
+        constant_without_input=without_input,
+        constant_without_inner=without_inner,
     )
 
 
-def _affine(name: str, norm: nn.Module, dim: str = "in") -> list[Weight]:
-    return [Weight(f"{name}.{key}", ((dim,),)) for key, _ in norm.named_parameters()]
-
-
-def _existing(
-    weights: list[Weight], name: str, block: nn.Module, dims: Collection[str], sizes: Mapping[str, int]
-) -> tuple[Weight, ...]:
+def _existing(weights: Sequence[Weight], block: Block, dims: Collection[str], sizes: Mapping[str, int]) -> tuple[Weight, ...]:
     """Those that this block has (biases and LayerScale are optional), with a number for what is not prunable."""
-    present = {f"{name}.{key}" for key, _ in block.named_parameters()}
+    present = {key for key, _ in block.module.named_parameters()}
     return tuple(
-        Weight(
-            weight.key,
-            tuple(_named(axis, dims, sizes) for axis in weight.axes),
-            tuple((axis, dim) for axis, dim in weight.gated if dim in dims),
+        replace(
+            weight.inside(block.name),
+            axes=tuple(_named(axis, dims, sizes) for axis in weight.axes),
+            gated=tuple((axis, dim) for axis, dim in weight.gated if dim in dims),
         )
         for weight in weights
         if weight.key in present
@@ -382,49 +249,25 @@ def _named(axis: Axis, dims: Collection[str], sizes: Mapping[str, int]) -> Axis:
     return tuple(factor(name) for name in axis)
 
 
-def _stream_layout(vit: VisionTransformer) -> StreamLayout:
+def _stream_layout(vit: nn.Module) -> StreamLayout:
     """The stream through the whole model.
 
     Raises:
         ModelError: something outside the blocks reads or writes it in a way that is not covered.
     """
-    kinds = {
-        "patch_embed.norm": nn.Identity,
-        "norm_pre": (nn.Identity, nn.LayerNorm),
-        "norm": (nn.Identity, nn.LayerNorm),
-        "fc_norm": (nn.Identity, nn.LayerNorm),
-        "head": (nn.Identity, nn.Linear),
-        "head_dist": (nn.Identity, nn.Linear),
-    }
-    refused = "is not covered where the residual stream itself is pruned; prune this model by other dimensions, or with another"
-    if vit.attn_pool is not None:
-        raise ModelError(f"attn_pool: attention pooling {refused} pooling (global_pool=avg).")
-    for name, kind in kinds.items():
-        part = vit.get_submodule(name) if name != "head_dist" or hasattr(vit, name) else nn.Identity()
-        if not isinstance(part, kind) or (isinstance(part, nn.LayerNorm) and not _is_layer_norm(part)):
-            raise ModelError(f"{name}: {type(part).__name__} {refused} {name}.")
-    writers = {"patch_embed.proj.weight": 0, "patch_embed.proj.bias": 0}
-    writers |= dict.fromkeys(("cls_token", "reg_token", "dist_token", "pos_embed"), 2)
-    readers = {"head.weight": 1, "head_dist.weight": 1}
-    norms = [name for name in ("norm_pre", "norm", "fc_norm") if isinstance(vit.get_submodule(name), nn.LayerNorm)]
-    readers |= {f"{name}.{key}": 0 for name in norms for key, _ in vit.get_submodule(name).named_parameters()}
-    places = {**writers, **readers}
-    outside: list[Weight] = []
-    for key, parameter in vit.named_parameters():
-        if key.startswith("blocks."):
-            continue
-        if key not in places and key not in ("head.bias", "head_dist.bias"):
-            raise ModelError(f"{key}: this parameter {refused} model.")
-        axes: list[Axis] = [(size,) for size in parameter.shape]
-        if key in places:
-            axes[places[key]] = (STREAM,)
-        outside.append(Weight(key, tuple(axes), ((writers[key], STREAM),) if key in writers else ()))
+    family = family_of(vit)
+    outside = family.outside(vit)
     blocks = _block_layouts(vit, (STREAM,))
-    inside = [weight for block in blocks for weight in block.weights if any(STREAM in axis for axis in weight.axes)]
+    along = [
+        weight
+        for weight in (*outside.weights, *(weight for block in blocks for weight in block.weights))
+        if any(STREAM in axis for axis in weight.axes)
+    ]
+    norms = [f"{block.name}.{norm}" for block in family.blocks(vit) for half in block.halves for norm in half.stream_norms]
     return StreamLayout(
         size=vit.embed_dim,
-        weights=(*(weight for weight in outside if weight.key in places), *inside),
-        outside=tuple(outside),
-        norms=(*norms, *(f"blocks.{depth}.{norm}" for depth in range(len(vit.blocks)) for norm in ("norm1", "norm2"))),
+        weights=tuple(along),
+        outside=outside.weights,
+        norms=(*outside.norms, *norms),
         patches=math.prod(vit.patch_embed.grid_size),
     )

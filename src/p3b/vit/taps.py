@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from p3b.errors import TrainingError
+from p3b.vit.families import family_of
 
 
 class Taps:
     """Records x_0 .. x_B, detached, in every forward pass that builds a graph.
 
-    The input of a timm block is x after the block before, the input of its norm2 is x between attention and MLP: both are
-    tensors that autograd keeps anyway, so the features cost no second copy.
+    The input of a timm block is x after the block before, that of its second half's entry (norm2) is x between attention and
+    MLP: both are tensors that autograd keeps anyway, so the features cost no second copy.
     """
 
     def __init__(self) -> None:
@@ -33,14 +34,15 @@ class Taps:
 
     def attach(self, model: VisionTransformer) -> None:
         """Begin to record."""
-        blocks = list(model.blocks)
-        self._blocks = 2 * len(blocks)
+        blocks = family_of(model).blocks(model)
+        self._blocks = sum(len(block.halves) for block in blocks)
         self._handles.append(model.patch_embed.register_forward_hook(self._record_grid))
         for block in blocks:
-            self._handles.append(block.register_forward_pre_hook(self._record_input))
-            self._handles.append(block.norm2.register_forward_pre_hook(self._record_input))
-        self._handles.append(blocks[0].register_forward_pre_hook(self._start, prepend=True))
-        self._handles.append(blocks[-1].register_forward_hook(self._record_output))
+            self._handles.append(block.module.register_forward_pre_hook(self._record_input))
+            for half in block.halves[1:]:
+                self._handles.append(half.entry(block.module).register_forward_pre_hook(self._record_input))
+        self._handles.append(blocks[0].module.register_forward_pre_hook(self._start, prepend=True))
+        self._handles.append(blocks[-1].module.register_forward_hook(self._record_output))
 
     def detach(self) -> None:
         """Stop recording and let go of what was recorded."""

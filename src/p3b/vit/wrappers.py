@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import cast
 
 import torch
-from timm.layers import PatchEmbed
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from timm.utils import ModelEma, ModelEmaV2, ModelEmaV3
@@ -14,8 +14,9 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from p3b.errors import ModelError
+from p3b.vit.families import CLASSES, family_of
 
-COVERED = (VisionTransformer, VisionTransformerDistilled)
+COVERED = tuple(CLASSES.values())
 _WRAPPERS = (DistributedDataParallel, DataParallel, ModelEma, ModelEmaV2, ModelEmaV3, AveragedModel)
 """Each holds a model as its `module`; a model behind torch.compile is the `_orig_mod` of its wrapper."""
 _SHARDED = {"FSDPModule", "FullyShardedDataParallel"}
@@ -46,12 +47,8 @@ def require_vision_transformer(model: nn.Module, purpose: str = "pruned") -> Vis
             "ViT and DeiT families (also distilled, without class token, with registers or LayerScale), such as "
             "deit_small_patch16_224."
         )
-    assert isinstance(inner, VisionTransformer)
-    if type(inner.patch_embed) is not PatchEmbed:
-        raise ModelError(f"patch_embed: {type(inner.patch_embed).__name__} is not covered, only timm's PatchEmbed is.")
-    if type(projection := inner.patch_embed.proj) is not nn.Conv2d:
-        raise ModelError(f"patch_embed.proj: {type(projection).__name__} is not covered, only torch.nn.Conv2d is.")
-    return inner
+    family_of(inner).require_covered(inner, purpose)
+    return cast("VisionTransformer", inner)  # whatever its family, it is used as one
 
 
 def require_single_replica(model: nn.Module) -> None:
@@ -98,7 +95,7 @@ def _mend(model: nn.Module) -> str:
     if isinstance(model, torch.jit.ScriptModule):
         return " Hand in the module that it was scripted or traced from."
     if isinstance(model, VisionTransformer):
-        kind = COVERED[isinstance(model, VisionTransformerDistilled)].__name__
+        kind = (VisionTransformerDistilled if isinstance(model, VisionTransformerDistilled) else VisionTransformer).__name__
         return (
             f" A subclass may compute something else: build timm's own {kind} with the same arguments, load these weights into "
             "it (load_state_dict), and hand in that one."

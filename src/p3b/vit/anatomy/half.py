@@ -1,0 +1,146 @@
+"""Where a body stands in a block: the norm before it, what scales and drops its output, and what takes their places in a cut.
+
+A half is one residual branch, x + f(x). `PreNorm` is that of timm's Block: x + drop_path1(ls1(attn(norm1(x)))). Another order
+of the same things is another class with these methods.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from timm.layers import LayerScale
+from torch import Tensor, nn
+
+from p3b.vit.anatomy.body import Body, pruned_or, refuse
+from p3b.vit.anatomy.norms import is_norm
+from p3b.vit.anatomy.shape import BranchShape
+from p3b.vit.anatomy.weights import Weight, affine
+from p3b.vit.parts import ReadChannels, WriteChannels
+
+_HOOKS = tuple(name for name in vars(nn.Module()) if name.endswith("_hooks") or "_hooks_" in name)
+"""Where torch's modules keep their hooks."""
+
+
+class Half(Protocol):
+    """One residual branch of a block. All methods take the block.
+
+    Attributes:
+        name: of its body in the block: "attn" or "mlp".
+        body: what its body is.
+        stream_norms: names of the norms in the block that normalise over the residual stream.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def body(self) -> Body: ...
+
+    @property
+    def stream_norms(self) -> tuple[str, ...]: ...
+
+    def require_covered(self, name: str, block: nn.Module) -> None:
+        """Raise a ModelError, which begins with the block's `name`, for what is not covered; the body looks after itself."""
+
+    def weights(self, block: nn.Module) -> list[Weight]:
+        """All weights of the branch, by their keys in the block."""
+
+    def entry(self, block: nn.Module) -> nn.Module:
+        """The module whose input is the residual stream before this branch."""
+
+    def scaled(self, block: nn.Module, value: Tensor) -> Tensor:
+        """What becomes of (D,) outputs of the body on their way to the stream."""
+
+    def scale(self, block: nn.Module) -> Tensor | None:
+        """The weight of `scaled`."""
+
+    def narrow(self, block: nn.Module, shape: BranchShape, width: int) -> None:
+        """Make the branch read and write some of the stream's `width` channels; new weights hold no values yet."""
+
+    def small_key(self, key: str) -> str:
+        """Where a weight of the dense branch lies in a narrow one; both by their keys in the block."""
+
+    def replace(self, block: nn.Module, replacement: nn.Module) -> None:
+        """Put a constant or nothing in the place of the branch: no norm, scale or drop path is left around it."""
+
+    def set_drop_path(self, block: nn.Module, path: nn.Module) -> None:
+        """Give the branch another stochastic depth."""
+
+
+@dataclass(frozen=True)
+class PreNorm:
+    """x + path(scale(body(norm(x)))), each by its name in the block (`Half`)."""
+
+    name: str
+    body: Body
+    norm: str
+    layer_scale: str
+    drop_path: str
+
+    @property
+    def stream_norms(self) -> tuple[str, ...]:
+        return (self.norm,)
+
+    def require_covered(self, name: str, block: nn.Module) -> None:
+        self.body.require_covered(f"{name}.{self.name}", block.get_submodule(self.name))
+        norm, scale = block.get_submodule(self.norm), block.get_submodule(self.layer_scale)
+        refuse(
+            name,
+            {
+                f"{self.layer_scale}: {pruned_or(type(scale).__name__)}": type(scale) not in (nn.Identity, LayerScale),
+                f"{self.norm}: {pruned_or(type(norm).__name__)}": not is_norm(norm),
+            },
+        )
+
+    def weights(self, block: nn.Module) -> list[Weight]:
+        body = self.body.weights(block.get_submodule(self.name))
+        return [
+            *affine(self.norm, block.get_submodule(self.norm), ("in",)),
+            *(weight.inside(self.name) for weight in body),
+            Weight(f"{self.layer_scale}.gamma", (("out",),)),
+        ]
+
+    def entry(self, block: nn.Module) -> nn.Module:
+        return block.get_submodule(self.norm)
+
+    def scaled(self, block: nn.Module, value: Tensor) -> Tensor:
+        gamma = self.scale(block)
+        return value if gamma is None else value * gamma
+
+    def scale(self, block: nn.Module) -> Tensor | None:
+        scale = block.get_submodule(self.layer_scale)
+        return scale.gamma if isinstance(scale, LayerScale) else None
+
+    def narrow(self, block: nn.Module, shape: BranchShape, width: int) -> None:
+        body = block.get_submodule(self.name)
+        setattr(block, self.name, self.body.narrow(body, shape, len(shape.inputs), len(shape.outputs)))
+        example = self.body.last(block.get_submodule(self.name)).weight
+        if len(shape.inputs) < width:
+            norm = block.get_submodule(self.norm)
+            setattr(block, self.norm, in_place_of(norm, ReadChannels(shape.inputs, width, norm, example)))
+        if len(shape.outputs) < width:
+            scale = block.get_submodule(self.layer_scale)
+            write = WriteChannels(shape.outputs, width, example, isinstance(scale, LayerScale))
+            setattr(block, self.layer_scale, in_place_of(scale, write))
+
+    def small_key(self, key: str) -> str:
+        return key
+
+    def replace(self, block: nn.Module, replacement: nn.Module) -> None:
+        setattr(block, self.name, replacement.train(block.training))
+        for around in (self.norm, self.layer_scale, self.drop_path):
+            setattr(block, around, nn.Identity().train(block.training))
+
+    def set_drop_path(self, block: nn.Module, path: nn.Module) -> None:
+        setattr(block, self.drop_path, path)
+
+
+def in_place_of(old: nn.Module, new: nn.Module) -> nn.Module:
+    """A module that takes another's place: in its mode, with what a user has set on it, and heard by who listened to it."""
+    new.train(old.training)
+    own = {"elementwise_affine", "_fast_norm", "inplace"}
+    new.__dict__.update({key: value for key, value in old.__dict__.items() if key not in new.__dict__ and key not in own})
+    for name in _HOOKS:
+        new.__dict__[name] = old.__dict__[name]
+    return new

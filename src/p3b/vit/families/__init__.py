@@ -1,0 +1,25 @@
+"""The families of models that can be pruned: a file for each.
+
+vision_transformer  timm's VisionTransformer and DeiT's distilled kind
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from p3b.vit.families.family import Family
+from p3b.vit.families.vision_transformer import VISION_TRANSFORMER
+
+FAMILIES: tuple[Family, ...] = (VISION_TRANSFORMER,)
+CLASSES: dict[str, type[nn.Module]] = {name: kind for family in FAMILIES for name, kind in family.classes.items()}
+"""All classes that are covered, by name. A subclass may compute something else, and is not."""
+
+
+def family_of(model: nn.Module) -> Family:
+    """The family of a model whose class is covered (`p3b.vit.wrappers` sees to that)."""
+    return family_of_class(type(model))
+
+
+def family_of_class(kind: type[nn.Module]) -> Family:
+    """The family that a covered class belongs to."""
+    return next(family for family in FAMILIES if kind in family.classes.values())

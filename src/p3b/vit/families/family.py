@@ -1,0 +1,164 @@
+"""What a family of models has to say of itself: where its blocks lie, what they consist of, and how a model is described.
+
+A family is a class of timm's and the parts (`p3b.vit.anatomy`) of its blocks. docs/families.md shows how one is added.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import nn
+
+from p3b.vit.anatomy.half import Half
+from p3b.vit.anatomy.weights import Weight
+
+MOST_BLOCKS, MOST_CHANNELS = 1024, 1 << 16
+"""Far above any Vision Transformer. A description is read from files, and building what it asks for must stay cheap."""
+
+Rule = tuple[Callable[[Any], bool], str]
+"""What an argument of a description may be: as a question, and in words."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """One of a model's blocks.
+
+    Attributes:
+        name: in the model, "blocks.3".
+        module: timm's block, or what is left of it in a small model.
+        halves: its residual branches in order, as a dense block has them.
+        width: channels of the residual stream at this block.
+    """
+
+    name: str
+    module: nn.Module
+    halves: tuple[Half, ...]
+    width: int
+
+    def branch(self, half: Half) -> str:
+        """Name of a branch: "blocks.3.attn"."""
+        return f"{self.name}.{half.name}"
+
+
+@dataclass(frozen=True)
+class BranchOutline:
+    """What a description says of one residual branch.
+
+    Attributes:
+        name: "blocks.3.attn".
+        heads: attention heads; 0 for an MLP.
+    """
+
+    name: str
+    heads: int
+
+
+@dataclass(frozen=True)
+class Outside:
+    """What reads and writes the residual stream outside of the blocks.
+
+    Attributes:
+        weights: every parameter there, with the stream as a factor of the axes that lie along it; gated are those that write.
+        norms: names of the norms over the stream, those in blocks not included.
+    """
+
+    weights: tuple[Weight, ...]
+    norms: tuple[str, ...]
+
+
+class Family(Protocol):
+    """A class of models, or several that are alike but for their heads.
+
+    Attributes:
+        classes: of timm's, by the name that a description has for them.
+        rules: the arguments that every description has.
+        more_rules: arguments that a description has where they are other than their default.
+    """
+
+    @property
+    def classes(self) -> Mapping[str, type[nn.Module]]: ...
+
+    @property
+    def rules(self) -> Mapping[str, Rule]: ...
+
+    @property
+    def more_rules(self) -> Mapping[str, tuple[Rule, Any]]: ...
+
+    def blocks(self, model: nn.Module) -> Sequence[Block]:
+        """All blocks of a dense or small model, in the order in which they compute."""
+
+    def require_covered(self, model: nn.Module, purpose: str) -> None:
+        """Raise a ModelError for what is not covered outside of the blocks."""
+
+    def require_blocks_covered(self, model: nn.Module) -> None:
+        """Raise a ModelError for what is not covered about the blocks of a dense model, beside what their halves say."""
+
+    def outside(self, model: nn.Module) -> Outside:
+        """What reads and writes the stream outside of the blocks.
+
+        Raises:
+            ModelError: something there does so in a way that is not covered.
+        """
+
+    def describe_outside(self, model: nn.Module) -> dict[str, Any]:
+        """Arguments that can be read off any model, dense or small. ModelError for what they cannot express."""
+
+    def describe_blocks(self, model: nn.Module) -> dict[str, Any]:
+        """Arguments that can only be read off a dense model. ModelError for what they cannot express."""
+
+    def check_arguments(self, arguments: Mapping[str, Any]) -> None:
+        """Raise a ModelError where arguments that are each in their range do not go together."""
+
+    def branches(self, arguments: Mapping[str, Any]) -> list[BranchOutline]:
+        """The branches of the model that checked arguments describe, in order."""
+
+    def build(self, kind: type[nn.Module], arguments: Mapping[str, Any], *, values: bool) -> nn.Module:
+        """The dense model of checked arguments; its parameters need no values where `values` is False."""
+
+
+def classes_of(model: nn.Module) -> int:
+    """Outputs of the head as it is: a head that was replaced by another layer leaves `num_classes` behind."""
+    return model.head.out_features if isinstance(model.head, nn.Linear) else model.num_classes
+
+
+def is_whole(low: int, high: int) -> Callable[[Any], bool]:
+    """Whether a value is a whole number of a range."""
+    return lambda value: type(value) is int and low <= value <= high
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a number that a model may be built with."""
+    return type(value) in (int, float) and 0.0 <= value <= MOST_CHANNELS
+
+
+def is_pair(value: Any) -> bool:
+    """Whether a value is a list of two sizes."""
+    return isinstance(value, list) and len(value) == 2 and all(map(is_whole(1, MOST_CHANNELS), value))
+
+
+def is_one_of(known: Sequence[Any]) -> Callable[[Any], bool]:
+    """Whether a value is one of some."""
+    choices = tuple(known)
+    return lambda value: type(value) in map(type, choices) and value in choices
+
+
+def is_flag(value: Any) -> bool:
+    """Whether a value is true or false."""
+    return type(value) is bool
+
+
+FLAG: Rule = (is_flag, "true or false")
+PAIR: Rule = (is_pair, f"two whole numbers from 1 to {MOST_CHANNELS}")
+SIZE: Rule = (is_whole(1, MOST_CHANNELS), f"a whole number from 1 to {MOST_CHANNELS}")
+COUNT: Rule = (is_whole(0, MOST_CHANNELS), f"a whole number from 0 to {MOST_CHANNELS}")
+CLASSES: Rule = (is_whole(0, 1 << 24), "a whole number from 0 to 16777216")
+DEPTH: Rule = (is_whole(1, MOST_BLOCKS), f"a whole number from 1 to {MOST_BLOCKS}")
+NUMBER: Rule = (is_number, f"a number from 0 to {MOST_CHANNELS}")
+NUMBER_OR_NULL: Rule = (lambda value: value is None or is_number(value), "a number or null")
+
+
+def one_of(known: Sequence[str], words: str | None = None) -> Rule:
+    """The rule that a value is one of some names."""
+    return is_one_of(known), words or f"one of {', '.join(known)}"

@@ -1,0 +1,172 @@
+"""timm's VisionTransformer: ViT, DeiT (distilled too), DINOv2, CLIP, SigLIP; pre-norm blocks of an attention and an MLP."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from timm.layers import LayerScale, PatchEmbed
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import Block as TimmBlock
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from p3b.errors import ModelError
+from p3b.vit.anatomy.attention import SelfAttention
+from p3b.vit.anatomy.half import Half, PreNorm
+from p3b.vit.anatomy.mlp import PlainMlp
+from p3b.vit.anatomy.norms import NORMS, is_norm, norm_name
+from p3b.vit.families.activations import ACTIVATIONS, activation_name
+from p3b.vit.families.family import (
+    CLASSES,
+    COUNT,
+    DEPTH,
+    FLAG,
+    NUMBER,
+    NUMBER_OR_NULL,
+    PAIR,
+    SIZE,
+    Block,
+    BranchOutline,
+    Outside,
+    Rule,
+    classes_of,
+    one_of,
+)
+from p3b.vit.families.stream import read_outside
+
+HALVES: tuple[Half, ...] = (
+    PreNorm("attn", SelfAttention(), norm="norm1", layer_scale="ls1", drop_path="drop_path1"),
+    PreNorm("mlp", PlainMlp(), norm="norm2", layer_scale="ls2", drop_path="drop_path2"),
+)
+
+
+class VisionTransformerFamily:
+    """`p3b.vit.families.family.Family`"""
+
+    classes: Mapping[str, type[nn.Module]] = {
+        "VisionTransformer": VisionTransformer,
+        "VisionTransformerDistilled": VisionTransformerDistilled,
+    }
+    rules: Mapping[str, Rule] = {
+        **dict.fromkeys(("img_size", "patch_size"), PAIR),
+        **dict.fromkeys(("in_chans", "embed_dim", "num_heads"), SIZE),
+        "num_classes": CLASSES,
+        "reg_tokens": COUNT,
+        "depth": DEPTH,
+        **dict.fromkeys(("mlp_ratio", "norm_eps"), NUMBER),
+        "init_values": NUMBER_OR_NULL,
+        **dict.fromkeys(
+            (
+                *("class_token", "no_embed_class", "pre_norm", "final_norm", "fc_norm", "pool_include_prefix"),
+                *("dynamic_img_size", "qkv_bias", "proj_bias"),
+            ),
+            FLAG,
+        ),
+        "global_pool": one_of(("", "avg", "avgmax", "max", "token", "map", "prr"), "a pooling of timm"),
+        "pos_embed": one_of(("learn", "none"), "learn or none"),
+        "act_layer": one_of(ACTIVATIONS),
+        "norm_layer": one_of(tuple(NORMS)),
+    }
+    more_rules: Mapping[str, tuple[Rule, Any]] = {}
+
+    def blocks(self, model: VisionTransformer) -> Sequence[Block]:
+        return [Block(f"blocks.{depth}", module, HALVES, model.embed_dim) for depth, module in enumerate(model.blocks)]
+
+    def require_covered(self, model: VisionTransformer, purpose: str) -> None:
+        require_patch_embed(model)
+
+    def require_blocks_covered(self, model: VisionTransformer) -> None:
+        for depth, block in enumerate(model.blocks):
+            if type(block) is not TimmBlock:
+                raise ModelError(
+                    f"blocks.{depth}: {type(block).__name__} is not covered; only timm's standard Block (attention, then MLP) "
+                    "is."
+                )
+
+    def outside(self, model: VisionTransformer) -> Outside:
+        return read_outside(
+            model,
+            tokens=("cls_token", "reg_token", "dist_token", "pos_embed"),
+            norms=("norm_pre", "norm", "fc_norm"),
+            heads=("head", "head_dist"),
+        )
+
+    def describe_outside(self, model: VisionTransformer) -> dict[str, Any]:
+        patch, conv = model.patch_embed, model.patch_embed.proj
+        require_describable(model, ("norm_pre", "norm", "fc_norm"))
+        final_norm = model.norm if not isinstance(model.norm, nn.Identity) else model.fc_norm
+        return {
+            "img_size": list(patch.img_size),
+            "patch_size": list(patch.patch_size),
+            "in_chans": conv.in_channels,
+            "num_classes": classes_of(model),
+            "global_pool": model.global_pool,
+            "embed_dim": model.embed_dim,
+            "depth": len(model.blocks),
+            "class_token": model.cls_token is not None,
+            "pos_embed": "none" if model.pos_embed is None else "learn",
+            "no_embed_class": model.no_embed_class,
+            "reg_tokens": model.num_reg_tokens,
+            "pre_norm": not isinstance(model.norm_pre, nn.Identity),
+            "final_norm": not isinstance(final_norm, nn.Identity),
+            "fc_norm": not isinstance(model.fc_norm, nn.Identity),
+            "pool_include_prefix": model.pool_include_prefix,
+            "dynamic_img_size": model.dynamic_img_size,
+        }
+
+    def describe_blocks(self, model: VisionTransformer) -> dict[str, Any]:
+        block: TimmBlock = model.blocks[0]
+        return {
+            "num_heads": block.attn.num_heads,
+            "mlp_ratio": block.mlp.fc1.out_features / model.embed_dim,
+            "qkv_bias": block.attn.qkv.bias is not None,
+            "proj_bias": block.attn.proj.bias is not None,
+            "init_values": 1e-5 if isinstance(block.ls1, LayerScale) else None,
+            "act_layer": activation_name(block.mlp.act),
+            "norm_layer": describable_norm("blocks.0.norm1", block.norm1),
+            "norm_eps": block.norm1.eps,
+            "embed_dim": model.embed_dim,
+        }
+
+    def check_arguments(self, arguments: Mapping[str, Any]) -> None:
+        if arguments["embed_dim"] % arguments["num_heads"]:
+            raise ModelError(f"{arguments['embed_dim']} channels cannot be shared among {arguments['num_heads']} heads")
+
+    def branches(self, arguments: Mapping[str, Any]) -> list[BranchOutline]:
+        heads = {"attn": arguments["num_heads"], "mlp": 0}
+        return [BranchOutline(f"blocks.{i}.{half}", heads[half]) for i in range(arguments["depth"]) for half in heads]
+
+    def build(self, kind: type[nn.Module], arguments: Mapping[str, Any], *, values: bool) -> nn.Module:
+        given = dict(arguments)
+        norm = partial(NORMS[given.pop("norm_layer")], eps=given.pop("norm_eps"))
+        return kind(**given, norm_layer=norm, **({} if values else {"weight_init": "skip"}))
+
+
+def require_patch_embed(model: nn.Module) -> None:
+    """ModelError for another patch embedding than a convolution."""
+    if type(model.patch_embed) is not PatchEmbed:
+        raise ModelError(f"patch_embed: {type(model.patch_embed).__name__} is not covered, only timm's PatchEmbed is.")
+    if type(projection := model.patch_embed.proj) is not nn.Conv2d:
+        raise ModelError(f"patch_embed.proj: {type(projection).__name__} is not covered, only torch.nn.Conv2d is.")
+
+
+def require_describable(model: nn.Module, norms: Sequence[str]) -> None:
+    """ModelError for norms outside of the blocks that no argument expresses."""
+    if not isinstance(model.patch_embed.norm, nn.Identity):
+        raise ModelError("patch_embed.norm: a norm in the patch embedding is not covered.")
+    for name in norms:
+        part = model.get_submodule(name)
+        if not isinstance(part, nn.Identity) and not is_norm(part):
+            raise ModelError(f"{name}: {type(part).__name__} cannot be described in config.json; put timm's own layer back.")
+
+
+def describable_norm(name: str, norm: nn.Module) -> str:
+    """Name of a norm for a description; ModelError where it has none."""
+    if (found := norm_name(norm)) is None:
+        raise ModelError(f"{name}: {type(norm).__name__} cannot be described in config.json.")
+    return found
+
+
+VISION_TRANSFORMER = VisionTransformerFamily()
