@@ -37,7 +37,9 @@ from torch.nn import functional as F
 from p3b.deploy.sides import Addend, FloatWrite, GatherNorm, GatherWrite, IndexNorm, SliceNorm, SliceWrite
 from p3b.errors import ConfigError, ModelError, unknown_name
 from p3b.vit.anatomy.shape import CONSTANT, GONE, WHOLE, BranchShape
+from p3b.vit.architecture import describe_dense
 from p3b.vit.deployment import Deployment, compact_of
+from p3b.vit.families.vision_transformer import VISION_TRANSFORMER
 from p3b.vit.parts import ConstantBranch
 from p3b.vit.shapes import branch_shapes
 
@@ -96,7 +98,7 @@ def plan_layout(model: VisionTransformer, name: str) -> LayoutPlan:
 
     Args:
         model: dense or small, in any layout.
-        name: a key of `LAYOUTS`.
+        name: a key of `LAYOUTS`. Models with other blocks than timm's plain ones stay as they are saved: "index".
 
     Raises:
         ConfigError: the name is unknown. ModelError: the layout cannot be had for this model.
@@ -104,6 +106,8 @@ def plan_layout(model: VisionTransformer, name: str) -> LayoutPlan:
     check_layout(name)
     compact = compact_of(model)
     shapes = branch_shapes(compact)
+    if not is_covered(compact):
+        name = "index"
     order = None
     if name == "reordered":
         if getattr(compact, "attn_pool", None) is not None:
@@ -145,6 +149,18 @@ def apply_layout(model: VisionTransformer, plan: LayoutPlan) -> VisionTransforme
     built.requires_grad_(False)
     built.add_module("deployment", Deployment(plan.name, compact, partial(apply_layout, plan=plan)))
     return built
+
+
+def is_covered(compact: VisionTransformer) -> bool:
+    """Whether layouts are written for a model's blocks: plain attention and MLP, layer norms before them, none inside."""
+    description = describe_dense(compact)
+    usual = {"qk_norm": False, "scale_attn_norm": False, "scale_mlp_norm": False, "mlp_layer": "Mlp"}
+    arguments = {**usual, **description["arguments"]}
+    return (
+        description["class"] in VISION_TRANSFORMER.classes
+        and arguments["norm_layer"].startswith("LayerNorm")
+        and all(arguments[name] == value for name, value in usual.items())
+    )
 
 
 def check_layout(name: str, more: Sequence[str] = ()) -> None:
@@ -396,7 +412,7 @@ def _reorder_outside(model: VisionTransformer, order: Tensor) -> None:
         parameter = getattr(model, name, None)
         if parameter is not None:
             parameter.copy_(parameter[..., order])
-    for norm in (model.norm_pre, model.norm, model.fc_norm):
+    for norm in (model.patch_embed.norm, model.norm_pre, model.norm, model.fc_norm):
         for parameter in norm.parameters():
             parameter.copy_(parameter[order])
     for name in ("head", "head_dist"):

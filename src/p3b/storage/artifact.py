@@ -16,7 +16,6 @@ built, and the file has to claim this model's tensors, before any tensor is read
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +54,7 @@ from p3b.vit.coverage import require_saveable_layers
 from p3b.vit.deployment import compact_of
 from p3b.vit.described import require_described
 from p3b.vit.families.family import classes_of
-from p3b.vit.shapes import branch_shapes
+from p3b.vit.shapes import branch_shapes, plain_shape
 from p3b.vit.wrappers import require_vision_transformer
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
@@ -190,7 +189,7 @@ def model_config(
     if class_names is not None and len(class_names) != classes_of(vit):
         raise ModelError(f"Got {len(class_names)} class names for a head of {classes_of(vit)} outputs.")
     shapes, architecture = branch_shapes(vit), describe_dense(vit)
-    blocks = [{key: list(v) if isinstance(v, tuple) else v for key, v in asdict(shape).items()} for shape in shapes]
+    blocks = [plain_shape(shape) for shape in shapes]
     return {
         "format": FORMAT,
         "schema": LATEST_SCHEMA,

@@ -30,7 +30,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from p3b.errors import ModelError
-from p3b.vit.anatomy.half import Half, in_place_of
+from p3b.vit.anatomy.body import in_place_of
+from p3b.vit.anatomy.half import Half
 from p3b.vit.anatomy.shape import CONSTANT, GONE, SMALL, WHOLE, BranchShape
 from p3b.vit.anatomy.weights import STREAM, Weight, split_axis
 from p3b.vit.architecture import BLOCK_ARGUMENTS, describe_blocks
@@ -188,8 +189,9 @@ def _shape(cut: BlockCut) -> BranchShape:
     inputs, outputs = (tuple(places[channel] for channel in cut.channels(side)) for side in ("in", "out"))
     if cut.form == SMALL:
         counts = {dim: len(cut.channels(dim)) for dim in _inner_dims(cut.block)}
-        *_, inner = counts.values()
-        return BranchShape(cut.block.name, SMALL, inputs, inner, outputs, counts.get("heads", 0))
+        last = _inner_dims(cut.block)[-1]
+        pairs = cut.channels(last) if cut.block.unit > 1 else ()
+        return BranchShape(cut.block.name, SMALL, inputs, counts[last] * cut.block.unit, outputs, counts.get("heads", 0), pairs)
     return BranchShape(cut.block.name, cut.form, outputs=outputs if cut.form == CONSTANT else ())
 
 
@@ -208,7 +210,10 @@ def _form(cut: BlockCut) -> str:
     inner = {dim: len(cut.channels(dim)) for dim in _inner_dims(cut.block)}
     if not cut.channels("in") or 0 in inner.values():
         return CONSTANT
-    whole_sides = all(len(cut.channels(side)) == len(cut.channels(STREAM)) for side in ("in", "out"))
+    stream = len(cut.channels(STREAM))
+    whole_sides = all(len(cut.channels(side)) == stream for side in ("in", "out"))
+    if stream < cut.block.sizes[STREAM] and not cut.block.any_input_width:
+        return SMALL
     return WHOLE if whole_sides and all(count == cut.block.sizes[dim] for dim, count in inner.items()) else SMALL
 
 

@@ -215,7 +215,7 @@ class Gates:
         """Take in one parameter, if any gate multiplies it; `names` says each dimension's gate."""
         if weight.gated:
             holder, _, parameter = weight.key.rpartition(".")
-            layer = weight.user or holder
+            layer = holder if weight.user is None else weight.user
             gates = tuple(_Gate(names[dim], dim, axis, weight.factors(axis, dim), sizes) for axis, dim in weight.gated)
             inside = holder.removeprefix(layer).removeprefix(".")
             self._gated.setdefault(layer, []).append(_GatedWeight(inside, parameter, len(weight.axes), gates))

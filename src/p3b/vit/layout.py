@@ -53,9 +53,11 @@ class BlockLayout:
         weights: all its parameters.
         inputs: factors of the channels that it reads: ("in",), ("stream",) or a number.
         inner: factors of the channels inside: ("heads", "head") or ("hidden",), with a number for what is not prunable.
+        unit: channels that one element of the last inner dimension stands for: 2 where positions turn them in pairs.
         outputs: factors of the channels that it writes to: ("out",), ("stream",) or a number.
         moments: norms inside it, whose moments are taken over the inner channels that stay.
         heads: attention heads; 1 for an MLP.
+        any_input_width: left whole, it computes in a narrower stream; else it is made anew for one.
         constant_without_input: it can still add a constant when it reads nothing (some bias feeds on).
         constant_without_inner: it can still add a constant when its inner channels are gone (its output has a bias).
     """
@@ -68,9 +70,11 @@ class BlockLayout:
     weights: tuple[Weight, ...]
     inputs: Axis
     inner: Axis
+    unit: int
     outputs: Axis
     moments: tuple[Moments, ...]
     heads: int
+    any_input_width: bool
     constant_without_input: bool
     constant_without_inner: bool
 
@@ -212,13 +216,15 @@ def _branch_layout(depth: int, block: Block, half: Half, dims: Collection[str]) 
         sizes=sizes,
         weights=_existing(half.weights(block.module), block, dims, sizes),
         inputs=_named(("in",), dims, sizes),
-        inner=_named(body.inner, dims, sizes),
+        inner=_named(body.inner(module), dims, sizes),
+        unit=body.unit(module),
         outputs=_named(("out",), dims, sizes),
         moments=tuple(
             Moments(f"{block.branch(half)}.{moments.norm}", _named(moments.axis, dims, sizes))
             for moments in body.moments(module)
         ),
         heads=sizes.get("heads", 1),
+        any_input_width=body.any_input_width,
         constant_without_input=without_input,
         constant_without_inner=without_inner,
     )

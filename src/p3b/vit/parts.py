@@ -8,6 +8,7 @@ file does without postponed annotations, which TorchScript cannot read, and why 
 from collections.abc import Sequence
 
 import torch
+from timm.layers import AttentionRope, drop_path
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -24,20 +25,27 @@ def flat_select(x: Tensor, index: Tensor) -> Tensor:
 
 
 class ReadChannels(nn.Module):
-    """Layer norm over all D channels of which only some are read: (..., D) -> (..., len(inputs))."""
+    """Norm over all D channels of which only some are read: (..., D) -> (..., len(inputs)).
 
-    __constants__ = ["eps", "normalized_shape"]  # noqa: RUF012 (TorchScript asks for a list on the class)
+    `centred`: whether the mean is taken out, as a layer norm does and RMSNorm does not.
+    """
 
-    def __init__(self, inputs: Sequence[int], width: int, norm: nn.LayerNorm, example: Tensor) -> None:
+    __constants__ = ["centred", "eps", "normalized_shape"]  # noqa: RUF012 (TorchScript asks for a list on the class)
+
+    def __init__(self, inputs: Sequence[int], width: int, norm: nn.Module, example: Tensor, centred: bool = True) -> None:
         super().__init__()
-        self.normalized_shape, self.eps = (width,), norm.eps
+        self.normalized_shape, self.eps, self.centred = (width,), norm.eps, centred
         self.register_buffer("index", torch.tensor(inputs, device=_index_device(example)), persistent=False)
         for key in ("weight", "bias"):
-            dense = getattr(norm, key)
+            dense = getattr(norm, key, None)
             self.register_parameter(key, None if dense is None else nn.Parameter(dense.new_empty(len(inputs))))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = flat_select(F.layer_norm(x, self.normalized_shape, eps=self.eps), self.index)
+        if self.centred:
+            x = F.layer_norm(x, self.normalized_shape, eps=self.eps)
+        else:
+            x = F.rms_norm(x, self.normalized_shape, eps=self.eps)
+        x = flat_select(x, self.index)
         if self.weight is None:
             return x
         return x * self.weight if self.bias is None else torch.addcmul(self.bias, x, self.weight)
@@ -65,6 +73,69 @@ class WriteChannels(nn.Module):
         return zeros.index_copy_(-1, self.index, x)
 
 
+class DropAndWrite(nn.Module):
+    """Stochastic depth, then the output spread over the D channels of the stream: (..., len(outputs)) -> (..., D).
+
+    Stands in the place of timm's DropPath in blocks whose layer scale is a parameter of the block itself.
+    """
+
+    def __init__(self, outputs: Sequence[int], width: int, example: Tensor, drop_prob: float = 0.0) -> None:
+        super().__init__()
+        self.width, self.drop_prob = width, drop_prob
+        self.register_buffer("index", torch.tensor(outputs, device=_index_device(example)), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = drop_path(x, self.drop_prob, self.training)
+        if torch.jit.is_scripting():
+            zeros = x.new_zeros(x.shape[:-1] + [self.width])  # noqa: RUF005
+        else:
+            zeros = x.new_zeros(x.shape[:-1] + (self.width,))  # noqa: RUF005
+        return zeros.index_copy_(-1, self.index, x)
+
+
+class QueryValueLinear(nn.Linear):
+    """q, k and v in one layer, of which k has no bias: (..., D) -> (..., 3 * rows)."""
+
+    def __init__(self, inputs: int, rows: int, example: Tensor) -> None:
+        super().__init__(inputs, 3 * rows, bias=False, device=example.device, dtype=example.dtype)
+        self.q_bias = nn.Parameter(example.new_empty(rows))
+        self.v_bias = nn.Parameter(example.new_empty(rows))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias)))
+
+
+class PairsAttention(AttentionRope):
+    """timm's attention with rotary positions whose heads have lost pairs of channels: it reads of the angles those that stay.
+
+    Args:
+        like: timm's EvaAttention or AttentionRope, whose narrowed layers it takes over.
+        heads: heads of keys and values; `like` tells how many heads of queries each has.
+        width: channels of a head.
+        angles: which of the 2 * K columns of the table, K sines and K cosines, it reads; None for all of them.
+        example: a weight on its device.
+    """
+
+    def __init__(self, like: nn.Module, heads: int, width: int, angles: Sequence[int] | None, example: Tensor) -> None:
+        groups = getattr(like, "num_kv_groups", 1)
+        super().__init__(
+            1, heads * groups, attn_head_dim=width, num_kv_heads=heads, qkv_fused=groups == 1, device=torch.device("meta")
+        )
+        for name in ("qkv", "q_proj", "k_proj", "v_proj", "q_norm", "k_norm", "attn_drop", "norm", "proj", "proj_drop"):
+            setattr(self, name, getattr(like, name))
+        self.num_prefix_tokens, self.rotate_half = like.num_prefix_tokens, like.rotate_half
+        self.fused_attn = like.fused_attn
+        index = None if angles is None else torch.tensor(angles, device=_index_device(example))
+        self.register_buffer("angles", index, persistent=False)
+
+    def forward(
+        self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
+        if rope is not None and self.angles is not None:
+            rope = flat_select(rope, self.angles)
+        return super().forward(x, rope, attn_mask, is_causal)
+
+
 class ConstantBranch(nn.Module):
     """A block that can only add a constant: `value` (len(outputs),) on some channels, whatever it is given."""
 
@@ -74,21 +145,27 @@ class ConstantBranch(nn.Module):
         self.value = nn.Parameter(torch.empty(len(outputs), device=device, dtype=dtype))
         self.register_buffer("index", torch.tensor(outputs, device=_index_device(self.value)), persistent=False)
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    def forward(
+        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, rope: Tensor | None = None
+    ) -> Tensor:
         return self.value.new_zeros([self.width]).index_copy(0, self.index, self.value).to(x.dtype)
 
 
 class NoBranch(nn.Module):
     """A block that adds nothing."""
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    def forward(
+        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, rope: Tensor | None = None
+    ) -> Tensor:
         return x.new_zeros([])
 
 
 class NoBlock(nn.Identity):
     """A timm block both halves of which add nothing; it takes what a block takes."""
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    def forward(
+        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, rope: Tensor | None = None
+    ) -> Tensor:
         return x
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from itertools import pairwise
+from typing import Any
 
 from torch import nn
 
@@ -37,10 +38,16 @@ def keep_shapes(model: nn.Module, shapes: Sequence[BranchShape]) -> None:
         block.module.__dict__[_SHAPES] = tuple(by_name[block.branch(half)] for half in block.halves)
 
 
+def plain_shape(shape: BranchShape) -> dict[str, Any]:
+    """A shape as JSON keeps it; pairs are told of a small branch that has them, and of no other."""
+    plain = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(shape).items()}
+    return plain if shape.pairs else {key: value for key, value in plain.items() if key != "pairs"}
+
+
 def shapes_from_plain(
     entries: object, branches: Sequence[BranchOutline], width: int, *, tells_heads: bool
 ) -> list[BranchShape]:
-    """Shapes of all branches from plain values of unknown origin: what `dataclasses.asdict` made of them, as JSON keeps it.
+    """Shapes of all branches from plain values of unknown origin: what `plain_shape` made of them.
 
     Args:
         entries: one mapping for each branch.
@@ -62,22 +69,27 @@ def shapes_from_plain(
 
 def _shape_from_plain(entry: object, branch: BranchOutline, width: int, *, tells_heads: bool) -> BranchShape:
     name = branch.name
-    known = {field.name for field in fields(BranchShape)} - (set() if tells_heads else {"heads"})
+    known = {field.name for field in fields(BranchShape)} - {"pairs"} - (set() if tells_heads else {"heads"})
+    known |= {"pairs"} if branch.pairs and isinstance(entry, dict) and entry.get("form") == SMALL else set()
     if not isinstance(entry, dict) or entry.keys() != known or entry["name"] != name:
         raise ModelError(f"the entry of {name} is missing, misplaced or incomplete")
     form, inner = entry["form"], entry["inner"]
-    for side in ("inputs", "outputs"):
+    most_of = {"inputs": width, "outputs": width, **({"pairs": branch.pairs} if "pairs" in entry else {})}
+    for side, most in most_of.items():
         channels = entry[side]
-        if not isinstance(channels, list) or not all(type(channel) is int and 0 <= channel < width for channel in channels):
-            raise ModelError(f"the {side} of {name} are not whole numbers within 0..{width - 1}")
+        if not isinstance(channels, list) or not all(type(channel) is int and 0 <= channel < most for channel in channels):
+            raise ModelError(f"the {side} of {name} are not whole numbers within 0..{most - 1}")
         if any(low >= high for low, high in pairwise(channels)):
             raise ModelError(f"the {side} of {name} are not in rising order")
     has = (bool(entry["inputs"]), bool(entry["outputs"]), type(inner) is int and 1 <= inner <= MOST_INNER)
     allowed = {WHOLE: (False, False, False), GONE: (False, False, False), CONSTANT: (False, True, False), SMALL: (True,) * 3}
     if type(form) is not str or allowed.get(form) != has or (form != SMALL and inner != 0) or type(inner) is not int:
         raise ModelError(f"the form of {name}, {str(form)[:20]!r}, does not go with its channels")
+    pairs = tuple(entry.get("pairs", ()))
+    if form == SMALL and 2 * len(pairs) != (inner if branch.pairs else 0):
+        raise ModelError(f"{name} keeps {len(pairs)} pairs of channels, which are not its {inner} channels of a head")
     most = branch.heads if form == SMALL else 0
     heads = entry["heads"] if tells_heads else most
     if type(heads) is not int or not min(1, most) <= heads <= most:
         raise ModelError(f"the heads of {name} are {str(heads)[:20]}; expected {f'1 to {most}' if most else 'none (0)'}")
-    return BranchShape(name, form, tuple(entry["inputs"]), inner, tuple(entry["outputs"]), heads)
+    return BranchShape(name, form, tuple(entry["inputs"]), inner, tuple(entry["outputs"]), heads, pairs)

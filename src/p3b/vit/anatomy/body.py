@@ -16,23 +16,33 @@ REPLACED = ("ReadChannels", "WriteChannels", "ConstantBranch", "NoBranch")
 """Classes that only a small model has."""
 
 
+_HOOKS = tuple(name for name in vars(nn.Module()) if name.endswith("_hooks") or "_hooks_" in name)
+"""Where torch's modules keep their hooks."""
+
+
 class Body(Protocol):
     """An attention or an MLP. All methods take the module itself and name what is in it as it stands there.
 
     Attributes:
         kind: "attn" or "mlp": whether tokens are compared with each other, which costs N * N more.
-        inner: factors of the channels between its first and its last layer, the gates' dimensions by name: ("heads", "head"),
-            ("hidden",).
+        any_input_width: whether the dense module computes with fewer inputs than it was made for, once its first layer is
+            made for them.
     """
 
     kind: str
-    inner: Axis
+    any_input_width: bool
+
+    def inner(self, body: nn.Module) -> Axis:
+        """Factors of the channels that the last layer reads, the gates' dimensions by name: ("heads", "head"), ("hidden",)."""
+
+    def unit(self, body: nn.Module) -> int:
+        """Channels that one element of the last inner dimension stands for: 2 where they go in pairs."""
 
     def require_covered(self, name: str, body: nn.Module) -> None:
         """Raise a ModelError, which begins with `name`, where the module computes something that is not covered."""
 
     def sizes(self, body: nn.Module) -> dict[str, int]:
-        """Size of every dimension: "in", those of `inner`, "out", in this order."""
+        """Size of every dimension: "in", those inside, "out", in this order."""
 
     def weights(self, body: nn.Module) -> list[Weight]:
         """All weights that such a module may have, in its own order; those that this one lacks are left out by the caller."""
@@ -58,6 +68,9 @@ class Body(Protocol):
 
     def narrow(self, body: nn.Module, shape: BranchShape, inputs: int, outputs: int) -> nn.Module:
         """Make the module for fewer channels, its new weights without values; the module, or one that takes its place."""
+
+    def small_key(self, key: str) -> str:
+        """Where a weight of the dense module lies in a narrow one."""
 
     def rescale(self, weights: MutableMapping[str, nn.Parameter], sizes: Mapping[str, int], kept: Mapping[str, int]) -> None:
         """What a narrower module needs of its cut weights, changed in place, to compute what the masked one computes."""
@@ -90,3 +103,13 @@ def narrow_linear(layer: nn.Linear, inputs: int, outputs: int) -> None:
     fresh = nn.Linear(inputs, outputs, bias=layer.bias is not None, device=weight.device, dtype=weight.dtype)
     layer.in_features, layer.out_features = inputs, outputs
     layer.weight, layer.bias = fresh.weight, fresh.bias
+
+
+def in_place_of(old: nn.Module, new: nn.Module) -> nn.Module:
+    """A module that takes another's place: in its mode, with what a user has set on it, and heard by who listened to it."""
+    new.train(old.training)
+    own = {"elementwise_affine", "_fast_norm", "inplace", "scale_by_keep"}
+    new.__dict__.update({key: value for key, value in old.__dict__.items() if key not in new.__dict__ and key not in own})
+    for name in _HOOKS:
+        new.__dict__[name] = old.__dict__[name]
+    return new

@@ -12,14 +12,11 @@ from typing import Protocol
 from timm.layers import LayerScale
 from torch import Tensor, nn
 
-from p3b.vit.anatomy.body import Body, pruned_or, refuse
-from p3b.vit.anatomy.norms import is_norm
+from p3b.vit.anatomy.body import Body, in_place_of, pruned_or, refuse
+from p3b.vit.anatomy.norms import is_centred, is_norm
 from p3b.vit.anatomy.shape import BranchShape
 from p3b.vit.anatomy.weights import Weight, affine
-from p3b.vit.parts import ReadChannels, WriteChannels
-
-_HOOKS = tuple(name for name in vars(nn.Module()) if name.endswith("_hooks") or "_hooks_" in name)
-"""Where torch's modules keep their hooks."""
+from p3b.vit.parts import DropAndWrite, ReadChannels, WriteChannels
 
 
 class Half(Protocol):
@@ -113,19 +110,15 @@ class PreNorm:
         return scale.gamma if isinstance(scale, LayerScale) else None
 
     def narrow(self, block: nn.Module, shape: BranchShape, width: int) -> None:
-        body = block.get_submodule(self.name)
-        setattr(block, self.name, self.body.narrow(body, shape, len(shape.inputs), len(shape.outputs)))
-        example = self.body.last(block.get_submodule(self.name)).weight
-        if len(shape.inputs) < width:
-            norm = block.get_submodule(self.norm)
-            setattr(block, self.norm, in_place_of(norm, ReadChannels(shape.inputs, width, norm, example)))
+        example = narrow_body(self, block, shape)
+        read_channels(block, self.norm, shape, width, example)
         if len(shape.outputs) < width:
             scale = block.get_submodule(self.layer_scale)
             write = WriteChannels(shape.outputs, width, example, isinstance(scale, LayerScale))
             setattr(block, self.layer_scale, in_place_of(scale, write))
 
     def small_key(self, key: str) -> str:
-        return key
+        return small_key(self, key)
 
     def replace(self, block: nn.Module, replacement: nn.Module) -> None:
         setattr(block, self.name, replacement.train(block.training))
@@ -136,11 +129,86 @@ class PreNorm:
         setattr(block, self.drop_path, path)
 
 
-def in_place_of(old: nn.Module, new: nn.Module) -> nn.Module:
-    """A module that takes another's place: in its mode, with what a user has set on it, and heard by who listened to it."""
-    new.train(old.training)
-    own = {"elementwise_affine", "_fast_norm", "inplace"}
-    new.__dict__.update({key: value for key, value in old.__dict__.items() if key not in new.__dict__ and key not in own})
-    for name in _HOOKS:
-        new.__dict__[name] = old.__dict__[name]
-    return new
+@dataclass(frozen=True)
+class GammaPreNorm:
+    """x + path(gamma * body(norm(x))), where gamma is a parameter of the block itself, or None (`Half`)."""
+
+    name: str
+    body: Body
+    norm: str
+    gamma: str
+    drop_path: str
+
+    @property
+    def stream_norms(self) -> tuple[str, ...]:
+        return (self.norm,)
+
+    def require_covered(self, name: str, block: nn.Module) -> None:
+        self.body.require_covered(f"{name}.{self.name}", block.get_submodule(self.name))
+        norm = block.get_submodule(self.norm)
+        refuse(name, {f"{self.norm}: {pruned_or(type(norm).__name__)}": not is_norm(norm)})
+
+    def weights(self, block: nn.Module) -> list[Weight]:
+        body = self.body.weights(block.get_submodule(self.name))
+        return [
+            *affine(self.norm, block.get_submodule(self.norm), ("in",)),
+            *(weight.inside(self.name) for weight in body),
+            Weight(self.gamma, (("out",),)),
+        ]
+
+    def entry(self, block: nn.Module) -> nn.Module:
+        return block.get_submodule(self.norm)
+
+    def scaled(self, block: nn.Module, value: Tensor) -> Tensor:
+        gamma = self.scale(block)
+        return value if gamma is None else value * gamma
+
+    def scale(self, block: nn.Module) -> Tensor | None:
+        return block._parameters.get(self.gamma)
+
+    def narrow(self, block: nn.Module, shape: BranchShape, width: int) -> None:
+        example = narrow_body(self, block, shape)
+        read_channels(block, self.norm, shape, width, example)
+        if len(shape.outputs) < width:
+            if self.scale(block) is not None:
+                setattr(block, self.gamma, nn.Parameter(example.new_empty(len(shape.outputs))))
+            path = block.get_submodule(self.drop_path)
+            write = DropAndWrite(shape.outputs, width, example, getattr(path, "drop_prob", 0.0))
+            setattr(block, self.drop_path, in_place_of(path, write))
+
+    def small_key(self, key: str) -> str:
+        return small_key(self, key)
+
+    def replace(self, block: nn.Module, replacement: nn.Module) -> None:
+        setattr(block, self.name, replacement.train(block.training))
+        setattr(block, self.gamma, None)
+        for around in (self.norm, self.drop_path):
+            setattr(block, around, nn.Identity().train(block.training))
+
+    def set_drop_path(self, block: nn.Module, path: nn.Module) -> None:
+        there = block.get_submodule(self.drop_path)
+        if isinstance(there, DropAndWrite):
+            there.drop_prob = getattr(path, "drop_prob", 0.0)
+        else:
+            setattr(block, self.drop_path, path)
+
+
+def narrow_body(half: Half, block: nn.Module, shape: BranchShape) -> Tensor:
+    """Make the body of a half narrower, in the block; a weight of it, for its device and dtype, is returned."""
+    body = block.get_submodule(half.name)
+    example: Tensor = half.body.last(body).weight
+    setattr(block, half.name, half.body.narrow(body, shape, len(shape.inputs), len(shape.outputs)))
+    return example
+
+
+def read_channels(block: nn.Module, name: str, shape: BranchShape, width: int, example: Tensor) -> None:
+    """Let the norm of this name give the channels that are read, and no others."""
+    if len(shape.inputs) < width:
+        norm = block.get_submodule(name)
+        setattr(block, name, in_place_of(norm, ReadChannels(shape.inputs, width, norm, example, is_centred(norm))))
+
+
+def small_key(half: Half, key: str) -> str:
+    """Where a weight of a dense half lies in a narrow one, whose body may keep it elsewhere."""
+    inside = f"{half.name}."
+    return inside + half.body.small_key(key.removeprefix(inside)) if key.startswith(inside) else key

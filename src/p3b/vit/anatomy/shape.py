@@ -18,7 +18,8 @@ class BranchShape:
         inputs: sorted channels of the residual stream that it reads; empty for a constant.
         inner: channels of a head, or hidden channels.
         outputs: sorted channels of the residual stream that it writes to.
-        heads: attention heads of a small attention; 0 for anything else.
+        heads: attention heads of a small attention, of its keys where queries have more; 0 for anything else.
+        pairs: where positions turn a head's channels in pairs, the sorted pairs that stay, as the dense model counts them.
 
     Channels of the residual stream are those of the small model, from 0 to D' - 1.
     """
@@ -29,3 +30,4 @@ class BranchShape:
     inner: int = 0
     outputs: tuple[int, ...] = ()
     heads: int = 0
+    pairs: tuple[int, ...] = ()

@@ -28,13 +28,13 @@ class Weight:
         key: in the model; a part writes it as it stands in its own module.
         axes: factors of each axis.
         gated: which gates multiply it, each along one axis: (axis, dimension).
-        user: name of the module in whose forward pass it is read; "" where that is the module that holds it.
+        user: name of the module in whose forward pass it is read; None where that is the module that holds it.
     """
 
     key: str
     axes: tuple[Axis, ...]
     gated: tuple[tuple[int, str], ...] = ()
-    user: str = ""
+    user: str | None = None
 
     def factors(self, axis: int, dim: str) -> Axis:
         """Factors of an axis as a gate on it sees them: the stream's gate looks through the "in" or "out" of a block."""
@@ -42,7 +42,8 @@ class Weight:
 
     def inside(self, module: str) -> Weight:
         """The same weight with the names that it has in a larger module, which holds this one under a name."""
-        return replace(self, key=f"{module}.{self.key}", user=self.user and f"{module}.{self.user}")
+        user = None if self.user is None else f"{module}.{self.user}".removesuffix(".")
+        return replace(self, key=f"{module}.{self.key}", user=user)
 
 
 @dataclass(frozen=True)

@@ -48,11 +48,13 @@ class BranchOutline:
 
     Attributes:
         name: "blocks.3.attn".
-        heads: attention heads; 0 for an MLP.
+        heads: attention heads, of its keys where queries have more; 0 for an MLP.
+        pairs: pairs that positions turn a head's channels in; 0 where they do not.
     """
 
     name: str
     heads: int
+    pairs: int = 0
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,12 @@ class Family(Protocol):
 def classes_of(model: nn.Module) -> int:
     """Outputs of the head as it is: a head that was replaced by another layer leaves `num_classes` behind."""
     return model.head.out_features if isinstance(model.head, nn.Linear) else model.num_classes
+
+
+def ratio_of(layer: nn.Module, width: int) -> float:
+    """The ratio of hidden channels to a width that timm, which truncates, makes the outputs of a layer of."""
+    hidden = layer.out_features
+    return hidden / width if int(width * (hidden / width)) == hidden else (hidden + 0.5) / width
 
 
 def is_whole(low: int, high: int) -> Callable[[Any], bool]:

@@ -28,7 +28,7 @@ def read_outside(model: nn.Module, *, tokens: Sequence[str], norms: Sequence[str
     """
     if model.attn_pool is not None:
         raise ModelError(f"attn_pool: attention pooling {_REFUSED} pooling (global_pool=avg).")
-    parts = {name: model.get_submodule(name) for name in ("patch_embed.norm", *norms)}
+    parts = {name: model.get_submodule(name) for name in norms}
     parts |= {name: getattr(model, name) for name in heads if hasattr(model, name)}
     for name, part in parts.items():
         fits = (name in norms and is_norm(part)) or (name in heads and isinstance(part, nn.Linear))

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from timm.layers import LayerScale, PatchEmbed
+from timm.layers import GluMlp, LayerScale, Mlp, PatchEmbed, SwiGLU, SwiGLUPacked
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block as TimmBlock
 from timm.models.vision_transformer import VisionTransformer
@@ -14,8 +14,8 @@ from torch import nn
 
 from p3b.errors import ModelError
 from p3b.vit.anatomy.attention import SelfAttention
-from p3b.vit.anatomy.half import Half, PreNorm
-from p3b.vit.anatomy.mlp import PlainMlp
+from p3b.vit.anatomy.half import PreNorm
+from p3b.vit.anatomy.mlp import mlp_of
 from p3b.vit.anatomy.norms import NORMS, is_norm, norm_name
 from p3b.vit.families.activations import ACTIVATIONS, activation_name
 from p3b.vit.families.family import (
@@ -33,13 +33,12 @@ from p3b.vit.families.family import (
     Rule,
     classes_of,
     one_of,
+    ratio_of,
 )
 from p3b.vit.families.stream import read_outside
 
-HALVES: tuple[Half, ...] = (
-    PreNorm("attn", SelfAttention(), norm="norm1", layer_scale="ls1", drop_path="drop_path1"),
-    PreNorm("mlp", PlainMlp(), norm="norm2", layer_scale="ls2", drop_path="drop_path2"),
-)
+MLP_LAYERS = ("Mlp", "GluMlp", "SwiGLUPacked", "SwiGLU")
+"""MLPs by the name that a description has for them. SwiGLUPacked is a GluMlp whose gate comes first."""
 
 
 class VisionTransformerFamily:
@@ -69,10 +68,19 @@ class VisionTransformerFamily:
         "act_layer": one_of(ACTIVATIONS),
         "norm_layer": one_of(tuple(NORMS)),
     }
-    more_rules: Mapping[str, tuple[Rule, Any]] = {}
+    more_rules: Mapping[str, tuple[Rule, Any]] = {
+        **dict.fromkeys(("qk_norm", "scale_attn_norm", "scale_mlp_norm"), (FLAG, False)),
+        "mlp_layer": (one_of(MLP_LAYERS), "Mlp"),
+        "embed_norm": (FLAG, False),
+    }
 
     def blocks(self, model: VisionTransformer) -> Sequence[Block]:
-        return [Block(f"blocks.{depth}", module, HALVES, model.embed_dim) for depth, module in enumerate(model.blocks)]
+        attn = PreNorm("attn", SelfAttention(), norm="norm1", layer_scale="ls1", drop_path="drop_path1")
+        mlp = partial(PreNorm, "mlp", norm="norm2", layer_scale="ls2", drop_path="drop_path2")
+        return [
+            Block(f"blocks.{depth}", block, (attn, mlp(mlp_of(getattr(block, "mlp", None)))), model.embed_dim)
+            for depth, block in enumerate(model.blocks)
+        ]
 
     def require_covered(self, model: VisionTransformer, purpose: str) -> None:
         require_patch_embed(model)
@@ -89,13 +97,13 @@ class VisionTransformerFamily:
         return read_outside(
             model,
             tokens=("cls_token", "reg_token", "dist_token", "pos_embed"),
-            norms=("norm_pre", "norm", "fc_norm"),
+            norms=("patch_embed.norm", "norm_pre", "norm", "fc_norm"),
             heads=("head", "head_dist"),
         )
 
     def describe_outside(self, model: VisionTransformer) -> dict[str, Any]:
         patch, conv = model.patch_embed, model.patch_embed.proj
-        require_describable(model, ("norm_pre", "norm", "fc_norm"))
+        require_describable(model, ("patch_embed.norm", "norm_pre", "norm", "fc_norm"))
         final_norm = model.norm if not isinstance(model.norm, nn.Identity) else model.fc_norm
         return {
             "img_size": list(patch.img_size),
@@ -114,13 +122,14 @@ class VisionTransformerFamily:
             "fc_norm": not isinstance(model.fc_norm, nn.Identity),
             "pool_include_prefix": model.pool_include_prefix,
             "dynamic_img_size": model.dynamic_img_size,
+            "embed_norm": not isinstance(patch.norm, nn.Identity),
         }
 
     def describe_blocks(self, model: VisionTransformer) -> dict[str, Any]:
         block: TimmBlock = model.blocks[0]
         return {
             "num_heads": block.attn.num_heads,
-            "mlp_ratio": block.mlp.fc1.out_features / model.embed_dim,
+            "mlp_ratio": ratio_of(getattr(block.mlp, "fc1", None) or block.mlp.fc1_x, model.embed_dim),
             "qkv_bias": block.attn.qkv.bias is not None,
             "proj_bias": block.attn.proj.bias is not None,
             "init_values": 1e-5 if isinstance(block.ls1, LayerScale) else None,
@@ -128,6 +137,10 @@ class VisionTransformerFamily:
             "norm_layer": describable_norm("blocks.0.norm1", block.norm1),
             "norm_eps": block.norm1.eps,
             "embed_dim": model.embed_dim,
+            "qk_norm": not isinstance(block.attn.q_norm, nn.Identity),
+            "scale_attn_norm": not isinstance(block.attn.norm, nn.Identity),
+            "scale_mlp_norm": not isinstance(block.mlp.norm, nn.Identity),
+            "mlp_layer": _mlp_name(block.mlp),
         }
 
     def check_arguments(self, arguments: Mapping[str, Any]) -> None:
@@ -141,7 +154,15 @@ class VisionTransformerFamily:
     def build(self, kind: type[nn.Module], arguments: Mapping[str, Any], *, values: bool) -> nn.Module:
         given = dict(arguments)
         norm = partial(NORMS[given.pop("norm_layer")], eps=given.pop("norm_eps"))
+        given["mlp_layer"] = {"Mlp": Mlp, "GluMlp": GluMlp, "SwiGLUPacked": SwiGLUPacked, "SwiGLU": SwiGLU}[given["mlp_layer"]]
+        given["embed_norm_layer"] = norm if given.pop("embed_norm") else None
         return kind(**given, norm_layer=norm, **({} if values else {"weight_init": "skip"}))
+
+
+def _mlp_name(mlp: nn.Module) -> str:
+    if isinstance(mlp, GluMlp):
+        return "GluMlp" if mlp.gate_last else "SwiGLUPacked"
+    return type(mlp).__name__
 
 
 def require_patch_embed(model: nn.Module) -> None:
@@ -154,8 +175,6 @@ def require_patch_embed(model: nn.Module) -> None:
 
 def require_describable(model: nn.Module, norms: Sequence[str]) -> None:
     """ModelError for norms outside of the blocks that no argument expresses."""
-    if not isinstance(model.patch_embed.norm, nn.Identity):
-        raise ModelError("patch_embed.norm: a norm in the patch embedding is not covered.")
     for name in norms:
         part = model.get_submodule(name)
         if not isinstance(part, nn.Identity) and not is_norm(part):
