@@ -111,6 +111,21 @@ class MainProcess:
         self.status = self._spare.status_of(self.pid)
 
 
+RANKS = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from runs import run
+place = {{"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "start_method": "fork"}}
+elastic_launch(LaunchConfig(1, 1, int(sys.argv[1]), **place), run)(*sys.argv[2:])
+"""
+
+
+def on_ranks(python: SparePython, processes: int, command: str, *given: str) -> MainProcess:
+    """`runs.run(command, *given)` on so many ranks of torch's elastic agent, as torchrun starts them; here ranks are forks."""
+    return python.run(RANKS, processes, command, *given, OMP_NUM_THREADS="1")
+
+
 def forked(act: Callable[[], int]) -> BaseProcess:
     """A process whose exit status is what `act` answers: a fork of this one, with all that has been built."""
     process = multiprocessing.get_context("fork").Process(target=lambda: os._exit(act()))

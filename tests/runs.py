@@ -84,10 +84,11 @@ def flags(data: Path, out: Path, *more: str, model: Sequence[str] = MODEL, recip
 
 @contextmanager
 def brief(*, figures: bool = False) -> Iterator[None]:
-    """Everything is real, but what takes longer than a tiny run itself: throughput is measured more briefly, and figures are
-    drawn only where a test looks at them.
+    """Everything is real, but what takes longer than a tiny run itself: throughput is measured more briefly and in two layouts,
+    and figures are drawn only where a test looks at them.
     """
     import p3b.commands.prune
+    import p3b.deploy.choice
     import p3b.run.final_table
     import p3b.run.records
     import p3b.run.series_speed
@@ -97,6 +98,7 @@ def brief(*, figures: bool = False) -> Iterator[None]:
         for module in (p3b.run.final_table, p3b.run.series_speed):
             patch.setattr(module, "images_per_second", measure)
         patch.setattr(p3b.commands.prune, "choose_layout", partial(p3b.commands.prune.choose_layout, seconds=0.0))
+        patch.setattr(p3b.deploy.choice, "CANDIDATES", p3b.deploy.choice.CANDIDATES[:2])
         if not figures:
             patch.setattr(p3b.run.records.Records, "draw", lambda _records, _figure_format: [])
         yield

@@ -9,8 +9,6 @@ import re
 import shlex
 import signal
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +30,7 @@ from p3b.run.same_settings import comparable
 from p3b.run.series_lines import dense_guesses
 from p3b.vit.architecture import describe_dense
 from p3b.vit.smaller import cut_evenly, evenly_spaced, smaller_architecture
+from processes import SparePython, on_ranks
 from refusals import Refusals
 from runs import PAPER, colour_folders, everything_in, flags, lines, read, run, same_tensors, weights
 from tiny import DISTILLED, parameters_of, tiny_vit
@@ -172,22 +171,15 @@ def test_a_failing_run_does_not_stop_the_others(data: Path, tmp_path: Path, caps
     assert runs_of(tmp_path) == before, "the same failure is said once"
 
 
-def test_torchrun_runs_every_run_on_all_ranks(data: Path, tmp_path: Path) -> None:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "p3b"]
-    given = flags(data, tmp_path, "--methods", "uniform", *QUICK, "--prune-ratios", "0.97", "0.5", "--batch-size", "2")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*launcher, "compare", *given], env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert "2 of 5 runs failed: smaller-0.97-seed0, uniform-0.97-seed0" in done.stderr, done.stderr[-3000:]
-    assert done.stderr.count("runs failed") == 1, "one process speaks"
+def test_every_run_is_on_all_ranks(python: SparePython, data: Path, tmp_path: Path) -> None:
+    once = ("--epochs", "1", "--prune-start-epoch", "0", "--finetune-epochs", "0", "--batch-size", "2")
+    few = ("--methods", "uniform", "--no-smaller", "--prune-ratios", "0.97", "0.5", "--layout", "index")
+    done = on_ranks(python, 2, "compare", *flags(data, tmp_path, *few, *once))
+    assert "1 of 3 runs failed: uniform-0.97-seed0" in done.errors, done.errors[-3000:]
+    assert done.errors.count("runs failed") == 1, "one process speaks"
     found = [line for line in runs_of(tmp_path) if line["status"] == "done"]
-    assert [(line["name"], line["processes"]) for line in found] == [
-        ("dense-seed0", 2),
-        ("smaller-0.5-seed0", 2),
-        ("uniform-0.5-seed0", 2),
-    ]
-    assert len(lines(tmp_path / "compare.jsonl")) == 7, "five runs, two batch sizes"
+    assert [(line["name"], line["processes"]) for line in found] == [("dense-seed0", 2), ("uniform-0.5-seed0", 2)]
+    assert len(lines(tmp_path / "compare.jsonl")) == 5, "three runs, two batch sizes"
 
 
 # --- settings ---------------------------------------------------------------------------------------------------------

@@ -37,7 +37,7 @@ SMALL = ("--model-kwargs", *SHAPE)
 def published(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """What stands behind the variables of the published command lines."""
     root = tmp_path_factory.mktemp("published")
-    write_cifar100(root / "data", train=130, test=33)  # no multiple of anything
+    write_cifar100(root / "data", train=44, test=33)  # no multiple of anything
     arguments = {name: int(value) for name, value in (item.split("=") for item in SHAPE)}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -7,8 +7,6 @@ import math
 import os
 import shlex
 import signal
-import subprocess
-import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ import p3b.run.records
 from p3b.commands.command_line import STOPPED, USER_ERROR
 from p3b.errors import ConfigError
 from p3b.run.bisection import candidates, grid, judge, largest, middle
+from processes import SparePython, on_ranks
 from refusals import Refusals
 from runs import colour_folders, everything_in, flags, lines, read, run, same_tensors, weights
 
@@ -252,14 +251,9 @@ def test_a_search_without_validation_images_is_refused(tmp_path: Path, capsys: p
     assert not (tmp_path / "out").exists()
 
 
-def test_torchrun_sweeps_on_all_ranks_from_one_warm_up(data: Path, tmp_path: Path) -> None:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "p3b"]
-    asked = flags(data, tmp_path, *TWO, "--batch-size", "2", "--layout", "index")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*launcher, "sweep", *asked], env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+def test_all_ranks_sweep_from_one_warm_up(python: SparePython, data: Path, tmp_path: Path) -> None:
+    done = on_ranks(python, 2, "sweep", *flags(data, tmp_path, *TWO, "--batch-size", "2", "--layout", "index"))
+    assert done.status == 0, done.errors[-3000:]
     assert [(line["name"], line["processes"]) for line in of_kind(tmp_path, "run")] == [(name, 2) for name in NAMES]
     for name in NAMES[1:]:
         log = (tmp_path / "runs" / name / "prune" / "log.txt").read_text()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import lru_cache
 
 import numpy as np
 import timm
@@ -95,11 +96,13 @@ def weights_fit(options: ModelOptions) -> bool:
     if not options.model_kwargs:
         return True
     options = replace(options, mean=None, std=None)  # of the channels that are asked for, which the named model may not have
-    asked, named = (
-        {key: tensor.shape for key, tensor in shape_of(each, 1, 0).state_dict().items() if key not in _RESAMPLED}
-        for each in (options, replace(options, model_kwargs=(), input_size=None))
-    )
-    return asked == named
+    return _sizes(options) == _sizes(replace(options, model_kwargs=(), input_size=None))
+
+
+@lru_cache(maxsize=16)
+def _sizes(options: ModelOptions) -> dict[str, torch.Size]:
+    """Sizes of all weights that cannot be resampled, by key. Kept, since commands that run others ask for the same again."""
+    return {key: tensor.shape for key, tensor in shape_of(options, 1, 0).state_dict().items() if key not in _RESAMPLED}
 
 
 _RESAMPLED = ("pos_embed", "patch_embed.proj.weight")
