@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import p3b
 from loops import CE, Loop, prune_in_mixed_precision
-from p3b.errors import BudgetError, ConfigError, ModelError, ScheduleError, TrainingError, WeightsError
+from p3b.errors import BudgetError, ConfigError, ModelError, TrainingError, WeightsError
 from p3b.methods.base import Decision
 from p3b.vit.layout import read_layout
 from p3b.vit.shapes import branch_shapes
@@ -420,8 +420,6 @@ def test_a_refused_model_is_left_as_it_was() -> None:
 
 
 def test_settings_are_refused_before_the_first_batch() -> None:
-    with pytest.raises(ScheduleError, match="needs a schedule"):
-        p3b.Pruner(tiny_vit())
     with pytest.raises(ConfigError, match=r"prune method 'block_bp'.*block_"):
         p3b.Pruner(tiny_vit(), method="block_bp", schedule=PLAN)
     with pytest.raises(ConfigError, match=r"option of block_benefit 'keep_ratio'.*'keep_ratios'"):

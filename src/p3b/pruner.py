@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -13,13 +13,15 @@ from torch import Tensor, nn
 
 from p3b.core.finite import all_finite
 from p3b.core.masks import hard_masks
-from p3b.core.schedule import Schedule
+from p3b.core.schedule import ONE_SHOT, Schedule
 from p3b.errors import ModelError, ScheduleError, TrainingError, WeightsError
-from p3b.methods import create_method, method_dims
+from p3b.methods import create_method, method_dims, options_of_one_shot
 from p3b.methods.base import Criterion, Decision
+from p3b.methods.calibration import Batches, measure
 from p3b.scoring.meter import Reduce
 from p3b.train.distributed import all_reduce_mean, require_agreement
 from p3b.vit.compact import apply_cuts, plan_cuts
+from p3b.vit.compensation import compensate
 from p3b.vit.cost import dense_params, kept_other_params, kept_params
 from p3b.vit.coverage import require_not_gated, require_nothing_shared, require_prunable_layers
 from p3b.vit.described import require_described
@@ -30,7 +32,7 @@ from p3b.vit.wrappers import forget_compiled, require_single_replica, require_vi
 
 
 class Pruner:
-    """Prunes a VisionTransformer while it trains.
+    """Prunes a VisionTransformer while it trains, or a trained one in one shot.
 
         pruner = p3b.Pruner(model, prune_ratio=0.5, schedule=p3b.Schedule(start=500, sparse=1500, final=3000, update_every=100))
         for images, targets in batches:
@@ -43,13 +45,19 @@ class Pruner:
                 break
         model = pruner.finalize()  # an ordinary module, small; it has new parameters, so give it a new optimizer
 
+    Without a schedule it is one shot: some hundred images are measured, and no weight moves but by compensation.
+
+        pruner = p3b.Pruner(trained, prune_ratio=0.5, method="uniform")
+        pruner.calibrate(batches, criterion)              # (images, targets), forward and backward
+        model = pruner.finalize(images)                   # batches of images that what closes is compensated on
+
     Args:
         model: dense timm VisionTransformer; may be wrapped in DistributedDataParallel and torch.compile, before or after.
             Layers may be frozen: they are scored and cut like any other, and stay frozen (docs/model.md says what is covered).
         prune_ratio: share of all parameters that goes, in [0, 1).
         method: name of a method: "block_benefit" (P3B, published as "block_pr"), or one to compare it with: "uniform",
             "random", "magnitude", "taylor", "wdpruning", "savit".
-        schedule: phases in optimizer steps.
+        schedule: phases in optimizer steps; None: one shot.
         reduce: mean of a tensor over all ranks, which hold equal shares of each batch; by default over torch.distributed's
             group, if there is one, whose ranks then compare their masks after every decision.
         method_options: keyword arguments of the method, e.g. alpha=0.5, estimator="linear", keep_ratios=[...]; those that it
@@ -70,10 +78,10 @@ class Pruner:
         reduce: Reduce = all_reduce_mean,
         **method_options: Any,
     ) -> None:
-        if schedule is None:
-            raise ScheduleError(
-                "Pruner needs a schedule: schedule=p3b.Schedule(start=, sparse=, final=, update_every=), in steps."
-            )
+        self.one_shot = schedule is None
+        schedule = ONE_SHOT if schedule is None else schedule
+        if self.one_shot:
+            method_options = options_of_one_shot(method, method_options)
         require_single_replica(model)
         self._model: VisionTransformer = require_vision_transformer(model)
         self.schedule = schedule
@@ -129,6 +137,11 @@ class Pruner:
             TrainingError: a call of `loss` or earlier steps are missing, or the processes have come to different masks.
         """
         self._require_in_place()
+        if self.one_shot:
+            raise ScheduleError(
+                "This pruner was made without a schedule, for one shot: call calibrate(batches, criterion), then finalize(). "
+                "To prune while the model trains, give schedule=p3b.Schedule(start=, sparse=, final=, update_every=), in steps."
+            )
         step = self.steps_done
         self.steps_done += 1
         if gradients_finite is None:
@@ -141,6 +154,31 @@ class Pruner:
         decision = self._renew(step) if self.schedule.update_due(step) else None
         self._see_to_frozen()
         return decision
+
+    def calibrate(self, batches: Batches, criterion: Criterion) -> int:
+        """Measure all that one shot is decided by; no weight moves. Then `finalize`.
+
+        Args:
+            batches: (images, targets) on the model's device, shuffled, some hundred images in all. They are gone through
+                once, and twice where probes have to learn first: give a loader or a list, no generator.
+            criterion: the task loss, from outputs and targets to a scalar, as in training.
+
+        Returns:
+            How many images there were. The model's gradients are gone.
+
+        Raises:
+            TrainingError: the pruner has a schedule, or there is nothing finite to measure.
+        """
+        self._require_in_place()
+        if not self.one_shot:
+            raise TrainingError(
+                "This pruner has a schedule, by which it measures while the model trains: call step() after each backward "
+                "pass. To prune a trained model in one shot, make the pruner without a schedule."
+            )
+        self._see_to_frozen()
+        images = measure(self._model, self._method, batches, criterion, self._gradients_finite)
+        self.steps_done = self.schedule.final
+        return images
 
     @property
     def done(self) -> bool:
@@ -172,8 +210,12 @@ class Pruner:
         decision = self._method.last(self._kept_params)
         return self._adopt(decision, hard_masks(decision.masks))
 
-    def finalize(self) -> nn.Module:
+    def finalize(self, compensate_on: Iterable[Tensor] | None = None) -> nn.Module:
         """Decide for the last time and shrink.
+
+        Args:
+            compensate_on: batches of images, a few hundred in all, that what closes is made up for on by what stays
+                (`p3b.vit.compensation`); None: what stays keeps the values that it was trained to.
 
         Returns:
             The model itself, now small: hard masks applied, gates and probes gone, an ordinary module that computes exactly
@@ -181,9 +223,9 @@ class Pruner:
             ones: build a new optimizer (a step of the old one raises a TrainingError).
         """
         self.decide_last()
-        return self.shrink()
+        return self.shrink(compensate_on)
 
-    def shrink(self) -> nn.Module:
+    def shrink(self, compensate_on: Iterable[Tensor] | None = None) -> nn.Module:
         """Cut the model by the masks that the gates hold, and detach everything. `finalize` is `decide_last` and this.
 
         Raises:
@@ -193,8 +235,10 @@ class Pruner:
         self._require_unchanged()
         require_described(self._model, "pruned")
         require_prunable_layers(self._model)
-        plan = plan_cuts(self.layout, self.gates.masks)
+        plan, masks = plan_cuts(self.layout, self.gates.masks), dict(self.gates.masks)
         self.detach()
+        if compensate_on is not None:
+            compensate(self._model, self.layout, masks, compensate_on, self._reduce)
         before = dict(self._model.named_parameters())
         small = apply_cuts(self._model, plan)
         forbid_steps(before, small)

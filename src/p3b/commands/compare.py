@@ -9,10 +9,10 @@ from typing import Any
 from p3b.commands.prune import prune
 from p3b.commands.train import train
 from p3b.errors import ComparisonError, ConfigError
-from p3b.methods import METHODS, method_options
+from p3b.methods import METHODS, ONE_SHOT_METHODS, method_options
 from p3b.report.comparison import read_lines, write_report
 from p3b.run.method_options import require_taken
-from p3b.run.option_checks import check, check_screen
+from p3b.run.option_checks import check, check_screen, require_training
 from p3b.run.options import CompareConfig
 from p3b.run.screen import Screen, open_screen
 from p3b.run.series import Commands, open_inputs, open_series, show_tables
@@ -28,7 +28,7 @@ def plan(config: CompareConfig) -> list[Run]:
         ConfigError: an unknown method (with the nearest known ones), a ratio or a seed out of range or given twice.
     """
     asked = config.compare
-    methods = list(asked.methods or METHODS)
+    methods = list(asked.methods or (METHODS if config.training.epochs else ONE_SHOT_METHODS))
     for name in methods:
         method_options(name)  # refuses an unknown one
     for ratio in asked.prune_ratios:
@@ -59,6 +59,7 @@ def compare(config: CompareConfig) -> list[Path]:
     check_screen(config.run)
     if config.compare.table_only:
         return _report(out, fmt, open_screen(config.run, is_main=int(os.environ.get("RANK", 0)) == 0))
+    require_training(config.training.epochs + config.prune.finetune_epochs, "the same to `p3b sweep` with --dense-run")
     runs = plan(config)
     require_taken(config.prune, [run.row for run in runs if is_pruned(run.row)])
     for run in runs:

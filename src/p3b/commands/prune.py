@@ -11,7 +11,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from p3b.deploy.choice import AUTO, LayoutChoice, choose_layout, with_layout
 from p3b.deploy.layouts import check_layout
-from p3b.methods import effective_options, own_in_warm_up
+from p3b.methods import effective_options, options_of_one_shot, own_in_warm_up
 from p3b.pruner import Pruner
 from p3b.run.dense_run import read_dense_run, require_same_images
 from p3b.run.distillation import SelfDistillation, open_distillation
@@ -25,6 +25,7 @@ from p3b.run.final_table import (
 )
 from p3b.run.inputs import open_model
 from p3b.run.method_options import method_options_of
+from p3b.run.one_shot import CalibrationImages, calibrate, check_one_shot, compensates, require_trained
 from p3b.run.option_checks import check
 from p3b.run.options import ModelOptions, PruneConfig, PruneOptions
 from p3b.run.prune_plan import plan_pruning
@@ -56,28 +57,33 @@ def prune(config: PruneConfig, warm_up: Path | None = None) -> dict[str, Any]:
     method_options = method_options_of(options, config.run.seed)
     check_layout(options.layout, [AUTO])
     check(config)
+    check_one_shot(config)
     if (summary := finished_summary(config, "prune")) is not None:
         return summary
     dense_run = None if options.dense_run is None else read_dense_run(options.dense_run)
     with open_stage(config, "prune") as stage:
         model, recipe = stage.model, stage.recipe
-        if dense_run is not None and options.dense_run is not None:
-            parts = {name: len(images) for name, images in stage.evaluation.parts.items()}
-            require_same_images(dense_run["accuracy"], parts, options.dense_run)
+        _require_same_images(stage, dense_run, options.dense_run)
         dense_params = count_parameters(model)
         plan = plan_pruning(options, config.training.epochs, recipe.steps_per_epoch, recipe.options.grad_accum_steps)
         distillation = open_distillation(stage, config, plan.schedule.start)
-        pruner = Pruner(model, options.prune_ratio, options.prune_method, plan.schedule, **method_options)
+        schedule = plan.schedule if plan.epochs else None
+        pruner = Pruner(model, options.prune_ratio, options.prune_method, schedule, **method_options)
+        images = CalibrationImages(stage, options.calibration_images)
+        dense = None if plan.epochs else plain(require_trained(stage))
         checkpoint = _begin(stage, pruner, options.prune_method, method_options, warm_up)
         _say_plan(stage, pruner, options, method_options)
         if checkpoint is None:
-            stage.warn_of_little(plan.epochs + plan.finetune_epochs, plan.schedule, options.prune_steps_update_mask)
+            stage.warn_of_little(plan.epochs + plan.finetune_epochs, schedule, options.prune_steps_update_mask)
 
         if checkpoint is None or checkpoint["progress"]["place"]["part"] == "prune":
-            epochs = Epochs("prune", plan.epochs, lr)
-            train_epochs(stage, model, epochs, pruner=pruner, distillation=distillation, checkpoint=checkpoint)
-            _decide(stage, pruner)
-            _shrink(stage, pruner, model, dense_params)
+            if plan.epochs:
+                epochs = Epochs("prune", plan.epochs, lr)
+                train_epochs(stage, model, epochs, pruner=pruner, distillation=distillation, checkpoint=checkpoint)
+            else:
+                calibrate(stage, pruner, images)
+            _decide(stage, pruner, plan.epochs)
+            _shrink(stage, pruner, model, dense_params, images if compensates(config) else None)
             checkpoint = None
         else:
             model = _reopen_small(stage, config.model, distilled=recipe.options.teacher_model is not None)
@@ -85,7 +91,15 @@ def prune(config: PruneConfig, warm_up: Path | None = None) -> dict[str, Any]:
             epochs = Epochs("fine-tune", plan.finetune_epochs, options.finetune_lr or lr, first=plan.epochs)
             train_epochs(stage, model, epochs, distillation=distillation, checkpoint=checkpoint)
         folder = stage.products.save(model)
-        return _tell(stage, model, folder, options, dense_run, distillation, config.run.figure_format)
+        accuracy = dense if dense_run is None else dense_run["accuracy"]
+        return _tell(stage, model, folder, options, accuracy, distillation, config.run.figure_format)
+
+
+def _require_same_images(stage: Stage, dense_run: Mapping[str, Any] | None, folder: Path | None) -> None:
+    """Refuse a dense run that was measured on other images."""
+    if dense_run is not None and folder is not None:
+        parts = {name: len(images) for name, images in stage.evaluation.parts.items()}
+        require_same_images(dense_run["accuracy"], parts, folder)
 
 
 def _begin(
@@ -104,29 +118,42 @@ def _begin(
 
 def _say_plan(stage: Stage, pruner: Pruner, options: PruneOptions, method_options: Mapping[str, Any]) -> None:
     schedule, say = pruner.schedule, stage.screen.say
-    say(
-        f"schedule in optimizer steps: pruning starts at {schedule.start}, reaches its target at {schedule.sparse}, ends at "
-        f"{schedule.final}; masks are updated every {schedule.update_every}"
-    )
-    estimator = effective_options(options.prune_method, method_options).get("estimator")
+    if pruner.one_shot:
+        say("one shot: the model is cut as it is, nothing is trained before")
+    else:
+        say(
+            f"schedule in optimizer steps: pruning starts at {schedule.start}, reaches its target at {schedule.sparse}, ends "
+            f"at {schedule.final}; masks are updated every {schedule.update_every}"
+        )
+    taken = options_of_one_shot(options.prune_method, method_options) if pruner.one_shot else method_options
+    estimator = effective_options(options.prune_method, taken).get("estimator")
     if estimator is not None and not options.prune_keep_ratios:
         say(f"block benefit is estimated by --prune-benefit {estimator}")
     if options.prune_blocks_only:
         say("the prune ratio applies to the blocks only")
 
 
-def _decide(stage: Stage, pruner: Pruner) -> None:
-    """Make the last decision, and record it."""
-    stage.records.log_decision(pruner.decide_last(), "finalize", pruner.schedule.final, pruner.kept_params())
+def _decide(stage: Stage, pruner: Pruner, epochs: int) -> None:
+    """Make the last decision, after so many epochs, and record it."""
+    steps = pruner.schedule.final if epochs else 0
+    stage.records.log_decision(pruner.decide_last(), "finalize", steps, pruner.kept_params())
+    if not epochs:
+        return
     found = stage.records.returned()
     stage.screen.detail(
         f"pruned elements that came back: {found.elements:,} of {found.chances:,}, in {found.updates} mask updates"
     )
 
 
-def _shrink(stage: Stage, pruner: Pruner, model: VisionTransformer, dense_params: int) -> None:
-    """Make the model small, evaluate it, and save it: what follows can be resumed from there."""
-    pruner.shrink()
+def _shrink(
+    stage: Stage, pruner: Pruner, model: VisionTransformer, dense_params: int, images: CalibrationImages | None
+) -> None:
+    """Make the model small, compensated on images where there are some, evaluate it, and save it: what follows can be resumed
+    from there.
+    """
+    if images is not None:
+        stage.screen.say(f"compensating what goes on {images.count:,} training images")
+    pruner.shrink(None if images is None else images.without_targets())
     part, accuracy = stage.evaluation.watched(model)
     kept = f"{count_parameters(model):,} of {dense_params:,} parameters"
     stage.screen.say(f"shrunk to {kept}: {part} top-1 {accuracy.top1:.2f} %")
@@ -147,7 +174,7 @@ def _tell(
     model: VisionTransformer,
     folder: Path,
     options: PruneOptions,
-    dense_run: Mapping[str, Any] | None,
+    dense_accuracy: Mapping[str, Any] | None,
     distillation: SelfDistillation | None,
     figure_format: str,
 ) -> dict[str, Any]:
@@ -161,7 +188,7 @@ def _tell(
     part = reported_part(accuracies)
     found = accuracies[part]
     columns = {
-        "dense": figures_of(dense, *_dense_accuracy(dense_run, part), speeds[0]),
+        "dense": figures_of(dense, *_dense_accuracy(dense_accuracy, part), speeds[0]),
         "pruned": figures_of(model, found.top1, found.top5, speeds[1]),
     }
     drawn = stage.records.draw(figure_format)
@@ -188,7 +215,9 @@ def _say_where(
     stage: Stage, folder: Path, choices: Sequence[LayoutChoice], drawn: Sequence[Path], dense_run: Path | None
 ) -> None:
     say = stage.screen.say
-    if dense_run is None:
+    if dense_run is None and stage.settings.given["training"]["epochs"] == 0:
+        say("dense accuracy: that of the model before the cut")
+    elif dense_run is None:
         say("dense accuracy: not measured; give --dense-run to compare")
     else:
         say(f"dense accuracy: from {dense_run}")
@@ -200,11 +229,9 @@ def _say_where(
         say(f"figure:  {figure}")
 
 
-def _dense_accuracy(summary: Mapping[str, Any] | None, part: str) -> tuple[float | None, float | None]:
-    """Top-1 and top-5 of an earlier dense run, on the part that final figures are taken from."""
-    if summary is None:
-        return None, None
-    return summary["accuracy"][part]["top1"], summary["accuracy"][part]["top5"]
+def _dense_accuracy(accuracy: Mapping[str, Any] | None, part: str) -> tuple[float | None, float | None]:
+    """Top-1 and top-5 of the dense model, on the part that final figures are taken from."""
+    return (None, None) if accuracy is None else (accuracy[part]["top1"], accuracy[part]["top5"])
 
 
 def _layout_choices(model: VisionTransformer, layout: str) -> list[LayoutChoice]:

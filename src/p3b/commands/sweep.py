@@ -23,7 +23,7 @@ from p3b.run.bisection import candidates, grid, middle
 from p3b.run.dense_run import GIVEN, line_of_dense_run, require_same_images
 from p3b.run.distillation import teacher_digest
 from p3b.run.method_options import method_options_of, require_taken
-from p3b.run.option_checks import check
+from p3b.run.option_checks import check, require_training
 from p3b.run.options import CompareConfig, CompareOptions, PruneConfig, SweepConfig, SweepOptions
 from p3b.run.products import PRODUCTS
 from p3b.run.series import Commands, Series, open_inputs, open_series, show_tables
@@ -99,6 +99,10 @@ def _check(config: SweepConfig) -> None:
         raise ConfigError(
             "Give either --prune-ratios, the budgets to prune to, or --max-loss, the points of top-1 that the largest budget "
             f"may lose; got {'both' if asked.prune_ratios else 'neither'}."
+        )
+    if asked.dense_run is None:
+        require_training(
+            config.training.epochs + config.prune.finetune_epochs, "--dense-run, the output folder of its training"
         )
     if asked.max_loss is None:
         for name in ("lowest", "highest", "ratio_step"):
@@ -201,7 +205,7 @@ def _unequal_epochs(lines: Sequence[Mapping[str, Any]]) -> list[str]:
     """A sentence where a given dense model was not trained for as many epochs as the pruned ones."""
     done = finished(lines)
     pruned = {line["epochs"] for line in done.values() if line["row"] != DENSE}
-    if GIVEN not in done or not pruned - {done[GIVEN]["epochs"]}:
+    if GIVEN not in done or not pruned - {0, done[GIVEN]["epochs"]}:  # 0: cut in one shot, and nothing is trained
         return []
     return [
         f"The dense model of --dense-run was trained for {done[GIVEN]['epochs']} epochs, the pruned ones for "

@@ -96,6 +96,10 @@ class Schedule:
         return self.start <= step < self.final - 1 and (step + 1 - self.start) % self.update_every == 0
 
 
+ONE_SHOT = Schedule(start=0, sparse=1, final=1, update_every=1)
+"""In place of phases where nothing is trained: all that is measured counts, and no mask closes before the last ones."""
+
+
 def parse_duration(text: str, total_epochs: float, steps_per_epoch: int) -> float:
     """Epochs that a duration stands for: '10' epochs, '500steps' optimizer steps, '20%' of the run.
 

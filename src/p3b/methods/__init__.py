@@ -33,6 +33,11 @@ PUBLISHED_NAMES = {"block_pr": "block_benefit"}
 PUBLISHED_OPTIONS: Mapping[str, Mapping[str, Any]] = {"block_pr": {"estimator": "paper"}}
 """Who asks for a method by its published name gets it as it was published, where nothing else is said."""
 
+ONE_SHOT_METHODS = tuple(name for name in METHODS if name != "wdpruning")
+"""Those that can prune a trained model in one shot; the other learns while it trains."""
+ONE_SHOT_ESTIMATOR = "ridge"
+"""Estimator of block benefit in one shot: its probes are solved, not trained."""
+
 _STATELESS_IN_WARM_UP = ("uniform", "random", "magnitude", "taylor", "savit")
 _OF_BLOCK_BENEFIT_LATER = ("alpha", "gamma", "benefit_scale", "blocks_only", "align", "keep_ratios")
 """Options of block_benefit that come into play when masks are decided: its probes know nothing of them."""
@@ -84,6 +89,28 @@ def method_dims(name: str, options: Mapping[str, Any]) -> tuple[str, ...]:
     aligned = effective_options(name, options).get("align", 1) > 1
     dims = METHOD_DIMS.get(PUBLISHED_NAMES.get(name, name), DEFAULT_DIMS)
     return ("heads", *dims) if aligned and "heads" not in dims else dims
+
+
+def options_of_one_shot(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of a method that prunes a trained model in one shot.
+
+    Raises:
+        ConfigError: the method learns while the model trains, so that one shot would tell it nothing, or it is unknown.
+    """
+    method_options(name)
+    if PUBLISHED_NAMES.get(name, name) not in ONE_SHOT_METHODS:
+        raise ConfigError(
+            f"{name} learns while the model trains, so it cannot prune in one shot. Give it a schedule and epochs to train in, "
+            f"or choose another method: {', '.join(ONE_SHOT_METHODS)}."
+        )
+    if "estimator" in method_options(name) and options.get("keep_ratios") is None:
+        options = {"estimator": ONE_SHOT_ESTIMATOR, **options}
+        if options["estimator"] != ONE_SHOT_ESTIMATOR:
+            raise ConfigError(
+                f"The probes of estimator={options['estimator']!r} learn by gradient over many steps, so they cannot measure a "
+                f"benefit in one shot; leave it out: {ONE_SHOT_ESTIMATOR!r} needs none."
+            )
+    return dict(options)
 
 
 def method_options(name: str) -> list[str]:

@@ -86,6 +86,11 @@ class Method(Protocol):
         """Whether elements are scored by gradients, so that those of frozen weights have to be found by their gates."""
         ...
 
+    @property
+    def probes(self) -> bool:
+        """Whether it measures by probes, which have to learn before what they say counts."""
+        ...
+
     def attach(self, gates: Gates, schedule: Schedule) -> None:
         """Take note of the gates that the masks act through and of the phases; a method that learns masks needs both."""
         ...
@@ -148,6 +153,8 @@ class ScoreMethod:
 
     def __init__(self, name: str, model: nn.Module, scores: ElementScores, decide: Decide) -> None:
         self._name, self._model, self._scores, self._decide = name, model, scores, decide
+
+    probes = False
 
     @property
     def needs_gradients(self) -> bool:

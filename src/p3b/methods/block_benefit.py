@@ -146,6 +146,10 @@ class BlockBenefit:
 
     needs_gradients = True
 
+    @property
+    def probes(self) -> bool:
+        return self._estimator is not None
+
     def attach(self, gates: Gates, schedule: Schedule) -> None:
         self._first_order.attach(gates)
 

@@ -94,6 +94,7 @@ class Savit:
         self._listen()
 
     needs_gradients = True
+    probes = False
 
     def attach(self, gates: Gates, schedule: Schedule) -> None:
         self._first_order.attach(gates)

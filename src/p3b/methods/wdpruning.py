@@ -137,6 +137,7 @@ class WDPruning:
             self._classifier_optimizer = torch.optim.AdamW(groups, lr=5e-4 if classifier_lr is None else classifier_lr)
 
     needs_gradients = False  # it collects those of the gates in any case
+    probes = False
 
     def attach(self, gates: Gates, schedule: Schedule) -> None:
         self._gates, self._schedule = gates, schedule

@@ -14,7 +14,7 @@ from p3b.errors import ConfigError, WeightsError
 from p3b.run.options import DataOptions, ModelOptions
 from p3b.storage import artifact
 from p3b.storage.hub_folder import NOTHING_SAID, Facts
-from p3b.storage.load_report import LoadReport
+from p3b.storage.load_report import LoadReport, first
 from p3b.storage.models import build_model, parse_model_kwargs
 from p3b.storage.preparation import decide_preparation
 from p3b.storage.weights_file import Weights, open_weights
@@ -53,6 +53,28 @@ class OpenedModel:
                 f"learns {', '.join(class_names[:5])} ..."
             )
         return lines
+
+    def unknown_classes(self, options: ModelOptions, class_names: tuple[str, ...]) -> str | None:
+        """Why the model cannot know the classes of the data before it is trained, in a sentence; None where it may.
+
+        Args:
+            options: that it was opened with.
+            class_names: of the data.
+        """
+        if self.report is None and not options.model_pretrained:
+            return "No weights are given, so the model starts from random ones."
+        if self.report is None and options.model_pretrained:
+            known = getattr(self.model, "pretrained_cfg", {}).get("num_classes")
+            if known != len(class_names):
+                return f"timm's weights of {options.model} were trained for {known} classes, the data has {len(class_names)}."
+        if self.report is not None and (new := self.report.replaced + self.report.missing):
+            return f"The head is new, since {options.model_path} has none for {len(class_names)} classes ({new[0]})."
+        if self.class_names not in (None, class_names):
+            return (
+                f"{options.model_path} was trained for the classes {first(self.class_names or ())}; the data has "
+                f"{first(class_names)}."
+            )
+        return None
 
 
 def saved_class_names(options: ModelOptions) -> tuple[str, ...] | None:

@@ -24,7 +24,7 @@ def check(config: TrainConfig) -> None:
     Raises:
         ConfigError: names the flag, what was got and what is expected.
     """
-    _check_training(config.training)
+    _check_training(config.training, may_be_none=isinstance(config, PruneConfig))
     _check_teacher(config)
     _check_inputs(config.data, config.model)
     _check_run(config.run)
@@ -51,6 +51,23 @@ def check_evaluation(config: EvaluateConfig) -> None:
     _check_run(config.run)
 
 
+def require_training(epochs: int, mend: str) -> None:
+    """Refuse a series that would train nothing, and so no dense model to compare with.
+
+    Args:
+        epochs: of a row, fine-tuning included.
+        mend: what to give, in place of epochs.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    if epochs == 0:
+        raise ConfigError(
+            "--epochs 0 without --finetune-epochs trains nothing, so there is no dense model to compare with. Give "
+            f"--finetune-epochs, or {mend}."
+        )
+
+
 def check_screen(run: MachineOptions) -> None:
     """Refuse what contradicts itself about the screen.
 
@@ -61,8 +78,9 @@ def check_screen(run: MachineOptions) -> None:
         raise ConfigError("--verbose and --quiet contradict each other; give one of them.")
 
 
-def _check_training(training: TrainingOptions) -> None:
-    _positive(epochs=training.epochs, batch_size=training.batch_size, grad_accum_steps=training.grad_accum_steps)
+def _check_training(training: TrainingOptions, *, may_be_none: bool) -> None:
+    (_not_negative if may_be_none else _positive)(epochs=training.epochs)
+    _positive(batch_size=training.batch_size, grad_accum_steps=training.grad_accum_steps)
     _positive(lr=training.lr)
     _not_negative(min_lr=training.min_lr, warmup_epochs=training.warmup_epochs, weight_decay=training.weight_decay)
     _not_negative(mixup=training.mixup, cutmix=training.cutmix)
@@ -71,7 +89,7 @@ def _check_training(training: TrainingOptions) -> None:
         _positive(clip_grad=training.clip_grad)
     if not 0 < training.model_ema_decay < 1:
         raise ConfigError(f"--model-ema-decay must lie in (0, 1), got {training.model_ema_decay}.")
-    if training.warmup_epochs >= training.epochs and training.warmup_epochs > 0:
+    if training.warmup_epochs >= training.epochs > 0 and training.warmup_epochs > 0:
         raise ConfigError(f"--warmup-epochs {training.warmup_epochs} leaves none of the {training.epochs} epochs.")
     if training.teacher_path is not None and training.teacher_model is None:
         raise ConfigError(f"--teacher-path {training.teacher_path} needs --teacher-model, the teacher's timm name.")
@@ -95,7 +113,7 @@ def _check_teacher(config: TrainConfig) -> None:
 
 def _check_pruning(prune: PruneOptions) -> None:
     _not_negative(finetune_epochs=prune.finetune_epochs)
-    _positive(align=prune.align)
+    _positive(align=prune.align, calibration_images=prune.calibration_images)
     if prune.finetune_lr is not None:
         _positive(finetune_lr=prune.finetune_lr)
     if prune.prune_steps_update_mask is not None:

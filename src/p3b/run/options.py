@@ -83,7 +83,7 @@ class TrainingOptions:
     """Training."""
 
     epochs: int = 300
-    """Epochs of this stage."""
+    """Epochs of this stage; with `p3b prune` 0 is one shot: a trained model is cut as it is."""
     batch_size: int = 64
     """Images of a batch on each process."""
     grad_accum_steps: int = 1
@@ -175,6 +175,10 @@ class PhaseOptions:
     """How a block's benefit is measured: low_rank (narrow convolutions; the default), paper (as published, costly; the default
     under the published name block_pr), linear (linear probes on class and mean patch token), ridge (the same in closed form),
     subsampled (paper's, on part of the data)."""
+    calibration_images: int = 512
+    """Training images that --epochs 0 measures on, and that --compensate fits on."""
+    compensate: Literal["auto", "on", "off"] = "auto"
+    """Whether at the cut the weights that stay are fitted to make up for what goes; auto: with --epochs 0."""
     prune_alpha: float = 0.5
     """Weight of the class token's benefit against the patches', in [0, 1]."""
     prune_gamma: float = 0.2

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from p3b.core.schedule import TAU_MAX, Schedule, parse_duration
+from p3b.core.schedule import ONE_SHOT, TAU_MAX, Schedule, parse_duration
 from p3b.errors import ScheduleError
 from p3b.run.options import PhaseOptions
 
@@ -15,7 +15,7 @@ class PrunePlan:
 
     Attributes:
         schedule: the phases in optimizer steps.
-        epochs: that pruning takes; the model is shrunk at the end of the last.
+        epochs: that pruning takes; the model is shrunk at the end of the last; 0: one shot.
         finetune_epochs: that follow.
     """
 
@@ -38,6 +38,8 @@ def plan_pruning(options: PhaseOptions, epochs: int, steps_per_epoch: int, grad_
     Raises:
         ScheduleError: phases out of order, or longer than the run.
     """
+    if epochs == 0:
+        return PrunePlan(ONE_SHOT, 0, options.finetune_epochs)
     start = parse_duration(options.prune_start_epoch, epochs, steps_per_epoch)
     final = parse_duration(options.prune_finalize_epoch or "100%", epochs, steps_per_epoch)
     if options.prune_sparse_epoch is None:

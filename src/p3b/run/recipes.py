@@ -96,7 +96,7 @@ def auto_recipe(facts: Facts, given: Settings) -> Recipe:
     """
     settled: dict[str, Any] = dict(given)
     choices = []
-    for rule in _RULES:
+    for rule in _rules(given):
         choice = rule(facts, settled)
         if choice is not None and choice.setting not in given:
             choices.append(choice)
@@ -108,6 +108,8 @@ def small_recipe(given: Settings, *, prunes: bool) -> Recipe:
     """Fixed values for a few hundred images."""
     epochs = {"epochs": 30, "finetune_epochs": 30} if prunes else {"epochs": 60}
     pruning = {"prune_start_epoch": "20%", "prune_update_every": "30steps"} if prunes else {}
+    if given.get("epochs") == 0:  # one shot: no phases, and no fine-tuning that was not asked for
+        epochs, pruning = {}, {}
     values = {**_MEDIUM, **epochs, **pruning, "batch_size": 32, "lr": 4e-3, "drop_path": 0.0}
     reason = "for a few hundred images"
     return Recipe("small", tuple(Choice(name, value, reason) for name, value in values.items() if name not in given))
@@ -291,3 +293,11 @@ _RULES: tuple[Callable[[Facts, Settings], Choice | None], ...] = (
     _model_ema, _prune_start, _prune_update,
 )  # fmt: skip
 """In the order in which one depends on the other."""
+_RULES_OF_FINE_TUNING = (_batch_size, _lr, *map(_augmentation, _MILD), _hflip, _drop_path, _model_ema)
+"""Those for a model that is cut in one shot: its images are prepared in the way that it knows."""
+
+
+def _rules(given: Settings) -> tuple[Callable[[Facts, Settings], Choice | None], ...]:
+    if given.get("epochs") != 0:
+        return _RULES
+    return _RULES_OF_FINE_TUNING if given.get("finetune_epochs") else (_batch_size,)

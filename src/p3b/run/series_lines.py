@@ -36,7 +36,8 @@ def results(summary: Mapping[str, Any], stage: Path) -> dict[str, Any]:
     figures = summary["pruned" if summary["stage"] == "prune" else "model"]
     part = reported_part(summary["accuracy"])
     accuracy, provenance = summary["accuracy"][part], summary["provenance"]
-    epochs = [json.loads(line) for line in (stage / "metrics.jsonl").read_text().splitlines()]
+    metrics = stage / "metrics.jsonl"  # there is none where nothing was trained
+    epochs = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
     return {
         "part": part,
         "images": accuracy["images"],

@@ -136,6 +136,8 @@ def shared_warm_ups(config: CompareConfig, runs: Sequence[Run]) -> set[str]:
 
 def _name_of_warm_up(config: PruneConfig) -> str | None:
     options, seed = config.prune, config.run.seed
+    if config.training.epochs == 0:
+        return None
     return warm_up_name(options.prune_method, method_options_of(options, seed), options.prune_start_epoch, seed)
 
 

@@ -69,6 +69,7 @@ class Stage:
         provenance: of the models and of the summary.
         opening: lines about model, data and weights.
         doubts: warnings about them.
+        unknown_classes: why the model cannot know the classes of the data without training, in a sentence; None where it may.
         opened_at: seconds since the epoch.
         with_report: whether report.html is written at the end.
     """
@@ -92,6 +93,7 @@ class Stage:
     provenance: dict[str, Any]
     opening: tuple[str, ...]
     doubts: tuple[str, ...]
+    unknown_classes: str | None
     opened_at: float
     with_report: bool
 
@@ -128,7 +130,7 @@ class Stage:
         """Say what of a training that is about to start can hardly work.
 
         Args:
-            epochs: of the stage, fine-tuning included.
+            epochs: of the stage, fine-tuning included; 0: nothing is trained, and what is said is of the images alone.
             schedule: of pruning, where the stage prunes.
             asked_interval: mini-batches between two mask updates, as of --prune-steps-update-mask.
         """
@@ -147,7 +149,7 @@ class Stage:
             schedule=schedule,
             asked_interval=asked_interval,
         )
-        for said in (*self.doubts, *cautions(outlook)):
+        for said in (*self.doubts, *(cautions(outlook) if epochs else ())):
             self.screen.warn(f"warning: {said}")
 
     def warn_of_guessing(self, model: str, accuracies: Mapping[str, Accuracy]) -> None:
@@ -301,6 +303,7 @@ def _open(config: TrainConfig, name: str, machine: Machine, folder: StageFolder)
             *recipe_lines(config),
         ),
         doubts=_doubts(config, evaluated),
+        unknown_classes=opened.unknown_classes(config.model, splits.class_names),
         opened_at=opened_at,
         with_report=run.report and name in PRODUCTS,
     )

@@ -1,0 +1,135 @@
+"""One shot: `p3b prune --epochs 0` cuts a trained model by what some hundred training images say; nothing is trained."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import numpy as np
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from p3b.data import EvalBatches, eval_batches
+from p3b.data.cut import balanced_subset
+from p3b.errors import ConfigError, ModelError
+from p3b.pruner import Pruner
+from p3b.run.final_table import reported_part
+from p3b.run.guessing import said_of_guessing
+from p3b.run.options import PhaseOptions, PruneConfig
+from p3b.run.stage import Stage
+from p3b.train.evaluate import Accuracy
+
+PHASES = (
+    "prune_start_epoch",
+    "prune_sparse_epoch",
+    "prune_finalize_epoch",
+    "prune_steps_update_mask",
+    "prune_update_every",
+    "prune_masks",
+)
+"""Settings that say when masks close while a model trains."""
+
+
+def is_one_shot(config: PruneConfig) -> bool:
+    """Whether the model is pruned as it comes, without training."""
+    return config.training.epochs == 0
+
+
+def compensates(config: PruneConfig) -> bool:
+    """Whether what is cut is made up for by what stays."""
+    asked = config.prune.compensate
+    return is_one_shot(config) if asked == "auto" else asked == "on"
+
+
+def check_one_shot(config: PruneConfig) -> None:
+    """Refuse settings that one shot, where that is asked for, would have to ignore.
+
+    Raises:
+        ConfigError: names the setting.
+    """
+    if not is_one_shot(config):
+        return
+    options, defaults = config.prune, PhaseOptions()
+    for name in PHASES:
+        if (value := getattr(options, name)) != getattr(defaults, name):
+            raise ConfigError(
+                f"--{name.replace('_', '-')} {value} means nothing with --epochs 0, which prunes in one shot; leave it out, or "
+                "give --epochs."
+            )
+    if options.distill_from == "warm-up":
+        raise ConfigError(
+            "--distill-from warm-up needs a warm-up, and --epochs 0 trains nothing before the cut. The small model can learn "
+            "from the model that it is cut from: --distill-from dense-run with --dense-run, or --teacher-model and "
+            "--teacher-path."
+        )
+
+
+def require_trained(stage: Stage) -> dict[str, Accuracy]:
+    """Accuracy of the model that is to be pruned, on all parts; refuse one that does not know these classes.
+
+    Raises:
+        ModelError: its head is new or of other classes, or its answers are no better than guesses.
+    """
+    mend = (
+        "One shot (--epochs 0) trains nothing: give --model-path a model that is trained on these classes (dense/ of a "
+        "finished `p3b train`), or let it learn them on the way with --epochs 10 or more."
+    )
+    if stage.unknown_classes is not None:
+        raise ModelError(f"{stage.unknown_classes} {mend}")
+    accuracies = stage.evaluation.final(stage.model)
+    part = reported_part(accuracies)
+    found = accuracies[part]
+    guess = said_of_guessing("The model", part, found.top1, stage.evaluation.chances[part], found.images)
+    if guess is not None:
+        raise ModelError(f"{guess} {mend}")
+    return accuracies
+
+
+class CalibrationImages:
+    """Training images as they are, not augmented, that a cut is decided or compensated on; each rank has its share.
+
+    Args:
+        stage: whose training images they are.
+        count: how many at most, equally many of each class as nearly as can be, chosen by seed.
+    """
+
+    def __init__(self, stage: Stage, count: int) -> None:
+        train, seed, processes = stage.splits.train, stage.provenance["seed"], stage.machine.processes
+        count = min(count, len(train)) // processes.world_size * processes.world_size
+        if count < 1:
+            raise ConfigError(
+                f"--calibration-images leaves none for each of {processes.world_size} processes; give more of them."
+            )
+        chosen = balanced_subset(train.targets, count, seed)
+        # Class after class, as a folder has them, a batch would speak of one class alone.
+        self._images = train.subset(np.random.default_rng(seed).permutation(chosen))
+        self._stage = stage
+        self.count = count
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return iter(self._batches())
+
+    def without_targets(self) -> Iterator[Tensor]:
+        """Batches without their targets."""
+        for images, _ in self._batches():
+            yield images
+
+    def _batches(self) -> EvalBatches:
+        stage = self._stage
+        processes = stage.machine.processes
+        return eval_batches(
+            self._images,
+            stage.preprocessing,
+            batch_size=stage.recipe.options.batch_size,
+            num_workers=0,
+            device=stage.machine.device,
+            rank=processes.rank,
+            world_size=processes.world_size,
+        )
+
+
+def calibrate(stage: Stage, pruner: Pruner, images: CalibrationImages) -> None:
+    """Measure what the cut is decided by, and say how long it took."""
+    began = time.monotonic()
+    pruner.calibrate(images, cross_entropy)  # images and labels as they are: neither mixed nor smoothed
+    stage.screen.say(f"measured on {images.count:,} training images in {time.monotonic() - began:.1f} s; no weight has moved")

@@ -1,0 +1,216 @@
+"""What is cut is made up for by what stays: weights and biases of the layers around a cut are fitted anew, in closed form.
+
+Block by block, from the first on, two streams run through the network on a few hundred images: x, that of the dense model, and
+x~, that of the cut one as it has become so far. Each block has a first layer (qkv, fc1), which reads the kept input channels z~
+of its norm, and a last one (proj, fc2), which reads the kept inner channels h~. One after the other they are fitted:
+
+    first    W z~ + b   to what the dense block's first layer puts out on x, in the kept rows
+    last     W h~ + b   to the dense stream after the block less the cut one before it, in the kept output channels
+
+    min over W, b of   E |W f + b - t|^2 + r sum_ij Var(f_j) (W_ij - W'_ij)^2,     W' the weights that were trained
+
+The biases take what is constant in what closed, exactly; the weights take what of it follows linearly from what stays; and
+what earlier blocks have missed is made good where a later one can write it. Nothing but kept weights and their biases moves,
+so the small network still computes exactly what the masked one does, with the parameters that the budget allows.
+
+After CORP (arXiv 2602.05243), VBP (arXiv 2507.12988) and GRAIL (arXiv 2602.23795): the first regresses closed channels on kept
+ones, the second moves their means into the next bias, the third fits the next layer by a Gram matrix. Not so here: both layers
+of a block are fitted, to what the cut network really gives them, and the last one towards the dense model's stream.
+
+S images, N tokens, D width, F features of a layer, R rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+
+import torch
+from timm.layers import LayerScale
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+
+from p3b.errors import ModelError
+from p3b.vit.layout import BlockLayout, ModelLayout, Weight, dims_of, expand_along
+from p3b.vit.observing import evaluating, observed
+
+PENALTY = 0.01
+"""r, what holds weights to those that were trained, as a share of each feature's variance."""
+
+Reduce = Callable[[Tensor], Tensor]
+
+
+@torch.no_grad()
+def compensate(
+    model: VisionTransformer,
+    layout: ModelLayout,
+    masks: Mapping[str, Tensor],
+    batches: Iterable[Tensor],
+    reduce: Reduce,
+    penalty: float = PENALTY,
+) -> None:
+    """Close what the masks cut, by zeros in the weights themselves, and fit what stays; the model is changed in place.
+
+    Afterwards it computes what the hard masks leave of it, and `apply_cuts` by the same masks makes it small. Frozen layers
+    are closed and not fitted.
+
+    Args:
+        model: dense, without gates.
+        layout: its map.
+        masks: by gate name; an element stays where its mask is >= 0.5.
+        batches: images, (S, C, H, W) each, on the model's device; a few hundred are enough. Two streams of them, (S, N, D)
+            each, are held.
+        reduce: mean of a tensor over all ranks, which have images of their own.
+        penalty: r, >= 0.
+
+    Raises:
+        ModelError: the residual stream itself is pruned, which is not covered, or there are no images.
+    """
+    if layout.stream is not None:
+        raise ModelError("A cut of the residual stream itself cannot be compensated; cut without compensation.")
+    streams = [_Streams(x_SND, x_SND) for x_SND in (_first_stream(model, batch) for batch in batches)]
+    if not streams:
+        raise ModelError("There are no images to compensate the cut on: the batches are empty, or an iterator that is used up.")
+    with evaluating(model):
+        for block in layout.blocks:
+            _Branch(model.blocks[block.depth], block, masks).fit(streams, reduce, penalty)
+
+
+@dataclass
+class _Streams:
+    """The stream of a batch in the dense model and in the cut one, (S, N, D) each."""
+
+    dense: Tensor
+    cut: Tensor
+
+
+def _first_stream(model: VisionTransformer, batch: Tensor) -> Tensor:
+    """x_0: what the first block is given."""
+    with observed(model, [model.blocks[0]]) as seen:
+        model(batch)
+    return seen[model.blocks[0]].input
+
+
+class _Branch:
+    """One half of a timm block, dense and cut."""
+
+    def __init__(self, timm_block: Block, block: BlockLayout, masks: Mapping[str, Tensor]) -> None:
+        is_attn = block.kind == "attn"
+        self._norm = timm_block.norm1 if is_attn else timm_block.norm2
+        self._scale = timm_block.ls1 if is_attn else timm_block.ls2
+        self._cut: nn.Module = timm_block.attn if is_attn else timm_block.mlp
+        self._dense = deepcopy(self._cut)
+        self._weights = {weight.key.removeprefix(f"{block.name}."): weight for weight in block.weights}
+        self._block, self._masks = block, masks
+        self._first, self._last = ("qkv", "proj") if is_attn else ("fc1", "fc2")
+
+    def fit(self, streams: Sequence[_Streams], reduce: Reduce, penalty: float) -> None:
+        """Close and fit both layers, and let the streams run on."""
+        for name in (self._first, self._last):
+            layer = _CutLayer(self._cut.get_submodule(name), *self._kept(self._weights[f"{name}.weight"]))
+            layer.close()
+            if not layer.frozen:
+                layer.fit((self._features_and_target(name, each) for each in streams), reduce, penalty)
+        for each in streams:
+            each.dense = each.dense + self._scale(self._dense(self._norm(each.dense)))
+            each.cut = each.cut + self._scale(self._cut(self._norm(each.cut)))
+
+    def _features_and_target(self, name: str, streams: _Streams) -> tuple[Tensor, Tensor]:
+        """What a layer of the cut half is given, and what it should put out."""
+        z_SND, cut_SND = self._norm(streams.dense), self._norm(streams.cut)
+        if name == self._first:
+            return cut_SND, self._dense.get_submodule(name)(z_SND)
+        missed_SND = streams.dense - streams.cut
+        if isinstance(self._scale, LayerScale):
+            missed_SND = torch.where(self._scale.gamma == 0, 0, missed_SND / self._scale.gamma)
+        layer = self._cut.get_submodule(name)
+        with observed(self._cut, [layer]) as seen:
+            self._cut(cut_SND)
+        return seen[layer].input, self._dense(z_SND) + missed_SND
+
+    def _kept(self, weight: Weight) -> tuple[Tensor, Tensor]:
+        """(R,) and (F,) bool: the rows and columns of a matrix that stay."""
+        rows, columns = (self._kept_along(weight, axis) for axis in (0, 1))
+        return rows, columns
+
+    def _kept_along(self, weight: Weight, axis: int) -> Tensor:
+        factors, sizes = weight.axes[axis], self._block.sizes
+        kept = torch.ones(
+            self._dense.get_parameter(weight.key.removeprefix(f"{self._block.name}.")).shape[axis], dtype=torch.bool
+        )
+        for dim in dims_of(factors):
+            mask = (self._masks[self._block.gate(dim)] >= 0.5).cpu()
+            kept = kept & expand_along(mask, factors, dim, sizes)
+        return kept
+
+
+class _CutLayer:
+    """A linear layer some rows and columns of which are closed.
+
+    Args:
+        layer: whose parameters are changed.
+        rows, columns: (R,) and (F,) bool, those that stay.
+    """
+
+    def __init__(self, layer: nn.Linear, rows: Tensor, columns: Tensor) -> None:
+        self._layer = layer
+        self._rows, self._columns = (kept.nonzero().flatten().to(layer.weight.device) for kept in (rows, columns))
+        self.frozen = not layer.weight.requires_grad
+
+    def close(self) -> None:
+        """Put zeros where nothing stays."""
+        weight, bias = self._layer.weight, self._layer.bias
+        kept = weight[self._rows][:, self._columns]
+        weight.zero_()[self._rows[:, None], self._columns] = kept
+        if bias is not None:
+            kept = bias[self._rows]
+            bias.zero_()[self._rows] = kept
+
+    def fit(self, seen: Iterable[tuple[Tensor, Tensor]], reduce: Reduce, penalty: float) -> None:
+        """Move what stays to where the layer puts out what it should, as nearly as it can.
+
+        Args:
+            seen: for each batch the layer's input and what it should put out, of all columns and rows.
+            reduce, penalty: as in `compensate`.
+        """
+        layer, sums = self._layer, _Moments()
+        for features, target in seen:
+            sums.add(features[..., self._columns], (target - layer(features))[..., self._rows])
+        weight_RF, bias_R = sums.solve(reduce, penalty, constant=layer.bias is not None)
+        if not (weight_RF.isfinite().all() and bias_R.isfinite().all()):
+            return  # a batch that is not finite: the layer stays as it was trained
+        layer.weight[self._rows[:, None], self._columns] += weight_RF.to(layer.weight.dtype)
+        if layer.bias is not None:
+            layer.bias[self._rows] += bias_R.to(layer.bias.dtype)
+
+
+class _Moments:
+    """Sums over tokens of the products of features, and of features with what is missing; float64."""
+
+    def __init__(self) -> None:
+        self._sums: list[Tensor] = []
+
+    def add(self, features_SNF: Tensor, missing_SNR: Tensor) -> None:
+        f_TF, t_TR = features_SNF.flatten(0, -2).double(), missing_SNR.flatten(0, -2).double()
+        f_TF = torch.cat([f_TF, f_TF.new_ones(len(f_TF), 1)], dim=1)
+        found = [f_TF.T @ f_TF, f_TF.T @ t_TR]
+        self._sums = [total + each for total, each in zip(self._sums, found, strict=True)] if self._sums else found
+
+    def solve(self, reduce: Reduce, penalty: float, *, constant: bool) -> tuple[Tensor, Tensor]:
+        """(R, F) and (R,) by which weights and bias have to grow; a bias of zeros where there is no `constant`."""
+        square, cross = (reduce(total) for total in self._sums)
+        tokens = square[-1, -1].clone()
+        square, cross = square / tokens, cross / tokens
+        mean_F, offset_R = square[-1, :-1], cross[-1]
+        square_FF, cross_FR = square[:-1, :-1], cross[:-1]
+        if constant:
+            square_FF = square_FF - torch.outer(mean_F, mean_F)
+            cross_FR = cross_FR - torch.outer(mean_F, offset_R)
+        # Features in units of their own deviation; one that moves by no more than rounding is left out.
+        variance_F, size_F = square_FF.diagonal(), square[:-1, :-1].diagonal()
+        unit_F = torch.where(variance_F > 1e-10 * size_F, variance_F, torch.inf).rsqrt()
+        system_FF = square_FF * unit_F * unit_F[:, None]
+        system_FF.diagonal().add_(penalty + 1e-8)
+        weight_FR = unit_F[:, None] * torch.linalg.solve(system_FF, unit_F[:, None] * cross_FR)
+        return weight_FR.T, offset_R - mean_F @ weight_FR if constant else torch.zeros_like(offset_R)
