@@ -65,12 +65,13 @@ class Way:
 WAYS = {
     "plain": Way("equal shares, nothing compensated", compensate=False),
     "compensated": Way("equal shares, compensated"),
-    "single": Way("the same, scores of single images", score_batch=1),
-    "ordered": Way("the same, and the basis of heads ordered", score_batch=1, order=True),
-    "ridge": Way("shares by block benefit (ridge probes), scores of single images", "block_benefit", score_batch=1),
-    "taylor": Way("one ranking of the network, scores of single images", "taylor", score_batch=1),
-    "magnitude": Way("one ranking of the network by magnitude", "magnitude"),
-    "random": Way("equal shares, random elements", "random"),
+    "ridge": Way("shares by block benefit (ridge probes), compensated", "block_benefit"),
+    "taylor-plain": Way("one ranking of the network, nothing compensated", "taylor", compensate=False),
+    "taylor": Way("one ranking of the network, compensated", "taylor"),
+    "taylor-single": Way("the same, scores of single images", "taylor", score_batch=1),
+    "taylor-ordered": Way("one ranking, compensated, heads in ordered basis", "taylor", order=True),
+    "magnitude": Way("one ranking by magnitude, compensated", "magnitude"),
+    "random": Way("equal shares, random elements, compensated", "random"),
 }
 
 

@@ -130,3 +130,12 @@ def test_a_model_that_is_not_pruned_has_no_phases() -> None:
 def test_the_small_recipe_is_fixed() -> None:
     values = {choice.setting: choice.value for choice in small_recipe({"epochs": 3}, prunes=True).choices}
     assert "epochs" not in values and values["lr"] == 4e-3 and values["batch_size"] == 32 and values["mixup"] == 0.2
+
+
+def test_one_shot_gets_nothing_that_it_would_not_use() -> None:
+    assert set(chosen(PHOTOS, epochs=0)) == {"batch_size"}
+    tuned = set(chosen(PHOTOS, epochs=0, finetune_epochs=3))
+    assert {"lr", "crop_scale"} <= tuned
+    assert not tuned & {"input_size", "crop_pct", "prune_start_epoch", "prune_update_every"}
+    small = {choice.setting for choice in small_recipe({"epochs": 0}, prunes=True).choices}
+    assert not small & {"epochs", "finetune_epochs", "prune_start_epoch", "prune_update_every"}

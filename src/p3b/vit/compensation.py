@@ -174,10 +174,11 @@ class _CutLayer:
             seen: for each batch the layer's input and what it should put out, of all columns and rows.
             reduce, penalty: as in `compensate`.
         """
-        layer, sums = self._layer, _Moments()
+        layer = self._layer
+        sums = _Moments(reduce, constant=layer.bias is not None)
         for features, target in seen:
             sums.add(features[..., self._columns], (target - layer(features))[..., self._rows])
-        weight_RF, bias_R = sums.solve(reduce, penalty, constant=layer.bias is not None)
+        weight_RF, bias_R = sums.solve(penalty)
         if not (weight_RF.isfinite().all() and bias_R.isfinite().all()):
             return  # a batch that is not finite: the layer stays as it was trained
         layer.weight[self._rows[:, None], self._columns] += weight_RF.to(layer.weight.dtype)
@@ -186,31 +187,46 @@ class _CutLayer:
 
 
 class _Moments:
-    """Sums over tokens of the products of features, and of features with what is missing; float64."""
+    """Sums over tokens of the products of features, and of features with what is missing.
 
-    def __init__(self) -> None:
+    Products are taken in the model's own number format and summed in float64 over batches. Features count from about their
+    mean, that of the first batch, so that nothing is lost in that format where a mean is large and what varies is small.
+
+    Args:
+        reduce: mean of a tensor over all ranks.
+        constant: whether the layer has a bias; without one features count from zero.
+    """
+
+    def __init__(self, reduce: Reduce, *, constant: bool) -> None:
+        self._reduce, self._constant = reduce, constant
+        self._from_F: Tensor | None = None
         self._sums: list[Tensor] = []
 
     def add(self, features_SNF: Tensor, missing_SNR: Tensor) -> None:
-        f_TF, t_TR = features_SNF.flatten(0, -2).double(), missing_SNR.flatten(0, -2).double()
-        f_TF = torch.cat([f_TF, f_TF.new_ones(len(f_TF), 1)], dim=1)
-        found = [f_TF.T @ f_TF, f_TF.T @ t_TR]
+        f_TF, t_TR = features_SNF.flatten(0, -2), missing_SNR.flatten(0, -2)
+        if self._from_F is None:
+            self._from_F = self._reduce(f_TF.mean(0)) if self._constant else f_TF.new_zeros(f_TF.shape[1])
+        f_TF = torch.cat([f_TF - self._from_F, f_TF.new_ones(len(f_TF), 1)], dim=1)
+        found = [(f_TF.T @ f_TF).double(), (f_TF.T @ t_TR).double()]
         self._sums = [total + each for total, each in zip(self._sums, found, strict=True)] if self._sums else found
 
-    def solve(self, reduce: Reduce, penalty: float, *, constant: bool) -> tuple[Tensor, Tensor]:
-        """(R, F) and (R,) by which weights and bias have to grow; a bias of zeros where there is no `constant`."""
-        square, cross = (reduce(total) for total in self._sums)
-        tokens = square[-1, -1].clone()
+    def solve(self, penalty: float) -> tuple[Tensor, Tensor]:
+        """(R, F) and (R,) float64, by which weights and bias have to grow; zeros for a bias that is not there."""
+        assert self._from_F is not None
+        square, cross = (self._reduce(total) for total in self._sums)
+        tokens, from_F = square[-1, -1].clone(), self._from_F.double()
         square, cross = square / tokens, cross / tokens
         mean_F, offset_R = square[-1, :-1], cross[-1]
         square_FF, cross_FR = square[:-1, :-1], cross[:-1]
-        if constant:
+        if self._constant:
             square_FF = square_FF - torch.outer(mean_F, mean_F)
             cross_FR = cross_FR - torch.outer(mean_F, offset_R)
         # Features in units of their own deviation; one that moves by no more than rounding is left out.
-        variance_F, size_F = square_FF.diagonal(), square[:-1, :-1].diagonal()
+        variance_F = square_FF.diagonal()
+        size_F = variance_F + (mean_F + from_F).square()
         unit_F = torch.where(variance_F > 1e-10 * size_F, variance_F, torch.inf).rsqrt()
         system_FF = square_FF * unit_F * unit_F[:, None]
         system_FF.diagonal().add_(penalty + 1e-8)
         weight_FR = unit_F[:, None] * torch.linalg.solve(system_FF, unit_F[:, None] * cross_FR)
-        return weight_FR.T, offset_R - mean_F @ weight_FR if constant else torch.zeros_like(offset_R)
+        constant_R = offset_R - (mean_F + from_F) @ weight_FR if self._constant else torch.zeros_like(offset_R)
+        return weight_FR.T, constant_R
