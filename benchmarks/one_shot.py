@@ -24,7 +24,7 @@ from typing import Any
 
 import timm
 import torch
-from harness.bench import Bench, main
+from harness.command import Bench, main
 from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn

@@ -133,7 +133,9 @@ def test_the_small_recipe_is_fixed() -> None:
 
 
 def test_one_shot_gets_nothing_that_it_would_not_use() -> None:
-    assert set(chosen(PHOTOS, epochs=0)) == {"batch_size"}
+    assert set(chosen(PHOTOS, epochs=0)) == {"batch_size", "prune_method"}
+    assert "prune_method" not in chosen(PHOTOS)
+    assert "prune_method" not in chosen(PHOTOS, epochs=0, spare=("blocks.0",))
     tuned = set(chosen(PHOTOS, epochs=0, finetune_epochs=3))
     assert {"lr", "crop_scale"} <= tuned
     assert not tuned & {"input_size", "crop_pct", "prune_start_epoch", "prune_update_every"}

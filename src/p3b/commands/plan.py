@@ -81,11 +81,14 @@ def _seconds(
 
 def _say_run(screen: Screen, plan: PrunePlan, steps_per_epoch: int, seconds: Seconds) -> None:
     schedule = plan.schedule
-    screen.say(
-        f"run: {plan.epochs} epochs of pruning and {plan.finetune_epochs} of fine-tuning, {steps_per_epoch} steps each; "
-        f"pruning starts at step {schedule.start}, is sparse at {schedule.sparse}, ends at {schedule.final}; masks are "
-        f"updated every {schedule.update_every}"
-    )
+    if plan.epochs == 0:
+        screen.say(f"run: one shot, and {plan.finetune_epochs} epochs of fine-tuning, {steps_per_epoch} steps each")
+    else:
+        screen.say(
+            f"run: {plan.epochs} epochs of pruning and {plan.finetune_epochs} of fine-tuning, {steps_per_epoch} steps each; "
+            f"pruning starts at step {schedule.start}, is sparse at {schedule.sparse}, ends at {schedule.final}; masks are "
+            f"updated every {schedule.update_every}"
+        )
     screen.result(
         f"time: about {duration(seconds.total)} on this machine as it is now ({duration(seconds.pruning)} pruning, "
         f"{duration(seconds.fine_tuning)} fine-tuning, {duration(seconds.evaluation)} evaluation)"

@@ -288,16 +288,29 @@ def _prune_update(facts: Facts, settled: Settings) -> Choice | None:
     )
 
 
+def _one_shot_method(_facts: Facts, settled: Settings) -> Choice | None:
+    if settled.keys() & _OF_BLOCK_BENEFIT:
+        return None
+    return Choice("prune_method", "taylor", "one ranking of the network loses least where nothing is trained")
+
+
+_OF_BLOCK_BENEFIT = {
+    "prune_keep_ratios", "prune_benefit", "prune_alpha", "prune_gamma", "prune_benefit_scale", "probe_lr", "align", "spare",
+}  # fmt: skip
+"""Settings by which somebody asks for block_benefit without naming it."""
+
+
 _RULES: tuple[Callable[[Facts, Settings], Choice | None], ...] = (
     _input_size, _crop_pct, _batch_size, _epochs, _finetune_epochs, _lr, *map(_augmentation, _MILD), _hflip, _drop_path,
     _model_ema, _prune_start, _prune_update,
 )  # fmt: skip
 """In the order in which one depends on the other."""
-_RULES_OF_FINE_TUNING = (_batch_size, _lr, *map(_augmentation, _MILD), _hflip, _drop_path, _model_ema)
+_RULES_OF_CUT = (_batch_size, _one_shot_method)
+_RULES_OF_FINE_TUNING = (*_RULES_OF_CUT, _lr, *map(_augmentation, _MILD), _hflip, _drop_path, _model_ema)
 """Those for a model that is cut in one shot: its images are prepared in the way that it knows."""
 
 
 def _rules(given: Settings) -> tuple[Callable[[Facts, Settings], Choice | None], ...]:
     if given.get("epochs") != 0:
         return _RULES
-    return _RULES_OF_FINE_TUNING if given.get("finetune_epochs") else (_batch_size,)
+    return _RULES_OF_FINE_TUNING if given.get("finetune_epochs") else _RULES_OF_CUT
