@@ -42,6 +42,8 @@ def test_moments_that_are_singular_leave_the_model_as_it_was() -> None:
     assert torch.allclose(model(batch), before, rtol=0, atol=1e-9)
 
 
-def test_moments_without_images_are_refused() -> None:
+def test_what_cannot_be_ordered_is_refused() -> None:
     with pytest.raises(ModelError, match="no images"):
         head_moments(tiny_vit(), [])
+    with pytest.raises(ModelError, match=r"blocks\.0\.attn: the basis of its heads"):
+        head_moments(tiny_vit(qk_norm=True), [images()])

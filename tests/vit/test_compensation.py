@@ -6,16 +6,18 @@ from copy import deepcopy
 
 import pytest
 import torch
+from timm.layers import GluMlp, SwiGLU
 from torch import Tensor
 
 from p3b.errors import ModelError
 from p3b.vit.compact import apply_cuts, plan_cuts
 from p3b.vit.compensation import compensate
 from p3b.vit.gates import Gates
-from p3b.vit.layout import STREAM, read_layout
+from p3b.vit.layout import DEFAULT_DIMS, read_layout
 from tiny import VARIANTS, images, masks_of, random_masks, tiny_vit
 
-SHAPES = {"default": ("in", "head", "hidden", "out"), "whole heads": ("heads", "hidden", "out")}
+SHAPES = {"default": DEFAULT_DIMS, "whole heads": ("heads", "hidden", "out")}
+KINDS = {**VARIANTS, "gated in two layers": {"mlp_layer": SwiGLU}, "gated in one layer": {"mlp_layer": GluMlp}}
 
 
 def _same(tensor: Tensor) -> Tensor:
@@ -23,9 +25,9 @@ def _same(tensor: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("dims", SHAPES)
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", KINDS)
 def test_small_equals_masked_after_compensation(variant: str, dims: str) -> None:
-    model, batch = tiny_vit(dtype=torch.float64, **VARIANTS[variant]), images(6, dtype=torch.float64)
+    model, batch = tiny_vit(dtype=torch.float64, **KINDS[variant]), images(6, dtype=torch.float64)
     layout = read_layout(model, SHAPES[dims])
     masks = random_masks(layout, seed=2)
     compensate(model, layout, masks, [batch[:3], batch[3:]], _same)
@@ -94,7 +96,10 @@ def test_what_cannot_be_compensated_is_refused_and_left_alone() -> None:
     layout = read_layout(model)
     with pytest.raises(ModelError, match="no images"):
         compensate(model, layout, random_masks(layout), [], _same)
-    layout = read_layout(model, ("heads", "hidden", STREAM))
+    layout = read_layout(model, ("heads", "hidden", "stream"))
     with pytest.raises(ModelError, match="residual stream itself"):
         compensate(model, layout, {}, [images()], _same)
+    normed = tiny_vit(qk_norm=True)
+    with pytest.raises(ModelError, match=r"blocks\.0\.attn\.q_norm: a norm over what is cut"):
+        compensate(normed, read_layout(normed), {}, [images()], _same)
     assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())

@@ -25,7 +25,7 @@ from p3b.run.final_table import (
 )
 from p3b.run.inputs import open_model
 from p3b.run.method_options import method_options_of
-from p3b.run.one_shot import CalibrationImages, calibrate, check_one_shot, compensates, require_trained
+from p3b.run.one_shot import CalibrationImages, calibrate, check_one_shot, compensated_on, require_trained
 from p3b.run.option_checks import check
 from p3b.run.options import ModelOptions, PruneConfig, PruneOptions
 from p3b.run.prune_plan import plan_pruning
@@ -70,6 +70,7 @@ def prune(config: PruneConfig, warm_up: Path | None = None) -> dict[str, Any]:
         schedule = plan.schedule if plan.epochs else None
         pruner = Pruner(model, options.prune_ratio, options.prune_method, schedule, **method_options)
         images = CalibrationImages(stage, options.calibration_images)
+        fitted_on = compensated_on(stage, config, pruner, images)
         dense = None if plan.epochs else plain(require_trained(stage))
         checkpoint = _begin(stage, pruner, options.prune_method, method_options, warm_up)
         _say_plan(stage, pruner, options, method_options)
@@ -83,7 +84,7 @@ def prune(config: PruneConfig, warm_up: Path | None = None) -> dict[str, Any]:
             else:
                 calibrate(stage, pruner, images)
             _decide(stage, pruner, plan.epochs)
-            _shrink(stage, pruner, model, dense_params, images if compensates(config) else None)
+            _shrink(stage, pruner, model, dense_params, fitted_on)
             checkpoint = None
         else:
             model = _reopen_small(stage, config.model, distilled=recipe.options.teacher_model is not None)

@@ -18,6 +18,7 @@ from p3b.run.guessing import said_of_guessing
 from p3b.run.options import PhaseOptions, PruneConfig
 from p3b.run.stage import Stage
 from p3b.train.evaluate import Accuracy
+from p3b.vit.compensation import require_compensable
 
 PHASES = (
     "prune_start_epoch",
@@ -126,6 +127,24 @@ class CalibrationImages:
             rank=processes.rank,
             world_size=processes.world_size,
         )
+
+
+def compensated_on(stage: Stage, config: PruneConfig, pruner: Pruner, images: CalibrationImages) -> CalibrationImages | None:
+    """What the cut is compensated on; None where it is not.
+
+    Raises:
+        ModelError: compensation is asked for, and does not cover the model.
+    """
+    if not compensates(config):
+        return None
+    try:
+        require_compensable(stage.model, pruner.layout)
+    except ModelError as error:
+        if config.prune.compensate == "on":
+            raise
+        stage.screen.say(f"nothing is compensated: {error}")
+        return None
+    return images
 
 
 def calibrate(stage: Stage, pruner: Pruner, images: CalibrationImages) -> None:

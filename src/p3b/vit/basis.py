@@ -24,6 +24,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
+from timm.layers import Attention
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -61,7 +62,7 @@ def head_moments(model: VisionTransformer, batches: Iterable[Tensor]) -> list[He
     Raises:
         ModelError: a part of the model is not covered, or there are no images.
     """
-    require_standard_blocks(model)
+    _require_plain_heads(model)
     sums: list[dict[str, Tensor]] = [{} for _ in model.blocks]
     images = 0
     for batch in batches:
@@ -88,9 +89,19 @@ def order_heads(model: VisionTransformer, moments: Sequence[HeadMoments]) -> Non
     Raises:
         ModelError: a part of the model is not covered.
     """
-    require_standard_blocks(model)
+    _require_plain_heads(model)
     for block, found in zip(model.blocks, moments, strict=True):
         _order_block(block.attn, found)
+
+
+def _require_plain_heads(model: VisionTransformer) -> None:
+    """ModelError where something stands between queries and keys, or values and proj, that another basis would change."""
+    require_standard_blocks(model)
+    for depth, block in enumerate(model.blocks):
+        if type(block.attn) is not Attention or not all(
+            isinstance(norm, nn.Identity) for norm in (block.attn.q_norm, block.attn.k_norm, block.attn.norm)
+        ):
+            raise ModelError(f"blocks.{depth}.attn: the basis of its heads cannot be changed; only plain attention is covered.")
 
 
 def _sums_of(attn: nn.Module, qkv_SNE: Tensor, output_SNE: Tensor) -> dict[str, Tensor]:

@@ -22,17 +22,21 @@ S images, N tokens, D width, F features of a layer, R rows.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
-from timm.layers import LayerScale
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from p3b.errors import ModelError
-from p3b.vit.layout import BlockLayout, ModelLayout, Weight, dims_of, expand_along
+from p3b.vit.anatomy.attention import RotaryAttention
+from p3b.vit.anatomy.half import PreNorm
+from p3b.vit.anatomy.weights import Weight, dims_of, expand_along
+from p3b.vit.families import family_of
+from p3b.vit.layout import BlockLayout, ModelLayout
 from p3b.vit.observing import evaluating, observed
 
 PENALTY = 0.01
@@ -65,16 +69,42 @@ def compensate(
         penalty: r, >= 0.
 
     Raises:
-        ModelError: the residual stream itself is pruned, which is not covered, or there are no images.
+        ModelError: a part of the model is not covered (`require_compensable`), or there are no images.
     """
-    if layout.stream is not None:
-        raise ModelError("A cut of the residual stream itself cannot be compensated; cut without compensation.")
+    branches = _branches(model, layout)
     streams = [_Streams(x_SND, x_SND) for x_SND in (_first_stream(model, batch) for batch in batches)]
     if not streams:
         raise ModelError("There are no images to compensate the cut on: the batches are empty, or an iterator that is used up.")
     with evaluating(model):
         for block in layout.blocks:
-            _Branch(model.blocks[block.depth], block, masks).fit(streams, reduce, penalty)
+            timm_block, half = branches[block.name]
+            _Branch(timm_block, half, block, masks).fit(streams, reduce, penalty)
+
+
+def require_compensable(model: VisionTransformer, layout: ModelLayout) -> None:
+    """Refuse a model, or dimensions of it, whose cut `compensate` cannot make up for; arguments as there.
+
+    Raises:
+        ModelError: names the part.
+    """
+    _branches(model, layout)
+
+
+def _branches(model: VisionTransformer, layout: ModelLayout) -> dict[str, tuple[nn.Module, PreNorm]]:
+    """Every residual branch by its name: its block, and which half of it. ModelError for one that is not covered."""
+    mend = "cut without compensation (--compensate off)."
+    if layout.stream is not None:
+        raise ModelError(f"A cut of the residual stream itself cannot be compensated; {mend}")
+    for block in layout.blocks:
+        if block.moments:
+            raise ModelError(f"{block.moments[0].norm}: a norm over what is cut inside a block cannot be compensated; {mend}")
+    found: dict[str, tuple[nn.Module, PreNorm]] = {}
+    for part in family_of(model).blocks(model):
+        for half in part.halves:
+            if not isinstance(half, PreNorm) or isinstance(half.body, RotaryAttention):
+                raise ModelError(f"{part.branch(half)}: compensation does not cover a branch of this kind; {mend}")
+            found[part.branch(half)] = (part.module, half)
+    return found
 
 
 @dataclass
@@ -93,52 +123,56 @@ def _first_stream(model: VisionTransformer, batch: Tensor) -> Tensor:
 
 
 class _Branch:
-    """One half of a timm block, dense and cut."""
+    """One residual branch, dense and cut.
 
-    def __init__(self, timm_block: Block, block: BlockLayout, masks: Mapping[str, Tensor]) -> None:
-        is_attn = block.kind == "attn"
-        self._norm = timm_block.norm1 if is_attn else timm_block.norm2
-        self._scale = timm_block.ls1 if is_attn else timm_block.ls2
-        self._cut: nn.Module = timm_block.attn if is_attn else timm_block.mlp
+    Args:
+        timm_block, half: where it lies.
+        block: its map.
+        masks: by gate name.
+    """
+
+    def __init__(self, timm_block: nn.Module, half: PreNorm, block: BlockLayout, masks: Mapping[str, Tensor]) -> None:
+        self._norm, self._scale = half.entry(timm_block), half.scale(timm_block)
+        self._cut = timm_block.get_submodule(half.name)
         self._dense = deepcopy(self._cut)
-        self._weights = {weight.key.removeprefix(f"{block.name}."): weight for weight in block.weights}
+        inside = f"{block.name}."
+        matrices = [weight for weight in block.weights if len(weight.axes) == 2]
+        self._layers = {weight.key.removeprefix(inside).removesuffix(".weight"): weight for weight in matrices}
+        """Its linear layers by name, in their order; the last one writes to the stream."""
+        self._last = next(name for name, layer in self._cut.named_modules() if layer is half.body.last(self._cut))
         self._block, self._masks = block, masks
-        self._first, self._last = ("qkv", "proj") if is_attn else ("fc1", "fc2")
 
     def fit(self, streams: Sequence[_Streams], reduce: Reduce, penalty: float) -> None:
-        """Close and fit both layers, and let the streams run on."""
-        for name in (self._first, self._last):
-            layer = _CutLayer(self._cut.get_submodule(name), *self._kept(self._weights[f"{name}.weight"]))
+        """Close and fit all layers, and let the streams run on."""
+        for name, weight in self._layers.items():
+            layer = _CutLayer(self._cut.get_submodule(name), self._kept(weight, 0), self._kept(weight, 1))
             layer.close()
             if not layer.frozen:
                 layer.fit((self._features_and_target(name, each) for each in streams), reduce, penalty)
         for each in streams:
-            each.dense = each.dense + self._scale(self._dense(self._norm(each.dense)))
-            each.cut = each.cut + self._scale(self._cut(self._norm(each.cut)))
+            each.dense = each.dense + self._scaled(self._dense(self._norm(each.dense)))
+            each.cut = each.cut + self._scaled(self._cut(self._norm(each.cut)))
+
+    def _scaled(self, outputs_SND: Tensor) -> Tensor:
+        return outputs_SND if self._scale is None else outputs_SND * self._scale
 
     def _features_and_target(self, name: str, streams: _Streams) -> tuple[Tensor, Tensor]:
-        """What a layer of the cut half is given, and what it should put out."""
+        """What a layer of the cut branch is given, and what it should put out."""
         z_SND, cut_SND = self._norm(streams.dense), self._norm(streams.cut)
-        if name == self._first:
+        if name != self._last:
             return cut_SND, self._dense.get_submodule(name)(z_SND)
         missed_SND = streams.dense - streams.cut
-        if isinstance(self._scale, LayerScale):
-            missed_SND = torch.where(self._scale.gamma == 0, 0, missed_SND / self._scale.gamma)
+        if self._scale is not None:
+            missed_SND = torch.where(self._scale == 0, 0, missed_SND / self._scale)
         layer = self._cut.get_submodule(name)
         with observed(self._cut, [layer]) as seen:
             self._cut(cut_SND)
         return seen[layer].input, self._dense(z_SND) + missed_SND
 
-    def _kept(self, weight: Weight) -> tuple[Tensor, Tensor]:
-        """(R,) and (F,) bool: the rows and columns of a matrix that stay."""
-        rows, columns = (self._kept_along(weight, axis) for axis in (0, 1))
-        return rows, columns
-
-    def _kept_along(self, weight: Weight, axis: int) -> Tensor:
+    def _kept(self, weight: Weight, axis: int) -> Tensor:
+        """Which rows (axis 0) or columns (1) of a matrix stay, bool."""
         factors, sizes = weight.axes[axis], self._block.sizes
-        kept = torch.ones(
-            self._dense.get_parameter(weight.key.removeprefix(f"{self._block.name}.")).shape[axis], dtype=torch.bool
-        )
+        kept = torch.ones(math.prod(sizes[each] if isinstance(each, str) else each for each in factors), dtype=torch.bool)
         for dim in dims_of(factors):
             mask = (self._masks[self._block.gate(dim)] >= 0.5).cpu()
             kept = kept & expand_along(mask, factors, dim, sizes)
