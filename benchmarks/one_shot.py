@@ -24,13 +24,13 @@ from typing import Any
 
 import timm
 import torch
-from harness.command import Bench, main
 from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import p3b
+from harness.command import Bench, main
 from harness.pages import Part, how_it_was_run, table
 from harness.records import RESULTS, ROOT
 from p3b.data import Preprocessing, eval_batches
