@@ -25,7 +25,7 @@ from p3b.run.final_table import (
 )
 from p3b.run.inputs import open_model
 from p3b.run.method_options import method_options_of
-from p3b.run.one_shot import CalibrationImages, calibrate, check_one_shot, compensated_on, require_trained
+from p3b.run.one_shot import CalibrationImages, calibrate, compensated_on, require_trained
 from p3b.run.option_checks import check
 from p3b.run.options import ModelOptions, PruneConfig, PruneOptions
 from p3b.run.prune_plan import plan_pruning
@@ -57,7 +57,6 @@ def prune(config: PruneConfig, warm_up: Path | None = None) -> dict[str, Any]:
     method_options = method_options_of(options, config.run.seed)
     check_layout(options.layout, [AUTO])
     check(config)
-    check_one_shot(config)
     if (summary := finished_summary(config, "prune")) is not None:
         return summary
     dense_run = None if options.dense_run is None else read_dense_run(options.dense_run)

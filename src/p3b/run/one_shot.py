@@ -15,54 +15,16 @@ from p3b.errors import ConfigError, ModelError
 from p3b.pruner import Pruner
 from p3b.run.final_table import reported_part
 from p3b.run.guessing import said_of_guessing
-from p3b.run.options import PhaseOptions, PruneConfig
+from p3b.run.options import PruneConfig
 from p3b.run.stage import Stage
 from p3b.train.evaluate import Accuracy
 from p3b.vit.compensation import require_compensable
-
-PHASES = (
-    "prune_start_epoch",
-    "prune_sparse_epoch",
-    "prune_finalize_epoch",
-    "prune_steps_update_mask",
-    "prune_update_every",
-    "prune_masks",
-)
-"""Settings that say when masks close while a model trains."""
-
-
-def is_one_shot(config: PruneConfig) -> bool:
-    """Whether the model is pruned as it comes, without training."""
-    return config.training.epochs == 0
 
 
 def compensates(config: PruneConfig) -> bool:
     """Whether what is cut is made up for by what stays."""
     asked = config.prune.compensate
-    return is_one_shot(config) if asked == "auto" else asked == "on"
-
-
-def check_one_shot(config: PruneConfig) -> None:
-    """Refuse settings that one shot, where that is asked for, would have to ignore.
-
-    Raises:
-        ConfigError: names the setting.
-    """
-    if not is_one_shot(config):
-        return
-    options, defaults = config.prune, PhaseOptions()
-    for name in PHASES:
-        if (value := getattr(options, name)) != getattr(defaults, name):
-            raise ConfigError(
-                f"--{name.replace('_', '-')} {value} means nothing with --epochs 0, which prunes in one shot; leave it out, or "
-                "give --epochs."
-            )
-    if options.distill_from == "warm-up":
-        raise ConfigError(
-            "--distill-from warm-up needs a warm-up, and --epochs 0 trains nothing before the cut. The small model can learn "
-            "from the model that it is cut from: --distill-from dense-run with --dense-run, or --teacher-model and "
-            "--teacher-path."
-        )
+    return config.training.epochs == 0 if asked == "auto" else asked == "on"
 
 
 def require_trained(stage: Stage) -> dict[str, Accuracy]:

@@ -10,12 +10,23 @@ from p3b.run.options import (
     EvaluateConfig,
     MachineOptions,
     ModelOptions,
+    PhaseOptions,
     PruneConfig,
     PruneOptions,
     RunOptions,
     TrainConfig,
     TrainingOptions,
 )
+
+_PHASES = (
+    "prune_start_epoch",
+    "prune_sparse_epoch",
+    "prune_finalize_epoch",
+    "prune_steps_update_mask",
+    "prune_update_every",
+    "prune_masks",
+)
+"""Settings that say when masks close while a model trains."""
 
 
 def check(config: TrainConfig) -> None:
@@ -34,6 +45,7 @@ def check(config: TrainConfig) -> None:
         raise ConfigError("--resize-model-by-checkpoint needs --model-path: the pruned model or first_sparse_checkpoint.pth.")
     if isinstance(config, PruneConfig):
         _check_pruning(config.prune)
+        _check_one_shot(config)
         if config.model.resize_model_by_checkpoint:
             raise ConfigError("A model that has been pruned already cannot be pruned again; use `p3b finetune` for it.")
 
@@ -118,6 +130,25 @@ def _check_pruning(prune: PruneOptions) -> None:
         _positive(finetune_lr=prune.finetune_lr)
     if prune.prune_steps_update_mask is not None:
         _positive(prune_steps_update_mask=prune.prune_steps_update_mask)
+
+
+def _check_one_shot(config: PruneConfig) -> None:
+    """Refuse settings that one shot, where that is asked for, would have to ignore."""
+    if config.training.epochs > 0:
+        return
+    options, defaults = config.prune, PhaseOptions()
+    for name in _PHASES:
+        if (value := getattr(options, name)) != getattr(defaults, name):
+            raise ConfigError(
+                f"--{name.replace('_', '-')} {value} means nothing with --epochs 0, which prunes in one shot; leave it out, or "
+                "give --epochs."
+            )
+    if options.distill_from == "warm-up":
+        raise ConfigError(
+            "--distill-from warm-up needs a warm-up, and --epochs 0 trains nothing before the cut. The small model can learn "
+            "from the model that it is cut from: --distill-from dense-run with --dense-run, or --teacher-model and "
+            "--teacher-path."
+        )
 
 
 def _check_inputs(data: DataOptions, model: ModelOptions) -> None:

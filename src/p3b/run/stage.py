@@ -264,7 +264,6 @@ def _open(config: TrainConfig, name: str, machine: Machine, folder: StageFolder)
     if not evaluated:
         raise ConfigError("There is nothing to evaluate on: give --val-path, --test-path or a --val-share above 0.")
     cache = keep_decoded(splits, config.data.cache, machine.processes.local_world_size)
-
     opened = open_model(config.model, len(splits.class_names), run.seed)
     artifact.model_config(opened.model)  # what could not be saved is refused now, not after hours
     workers = num_workers(config.data, machine.processes, machine.device)
@@ -272,7 +271,6 @@ def _open(config: TrainConfig, name: str, machine: Machine, folder: StageFolder)
         training, config.augment, splits, opened.preprocessing, opened.model, machine, seed=run.seed, num_workers=workers
     )
     origin = provenance(machine, stage=name, model=config.model.model, data=splits.description, seed=run.seed)
-    title = f"{name}: {config.model.model}, {count_parameters(opened.model):,} parameters, seed {run.seed}"
     return Stage(
         name=name,
         settings=_settings(config, splits, opened, recipe, machine, workers),
@@ -299,7 +297,8 @@ def _open(config: TrainConfig, name: str, machine: Machine, folder: StageFolder)
         products=Products(folder.root, name, _description(splits, opened, origin, machine), machine),
         provenance=origin,
         opening=(
-            *_opening(title, splits, cache, opened.notes(config.model, splits.class_names), recipe, machine),
+            f"{name}: {config.model.model}, {count_parameters(opened.model):,} parameters, seed {run.seed}",
+            *_opening(splits, cache, opened.notes(config.model, splits.class_names), recipe, machine),
             *recipe_lines(config),
         ),
         doubts=_doubts(config, evaluated),
@@ -349,13 +348,10 @@ def _doubts(config: TrainConfig, evaluated: Mapping[str, LabelledImages]) -> tup
     return tuple(f"{line}. Give the same data and --seed as then." for line in said if line is not None)
 
 
-def _opening(
-    title: str, splits: DataSplits, cache: str, weights: list[str], recipe: Recipe, machine: Machine
-) -> tuple[str, ...]:
+def _opening(splits: DataSplits, cache: str, weights: list[str], recipe: Recipe, machine: Machine) -> tuple[str, ...]:
     """What is said at the beginning."""
     processes = machine.processes.world_size
     return (
-        title,
         f"data: {splits.description}",
         *splits.notes,
         cache,
