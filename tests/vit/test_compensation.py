@@ -103,3 +103,13 @@ def test_what_cannot_be_compensated_is_refused_and_left_alone() -> None:
     with pytest.raises(ModelError, match=r"blocks\.0\.attn\.q_norm: a norm over what is cut"):
         compensate(normed, read_layout(normed), {}, [images()], _same)
     assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
+
+
+def test_images_that_are_not_finite_leave_what_stays_as_it_was() -> None:
+    model = tiny_vit()
+    layout = read_layout(model)
+    masks = random_masks(layout)
+    cut = apply_cuts(deepcopy(model), plan_cuts(layout, masks))
+    compensate(model, layout, masks, [images(2) * torch.nan], _same)
+    fitted = apply_cuts(model, plan_cuts(layout, masks)).state_dict()
+    assert all(torch.equal(value, fitted[key]) for key, value in cut.state_dict().items())

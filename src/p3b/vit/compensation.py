@@ -223,7 +223,7 @@ class _CutLayer:
 class _Moments:
     """Sums over tokens of the products of features, and of features with what is missing.
 
-    Products are taken in the model's own number format and summed in float64 over batches. Features count from about their
+    Products are taken in the model's number format, float32 at least, and summed in float64 over batches. Features count from about their
     mean, that of the first batch, so that nothing is lost in that format where a mean is large and what varies is small.
 
     Args:
@@ -237,7 +237,8 @@ class _Moments:
         self._sums: list[Tensor] = []
 
     def add(self, features_SNF: Tensor, missing_SNR: Tensor) -> None:
-        f_TF, t_TR = features_SNF.flatten(0, -2), missing_SNR.flatten(0, -2)
+        wide = torch.promote_types(features_SNF.dtype, torch.float32)
+        f_TF, t_TR = features_SNF.flatten(0, -2).to(wide), missing_SNR.flatten(0, -2).to(wide)
         if self._from_F is None:
             self._from_F = self._reduce(f_TF.mean(0)) if self._constant else f_TF.new_zeros(f_TF.shape[1])
         f_TF = torch.cat([f_TF - self._from_F, f_TF.new_ones(len(f_TF), 1)], dim=1)
@@ -261,6 +262,6 @@ class _Moments:
         unit_F = torch.where(variance_F > 1e-10 * size_F, variance_F, torch.inf).rsqrt()
         system_FF = square_FF * unit_F * unit_F[:, None]
         system_FF.diagonal().add_(penalty + 1e-8)
-        weight_FR = unit_F[:, None] * torch.linalg.solve(system_FF, unit_F[:, None] * cross_FR)
+        weight_FR = unit_F[:, None] * torch.linalg.solve_ex(system_FF, unit_F[:, None] * cross_FR).result
         constant_R = offset_R - (mean_F + from_F) @ weight_FR if self._constant else torch.zeros_like(offset_R)
         return weight_FR.T, constant_R
