@@ -223,8 +223,8 @@ class _CutLayer:
 class _Moments:
     """Sums over tokens of the products of features, and of features with what is missing.
 
-    Products are taken in the model's number format, float32 at least, and summed in float64 over batches. Features count from about their
-    mean, that of the first batch, so that nothing is lost in that format where a mean is large and what varies is small.
+    Products are taken in the model's number format, float32 at least, and summed in float64 over batches. Features count from
+    about their mean, that of the first batch: nothing is lost in that format where a mean is large and what varies is small.
 
     Args:
         reduce: mean of a tensor over all ranks.
