@@ -37,7 +37,6 @@ from p3b.data import Preprocessing, eval_batches
 from p3b.run.inputs import open_splits
 from p3b.run.options import DataOptions
 from p3b.train.distributed import Processes
-from p3b.vit.basis import head_moments, order_heads
 
 CALIBRATION, TRAINING, BATCH, RATE = 128, 3_000, 32, 2.5e-4
 RATIOS = (0.5, 0.75, 0.9)
@@ -138,10 +137,8 @@ def cut(way: Way, ratio: float, dense: VisionTransformer, calibration: Images) -
         return found
 
     photos = [images for images, _ in calibration.batches(BATCH)]
-    if way.order:
-        timed("order", lambda: order_heads(model, head_moments(model, photos)))
     pruner = p3b.Pruner(model, ratio, way.method)
-    timed("calibrate", lambda: pruner.calibrate(calibration.batches(way.score_batch), F.cross_entropy))
+    timed("calibrate", lambda: pruner.calibrate(calibration.batches(way.score_batch), F.cross_entropy, order=way.order))
     return timed("cut", lambda: pruner.finalize(photos if way.compensate else None)), seconds
 
 

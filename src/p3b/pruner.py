@@ -20,6 +20,7 @@ from p3b.methods.base import Criterion, Decision
 from p3b.methods.calibration import Batches, measure
 from p3b.scoring.meter import Reduce
 from p3b.train.distributed import all_reduce_mean, require_agreement
+from p3b.vit.basis import head_moments, order_heads
 from p3b.vit.compact import apply_cuts, plan_cuts
 from p3b.vit.compensation import compensate
 from p3b.vit.cost import dense_params, kept_other_params, kept_params
@@ -45,10 +46,10 @@ class Pruner:
                 break
         model = pruner.finalize()  # an ordinary module, small; it has new parameters, so give it a new optimizer
 
-    Without a schedule it is one shot: some hundred images are measured, and no weight moves but by compensation.
+    Without a schedule it is one shot: a trained model is measured on some hundred images and cut, nothing is trained.
 
-        pruner = p3b.Pruner(trained, prune_ratio=0.5, method="uniform")
-        pruner.calibrate(batches, criterion)              # (images, targets), forward and backward
+        pruner = p3b.Pruner(trained, prune_ratio=0.5, method="taylor")
+        pruner.calibrate(batches, criterion)              # (images, targets); what the model computes stays
         model = pruner.finalize(images)                   # batches of images that what closes is compensated on
 
     Args:
@@ -155,13 +156,15 @@ class Pruner:
         self._see_to_frozen()
         return decision
 
-    def calibrate(self, batches: Batches, criterion: Criterion) -> int:
-        """Measure all that one shot is decided by; no weight moves. Then `finalize`.
+    def calibrate(self, batches: Batches, criterion: Criterion, *, order: bool = True) -> int:
+        """Measure all that one shot is decided by; what the model computes stays. Then `finalize`.
 
         Args:
             batches: (images, targets) on the model's device, shuffled, some hundred images in all. They are gone through
-                once, and twice where probes have to learn first: give a loader or a list, no generator.
+                two or three times (heads, probes, scores): give a loader or a list, no generator.
             criterion: the task loss, from outputs and targets to a scalar, as in training.
+            order: put the channels of attention heads into the order of what they carry first (`p3b.vit.basis`), where a
+                method prunes them: then channel i of all heads, which go together, means something in each of them.
 
         Returns:
             How many images there were. The model's gradients are gone.
@@ -175,6 +178,8 @@ class Pruner:
                 "This pruner has a schedule, by which it measures while the model trains: call step() after each backward "
                 "pass. To prune a trained model in one shot, make the pruner without a schedule."
             )
+        if order and any("head" in block.dims for block in self.layout.blocks):
+            order_heads(self._model, head_moments(self._model, (images for images, _ in batches), self._reduce))
         self._see_to_frozen()
         images = measure(self._model, self._method, batches, criterion, self._gradients_finite)
         self.steps_done = self.schedule.final

@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+
 import pytest
 import torch
+from torch import Tensor
 
-from p3b.errors import ModelError
+from p3b.errors import TrainingError
 from p3b.vit.basis import head_moments, order_heads
 from tiny import images, tiny_vit
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 @pytest.mark.parametrize("changed", [{}, {"qkv_bias": False}, {"embed_dim": 12, "num_heads": 1}], ids=str)
 def test_order_of_heads_changes_no_output(changed: dict[str, object]) -> None:
     model, batch = tiny_vit(dtype=torch.float64, **changed), images(6, dtype=torch.float64)
     before, weight = model(batch), model.blocks[0].attn.qkv.weight.clone()
-    order_heads(model, head_moments(model, [batch[:4], batch[4:]]))
+    order_heads(model, head_moments(model, [batch[:4], batch[4:]], _same))
     assert torch.allclose(model(batch), before, rtol=0, atol=1e-10)
     assert not torch.allclose(model.blocks[0].attn.qkv.weight, weight, atol=1e-3)
 
 
 def test_channels_of_a_head_come_in_the_order_of_what_they_carry() -> None:
     model, batch = tiny_vit(dtype=torch.float64), images(16, dtype=torch.float64)
-    order_heads(model, head_moments(model, [batch]))
-    for block, found in zip(model.blocks, head_moments(model, [batch]), strict=True):
+    order_heads(model, head_moments(model, [batch], _same))
+    for block, found in zip(model.blocks, head_moments(model, [batch], _same), strict=True):
+        assert found is not None
         query, key, output = (each.diagonal(dim1=-2, dim2=-1) for each in (found.query, found.key, found.output))
         columns = block.attn.proj.weight.unflatten(1, (3, 8)).square().sum(0)
         for carried in (query * key, output * columns):
@@ -38,12 +46,19 @@ def test_moments_that_are_singular_leave_the_model_as_it_was() -> None:
         model.blocks[0].attn.qkv.bias[:5].zero_()
         model.blocks[1].attn.proj.weight.zero_()
     before = model(batch)
-    order_heads(model, head_moments(model, [batch]))
+    order_heads(model, head_moments(model, [batch], _same))
     assert torch.allclose(model(batch), before, rtol=0, atol=1e-9)
 
 
-def test_what_cannot_be_ordered_is_refused() -> None:
-    with pytest.raises(ModelError, match="no images"):
-        head_moments(tiny_vit(), [])
-    with pytest.raises(ModelError, match=r"blocks\.0\.attn: the basis of its heads"):
-        head_moments(tiny_vit(qk_norm=True), [images()])
+def test_what_has_no_basis_to_choose_stays_as_it_is() -> None:
+    normed, frozen = tiny_vit(qk_norm=True), tiny_vit()
+    frozen.blocks[0].requires_grad_(False)
+    assert head_moments(normed, [images()], _same) == [None, None]
+    moments = head_moments(frozen, [images()], _same)
+    before = deepcopy(frozen.state_dict())
+    order_heads(frozen, moments)
+    moved = {key for key, value in frozen.state_dict().items() if not torch.equal(value, before[key])}
+    assert moved == {f"blocks.1.attn.{key}" for key in ("qkv.weight", "qkv.bias", "proj.weight")}
+    order_heads(frozen, head_moments(frozen, [images() * torch.nan], _same))
+    with pytest.raises(TrainingError, match="no images"):
+        head_moments(tiny_vit(), [], _same)

@@ -81,7 +81,7 @@ def prune(config: PruneConfig, warm_up: Path | None = None) -> dict[str, Any]:
                 epochs = Epochs("prune", plan.epochs, lr)
                 train_epochs(stage, model, epochs, pruner=pruner, distillation=distillation, checkpoint=checkpoint)
             else:
-                calibrate(stage, pruner, images)
+                calibrate(stage, pruner, images, order=options.order_heads)
             _decide(stage, pruner, plan.epochs)
             _shrink(stage, pruner, model, dense_params, fitted_on)
             checkpoint = None

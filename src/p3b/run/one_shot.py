@@ -109,8 +109,9 @@ def compensated_on(stage: Stage, config: PruneConfig, pruner: Pruner, images: Ca
     return images
 
 
-def calibrate(stage: Stage, pruner: Pruner, images: CalibrationImages) -> None:
+def calibrate(stage: Stage, pruner: Pruner, images: CalibrationImages, *, order: bool) -> None:
     """Measure what the cut is decided by, and say how long it took."""
     began = time.monotonic()
-    pruner.calibrate(images, cross_entropy)  # images and labels as they are: neither mixed nor smoothed
-    stage.screen.say(f"measured on {images.count:,} training images in {time.monotonic() - began:.1f} s; no weight has moved")
+    pruner.calibrate(images, cross_entropy, order=order)  # images and labels as they are: neither mixed nor smoothed
+    seconds = time.monotonic() - began
+    stage.screen.say(f"measured on {images.count:,} training images in {seconds:.1f} s; the model computes what it did before")

@@ -179,6 +179,8 @@ class PhaseOptions:
     """Training images that --epochs 0 measures on, and that --compensate fits on."""
     compensate: Literal["auto", "on", "off"] = "auto"
     """Whether at the cut the weights that stay are fitted to make up for what goes; auto: with --epochs 0."""
+    order_heads: bool = True
+    """With --epochs 0, order the channels of attention heads first, which changes nothing that the model computes."""
     prune_alpha: float = 0.5
     """Weight of the class token's benefit against the patches', in [0, 1]."""
     prune_gamma: float = 0.2

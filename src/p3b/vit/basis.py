@@ -20,7 +20,7 @@ K channels of a head, H heads, D width, S images, N tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,9 +28,10 @@ from timm.layers import Attention
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from p3b.errors import ModelError
-from p3b.vit.layout import require_standard_blocks
+from p3b.errors import TrainingError
 from p3b.vit.observing import observed
+
+Reduce = Callable[[Tensor], Tensor]
 
 LEAST_SHARE = 1e-6
 """Of the largest singular value: smaller ones are taken for this in the change of basis, which stays well conditioned."""
@@ -50,58 +51,63 @@ class HeadMoments:
     key: Tensor
     output: Tensor
 
+    def is_finite(self) -> bool:
+        """Whether all of it is."""
+        return all(bool(each.isfinite().all()) for each in (self.query, self.key, self.output))
+
 
 @torch.no_grad()
-def head_moments(model: VisionTransformer, batches: Iterable[Tensor]) -> list[HeadMoments]:
-    """Moments of every attention block of a dense model.
+def head_moments(model: VisionTransformer, batches: Iterable[Tensor], reduce: Reduce) -> list[HeadMoments | None]:
+    """Moments of every attention block of a dense model; None where something stands between queries and keys, or values and
+    proj, that another basis would change (norms, rotary positions).
 
     Args:
         model: dense; it is put into evaluation mode while it runs.
         batches: images, (S, C, H, W) each, on the model's device.
+        reduce: mean of a tensor over all ranks, which have images of their own.
 
     Raises:
-        ModelError: a part of the model is not covered, or there are no images.
+        TrainingError: there are no images.
     """
-    _require_plain_heads(model)
-    sums: list[dict[str, Tensor]] = [{} for _ in model.blocks]
+    attentions = [attn if _is_plain(attn) else None for attn in _attentions(model)]
+    sums: list[dict[str, Tensor]] = [{} for _ in attentions]
     images = 0
     for batch in batches:
         images += len(batch)
-        layers = [layer for block in model.blocks for layer in (block.attn.qkv, block.attn.proj)]
+        layers = [layer for attn in attentions if attn is not None for layer in (attn.qkv, attn.proj)]
         with observed(model, layers) as seen:
             model(batch)
-        for block, total in zip(model.blocks, sums, strict=True):
-            for name, value in _sums_of(block.attn, seen[block.attn.qkv].output, seen[block.attn.proj].input).items():
-                total[name] = total[name] + value if name in total else value
+        for attn, total in zip(attentions, sums, strict=True):
+            if attn is not None:
+                for name, value in _sums_of(attn, seen[attn.qkv].output, seen[attn.proj].input).items():
+                    total[name] = total[name] + value if name in total else value
     if images == 0:
-        raise ModelError("There are no images to measure the heads on.")
-    return [_moments(total) for total in sums]
+        raise TrainingError("There are no images to calibrate on: the batches are empty, or an iterator that is used up.")
+    return [_moments({name: reduce(value) for name, value in total.items()}) if total else None for total in sums]
 
 
 @torch.no_grad()
-def order_heads(model: VisionTransformer, moments: Sequence[HeadMoments]) -> None:
+def order_heads(model: VisionTransformer, moments: Sequence[HeadMoments | None]) -> None:
     """Change the basis of every head in place; what the model computes stays, to rounding.
 
+    Blocks without moments, or with moments that are not finite, and frozen ones stay as they are.
+
     Args:
-        model: dense, of timm's standard blocks.
-        moments: of its blocks, as `head_moments` measures them.
-
-    Raises:
-        ModelError: a part of the model is not covered.
+        model: dense.
+        moments: of its attention blocks, as `head_moments` measures them.
     """
-    _require_plain_heads(model)
-    for block, found in zip(model.blocks, moments, strict=True):
-        _order_block(block.attn, found)
+    for attn, found in zip(_attentions(model), moments, strict=True):
+        if found is not None and found.is_finite() and all(parameter.requires_grad for parameter in attn.parameters()):
+            _order_block(attn, found)
 
 
-def _require_plain_heads(model: VisionTransformer) -> None:
-    """ModelError where something stands between queries and keys, or values and proj, that another basis would change."""
-    require_standard_blocks(model)
-    for depth, block in enumerate(model.blocks):
-        if type(block.attn) is not Attention or not all(
-            isinstance(norm, nn.Identity) for norm in (block.attn.q_norm, block.attn.k_norm, block.attn.norm)
-        ):
-            raise ModelError(f"blocks.{depth}.attn: the basis of its heads cannot be changed; only plain attention is covered.")
+def _attentions(model: VisionTransformer) -> list[nn.Module]:
+    return [block.attn for block in model.blocks]
+
+
+def _is_plain(attn: nn.Module) -> bool:
+    norms = ("q_norm", "k_norm", "norm")
+    return type(attn) is Attention and all(isinstance(attn.get_submodule(norm), nn.Identity) for norm in norms)
 
 
 def _sums_of(attn: nn.Module, qkv_SNE: Tensor, output_SNE: Tensor) -> dict[str, Tensor]:
