@@ -1,0 +1,4 @@
+CLASSES = 6
+
+
+def write(record): ...
