@@ -47,7 +47,7 @@ from p3b.vit.cost import count_parameters
 from peers import torch_pruning_taylor as peer
 
 RECORD = RESULTS / "equal_time.jsonl"
-RATIOS = (0.9, 0.75)
+RATIOS, CLASSES = (0.9, 0.75), 6
 SPEED_BATCHES, SPEED_ROUNDS = (1, 32), 15
 PACKAGES = ("torch", "timm", "torch-pruning")
 
@@ -128,7 +128,7 @@ def carry_out(entry: Entry, epochs: Plan, data: Path, work: Path) -> dict[str, A
             raise ConfigError("Torch-Pruning is not distilled here yet; leave it out of --distilled with --only.")
         assert entry.ratio is not None
         found = peer.run(config, peer.Phases(epochs.before, epochs.small), entry.ratio)
-        told = {key: found[key] for key in ("params", "dense_params", "processor_seconds", "channel_ratio")}
+        told = {key: found[key] for key in ("params", "dense_params", "processor_seconds", "channel_ratio", "curve")}
         return {**told, **_accuracy(found), "correct": pack(found["correct"])}
     if isinstance(config, PruneConfig):
         summary, stage = prune(config), "prune"
@@ -240,7 +240,7 @@ def dense_size(given: argparse.Namespace, entry: Entry) -> int:
     from p3b.run.inputs import open_model
 
     config = study_settings(given.shared / "data", given.work, [entry.seed], flags(entry.scale))
-    return count_parameters(open_model(config.model, equal_page.CLASSES, entry.seed).model)
+    return count_parameters(open_model(config.model, CLASSES, entry.seed).model)
 
 
 def again(entry: Entry) -> str:

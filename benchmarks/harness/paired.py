@@ -74,9 +74,22 @@ def compare(first: Correct, second: Correct) -> Paired | None:
 def _over_seeds(differences: Sequence[float]) -> float | None:
     if len(differences) < 2 or statistics.stdev(differences) == 0:
         return None
-    from scipy import stats  # a second of import that most pages do without
+    error = statistics.stdev(differences) / math.sqrt(len(differences))
+    return _beyond(abs(statistics.fmean(differences)) / error, len(differences) - 1)
 
-    return float(stats.ttest_1samp(differences, 0.0).pvalue)
+
+def _beyond(t: float, degrees: int) -> float:
+    """Probability that |T| exceeds t, for Student's T with so many degrees of freedom.
+
+    With t = sqrt(degrees) tan(angle) the density is that of cos(angle) to the power of degrees - 1.
+    """
+    return _under_cosine(math.atan(t / math.sqrt(degrees)), degrees - 1) / _under_cosine(0.0, degrees - 1)
+
+
+def _under_cosine(angle: float, power: int) -> float:
+    """Integral of cos to a power, from an angle to a quarter of a circle."""
+    angles = np.linspace(angle, math.pi / 2, 4001)
+    return float(np.trapezoid(np.cos(angles).clip(min=0) ** power, angles))
 
 
 def pack(correct: Sequence[bool]) -> str:

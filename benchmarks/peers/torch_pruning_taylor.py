@@ -70,14 +70,14 @@ def run(config: TrainConfig, phases: Phases, prune_ratio: float) -> dict[str, An
     require_package()
     with open_stage(config, "train") as stage:
         folder.mkdir(parents=True, exist_ok=True)
-        seconds: list[float] = []
+        curve: list[tuple[float, float]] = []
         dense = count_parameters(stage.model)
-        _train(stage, stage.model, config, phases.before, 0, seconds, constant=True)
+        _train(stage, stage.model, config, phases.before, 0, curve, constant=True)
         began = time.process_time()
         take_gradients(stage.model, _some_batches(stage, phases.before), stage.recipe.loss.task)
-        seconds.append(time.process_time() - began)
+        scored = time.process_time() - began
         ratio, model = cut_to(stage.model, prune_ratio)  # the search for the ratio is ours, and does not count
-        best = _train(stage, model, config, phases.after, phases.before, seconds, constant=False)
+        best = _train(stage, model, config, phases.after, phases.before, curve, constant=False)
         model.load_state_dict(best)
         accuracies = stage.evaluation.final(model)
         assert stage.evaluation.answers is not None
@@ -90,7 +90,8 @@ def run(config: TrainConfig, phases: Phases, prune_ratio: float) -> dict[str, An
             "dense_params": dense,
             "channel_ratio": ratio,
             "epochs": asdict(phases),
-            "processor_seconds": sum(seconds),
+            "processor_seconds": scored + sum(seconds for seconds, _ in curve),
+            "curve": [[round(seconds, 1), round(top1, 2)] for seconds, top1 in curve],
             "provenance": stage.provenance,
             "correct": [int(said == so) for said, so in zip(answers.predicted, answers.target, strict=True)],
         }
@@ -165,6 +166,7 @@ def cut(model: VisionTransformer, channel_ratio: float) -> VisionTransformer:
         isomorphic=True,
         ignored_layers=[small.head],
         num_heads={attention.qkv: attention.num_heads for attention in attentions},
+        unwrapped_parameters=[(small.cls_token, 2), (small.pos_embed, 2)],  # cut along their channels, as it would guess
         round_to=ROUND_TO,
     )
     pruner.step()
@@ -204,13 +206,13 @@ def _train(
     config: TrainConfig,
     epochs: int,
     first: int,
-    seconds: list[float],
+    curve: list[tuple[float, float]],
     *,
     constant: bool,
 ) -> dict[str, Tensor]:
     """Train for some epochs, the stage having `first` behind it; returns the weights of the best by validation accuracy.
 
-    The processor seconds of each epoch's training are appended to `seconds`.
+    The processor seconds of each epoch's training and the top-1 after it are appended to `curve`.
     """
     learner = learner_of(stage, model, config, cosine=None if constant else epochs)
     best, weights = -1.0, model.state_dict()
@@ -218,9 +220,10 @@ def _train(
         stage.recipe.batches.set_epoch(epoch)
         began = time.process_time()
         train_epoch(learner, stage.recipe.batches, EpochProgress("train", stage.machine.device), nothing, nothing)
-        seconds.append(time.process_time() - began)
+        seconds = time.process_time() - began
         part, accuracy = stage.evaluation.watched(model)
-        print(f"torch-pruning: epoch {epoch + 1}, {part} top-1 {accuracy.top1:.2f} %, {seconds[-1]:.0f} s", flush=True)
+        print(f"torch-pruning: epoch {epoch + 1}, {part} top-1 {accuracy.top1:.2f} %, {seconds:.0f} s", flush=True)
+        curve.append((seconds, accuracy.top1))
         if accuracy.top1 > best:
             best, weights = accuracy.top1, copy.deepcopy(model.state_dict())
     return weights
