@@ -49,8 +49,8 @@ def tables(lines: Sequence[Line]) -> list[str]:
 
 HOW_TO_READ = (
     "- Epochs: of the warm-up, of pruning, and of the small model. Planned: what they take, in epochs of dense training, by",
-    "  the costs of steps below; every row gets as many epochs of the small model as fit. The training of a teacher does not",
-    "  count; it takes the time of the dense row once more.",
+    "  the costs of steps below; epochs of the small model are whole, so rows differ by up to half of one. The training of a",
+    "  teacher does not count; it takes the time of the dense row once more.",
     "- Measured: processor seconds of the training itself, without evaluation, on a machine that does other work too.",
     f'- "vs. P3B": top-1 less that of "{ROWS[REFERENCE].title}" learning from the same, over the seeds that both have. Alone',
     "  right: test images that only this row, and only P3B, answers rightly. p over images: would these very networks",

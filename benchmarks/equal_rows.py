@@ -16,8 +16,6 @@ from p3b.methods import own_in_warm_up
 from p3b.run.series_plan import DENSE, SMALLER
 
 PEER = "torch-pruning"
-SLACK = 0.02
-"""By which share of the whole time a row may take longer than dense training: epochs of the small model are whole."""
 
 
 @dataclass(frozen=True)
@@ -120,8 +118,9 @@ class Plan:
 
 
 def plan(row: Row, costs: Costs, epochs: int, *, distilled: bool) -> Plan:
-    """The epochs of a row whose time is that of some epochs of dense training: as many of the small model as fit.
+    """The epochs of a row whose time is that of some epochs of dense training, to half an epoch of the small model.
 
+    Those are whole, and rounded to the nearest: to round all down would leave some rows a tenth less time than others.
     A teacher is asked from the end of the warm-up on, by a model without warm-up at every step. Its own training does not
     count.
 
@@ -136,7 +135,7 @@ def plan(row: Row, costs: Costs, epochs: int, *, distilled: bool) -> Plan:
     if row.pruning:
         step = _cost(costs.pruning, row.cost or row.name)
         spent = row.warm_up * (step if row.probes_in_warm_up else 1.0) + row.pruning * (step + teacher)
-    small_epochs = int((epochs * (1 + SLACK) - spent) / small)
+    small_epochs = round((epochs - spent) / small)
     if small_epochs < 1:
         raise ConfigError(f"{row.name} takes {spent:.2f} epochs before its model is small; it may take {epochs} in all.")
     return Plan(row.warm_up, row.pruning, small_epochs, spent + small_epochs * small)
