@@ -3,6 +3,7 @@
     apt-get install fonts-nanum fonts-nanum-extra fonts-baekmuk fonts-unfonts-core fonts-unfonts-extra
     python benchmarks/glyph_transfer.py render             # runs/glyphs/data/*.tar: some seconds
     python benchmarks/glyph_transfer.py run --only dense   # runs that are not in the record yet; resumable
+    python benchmarks/glyph_transfer.py run --pixels 16 --work runs/glyphs-16 --record glyphs_16.jsonl   # a quick look
     python benchmarks/glyph_transfer.py table              # docs/results/glyph_transfer.md from glyph_transfer.jsonl
 
 Every fourth syllable of KS X 1001 is a class. Training images are drawn with other typefaces than test images: those of Nanum
@@ -159,7 +160,11 @@ STUDY = Study("glyph_transfer", __doc__ or "", runs, tables)
 def command(arguments: Sequence[str]) -> int:
     """The command line: `render` here, the rest by the machinery of the studies, in whose eyes the folder is the shared one."""
     if list(arguments[:1]) != ["render"]:
-        return main(STUDY, ["--shared", "runs/glyphs", "--work", "runs/glyph-transfer", *arguments], flags=SETTINGS)
+        sides = argparse.ArgumentParser(add_help=False)
+        sides.add_argument("--pixels", type=int, default=SIDE)
+        given, rest = sides.parse_known_args(arguments)
+        flags = SETTINGS.replace(f"img_size={SIDE}", f"img_size={given.pixels}")
+        return main(STUDY, ["--shared", "runs/glyphs", "--work", "runs/glyph-transfer", *rest], flags=flags)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", choices=("render",))
     parser.add_argument("--fonts", type=Path, default=Path("/usr/share/fonts"), help="folder of the typefaces")
