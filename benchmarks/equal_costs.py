@@ -16,8 +16,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 import p3b
-from equal_rows import PEER, Costs, Row
-from harness.records import RESULTS, Line, read_lines
+from equal_rows import PEER, TEACHER, Row
+from harness.records import RESULTS, read_lines
 from harness.turns import CPU, take_turns
 from p3b.run.inputs import open_model
 from p3b.run.method_options import method_options_of
@@ -35,7 +35,6 @@ ROUNDS = 9
 SMALL_STEPS = 4
 """Pruning steps after which a model is made small to be timed."""
 ENDLESS = 10**6
-TEACHER = "teacher"
 
 
 def measure_costs(config: TrainConfig, rows: Sequence[Row], ratio: float, rounds: int = ROUNDS) -> dict[str, Any]:
@@ -70,16 +69,6 @@ def measure_costs(config: TrainConfig, rows: Sequence[Row], ratio: float, rounds
                 sides[f"small {row.name}"] = step(peer.learner_of(stage, small, config))
         repeats = {f"pruning {row.name}": dict(row.settings).get("savit_every", 1) for row in rows}
         return take_turns(CPU, sides, rounds, repeats)
-
-
-def costs_of(line: Line) -> Costs:
-    """The costs that a line of the record tells."""
-    ratios = {name: side["ratio"] for name, side in line["sides"].items()}
-
-    def of(kind: str) -> dict[str, float]:
-        return {name.removeprefix(kind): ratio for name, ratio in ratios.items() if name.startswith(kind)}
-
-    return Costs(of("pruning "), of("small "), ratios[TEACHER])
 
 
 class _Batches:

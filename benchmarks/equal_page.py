@@ -5,20 +5,24 @@ from __future__ import annotations
 import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from equal_rows import ROWS
+from equal_rows import ROWS, Costs, Row, costs_of, plan
 from harness.pages import Part, how_it_was_run, table
 from harness.paired import Paired, compare, unpack
 from harness.records import Line, read_lines
 from harness.turns import ratio as ratio_cell
 from measured import spread_cell
+from p3b.errors import ConfigError
 from p3b.run.series_plan import DENSE
 
 REFERENCE = "p3b-early"
 """Row that the others are compared with."""
 SURE = 0.05
+PLANNED = (3, 8)
+"""Epochs of dense training that rows are planned for from the costs."""
 
 Group = Mapping[str, Sequence[Line]]
 """Lines of one table, by row."""
@@ -145,7 +149,28 @@ def _costs(lines: Sequence[Line]) -> list[str]:
         dense = f"{1000 * line['sides'][DENSE]['seconds']:.0f} ms"
         title = f"{line['ratio']:.0%} pruned, {line['pixels']} pixels ({line['rounds']} rounds; dense: {dense})"
         text += table([title, "of a dense step"], rows)
+        text += _epochs_that_follow(line)
     return text
+
+
+def _epochs_that_follow(line: Line) -> list[str]:
+    """What every row whose costs were measured gets for the time of some dense epochs."""
+    rows = []
+    for row in (row for row in ROWS.values() if row.method != DENSE):
+        cells = [_plan_cell(row, costs_of(line), epochs, distilled) for epochs in PLANNED for distilled in (False, True)]
+        rows += [[_title(row.name), *cells]] if any(cells) else []
+    head = [f"{epochs} dense epochs{', distilled' if distilled else ''}" for epochs in PLANNED for distilled in (False, True)]
+    return table(["epochs that fit (what they take)", *head], rows)
+
+
+def _plan_cell(row: Row, costs: Costs, epochs: int, distilled: bool) -> str:
+    if (row.pruning and (row.cost or row.name) not in costs.pruning) or (row.structure or row.name) not in costs.small:
+        return ""
+    try:
+        found = plan(row, costs, epochs, distilled=distilled)
+    except ConfigError:
+        return "does not fit"
+    return f"{_epochs({'plan': asdict(found)})} ({found.dense_epochs:.2f})"
 
 
 def _side(name: str) -> str:

@@ -11,11 +11,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from harness.records import Line
 from p3b.errors import ConfigError
 from p3b.methods import own_in_warm_up
 from p3b.run.series_plan import DENSE, SMALLER
 
-PEER = "torch-pruning"
+PEER, TEACHER = "torch-pruning", "teacher"
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,16 @@ class Costs:
     pruning: Mapping[str, float]
     small: Mapping[str, float]
     teacher: float
+
+
+def costs_of(line: Line) -> Costs:
+    """The costs that a line of the record tells."""
+    ratios = {name: side["ratio"] for name, side in line["sides"].items()}
+
+    def of(kind: str) -> dict[str, float]:
+        return {name.removeprefix(kind): ratio for name, ratio in ratios.items() if name.startswith(kind)}
+
+    return Costs(of("pruning "), of("small "), ratios[TEACHER])
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,8 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 import equal_page
-from equal_costs import ROUNDS, costs_of, measure_costs
-from equal_rows import PEER, ROWS, Costs, Entry, Plan, Scale, plan
+from equal_costs import ROUNDS, measure_costs
+from equal_rows import PEER, ROWS, Costs, Entry, Plan, Scale, costs_of, plan
 from harness.paired import pack
 from harness.records import RESULTS, Line, add_line, certified, read_lines, write_lines
 from harness.turns import CPU, take_turns
@@ -53,15 +54,16 @@ PACKAGES = ("torch", "timm", "torch-pruning")
 
 
 def entries(given: argparse.Namespace) -> list[Entry]:
-    """The runs that are asked for, in their order: seed by seed, dense first, then budget by budget."""
-    found, scale = [], scale_of(given)
-    for seed in given.seeds:
-        if not given.distilled:
+    """The runs that are asked for: seed by seed, budget by budget, rows in the order in which they are named."""
+    names = given.only or [name for name, row in ROWS.items() if not row.explores]
+    scale, learning = scale_of(given), (given.distilled, given.alpha, given.tau)
+    found = []
+    for seed, ratio, name in product(given.seeds, given.ratios, names):
+        if name != DENSE:
+            found.append(Entry(ROWS[name], ratio, seed, scale, *learning))
+        elif ratio == given.ratios[0] and not given.distilled:
             found.append(Entry(ROWS[DENSE], None, seed, scale))
-        for ratio in given.ratios:
-            rows = [row for row in ROWS.values() if row.method != DENSE and not (row.explores and not given.only)]
-            found += [Entry(row, ratio, seed, scale, given.distilled, given.alpha, given.tau) for row in rows]
-    return [entry for entry in found if not given.only or entry.row.name in given.only]
+    return found
 
 
 def flags(scale: Scale) -> str:
@@ -124,10 +126,9 @@ def carry_out(entry: Entry, epochs: Plan, data: Path, work: Path) -> dict[str, A
     config = config_for(entry, epochs, data, work)
     folder = work / "runs" / entry.name
     if entry.row.method == PEER:
-        if entry.distilled:
-            raise ConfigError("Torch-Pruning is not distilled here yet; leave it out of --distilled with --only.")
         assert entry.ratio is not None
-        found = peer.run(config, peer.Phases(epochs.before, epochs.small), entry.ratio)
+        teacher = work / "runs" / entry.teacher.name / PRODUCTS["train"] if entry.distilled else None
+        found = peer.run(config, peer.Phases(epochs.before, epochs.small), entry.ratio, teacher)
         told = {key: found[key] for key in ("params", "dense_params", "processor_seconds", "channel_ratio", "curve")}
         return {**told, **_accuracy(found), "correct": pack(found["correct"])}
     if isinstance(config, PruneConfig):

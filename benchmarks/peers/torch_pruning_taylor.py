@@ -17,6 +17,7 @@ import json
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,11 +26,15 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from p3b.errors import BudgetError, ConfigError
+from p3b.run.distillation import TAU
 from p3b.run.options import TrainConfig
 from p3b.run.stage import Stage, open_stage
+from p3b.storage import artifact
 from p3b.storage.files import write_atomically
 from p3b.train.loop import EpochProgress, Learner, NoPruning, StepPruner, train_epoch
+from p3b.train.losses import TrainingLoss
 from p3b.train.optim import build_optimizer, cosine_schedule, scaled_lr
+from p3b.train.teacher import Teacher
 from p3b.vit.cost import count_parameters
 
 TAYLOR_BATCHES = 10
@@ -51,13 +56,14 @@ class Phases:
     after: int
 
 
-def run(config: TrainConfig, phases: Phases, prune_ratio: float) -> dict[str, Any]:
+def run(config: TrainConfig, phases: Phases, prune_ratio: float, teacher: Path | None = None) -> dict[str, Any]:
     """Train, cut, train the small model; returns the summary, which is written last. A run that was stopped starts again.
 
     Args:
         config: of the training, with the output folder.
         phases: its epochs; those of the config play no part.
         prune_ratio: share of all parameters that goes, in [0, 1).
+        teacher: saved model that the small one learns from, too.
 
     Raises:
         ConfigError: the package is not installed. BudgetError: no ratio of channels comes near the budget.
@@ -72,12 +78,13 @@ def run(config: TrainConfig, phases: Phases, prune_ratio: float) -> dict[str, An
         folder.mkdir(parents=True, exist_ok=True)
         curve: list[tuple[float, float]] = []
         dense = count_parameters(stage.model)
-        _train(stage, stage.model, config, phases.before, 0, curve, constant=True)
+        _train(stage, stage.model, config, phases.before, 0, curve, loss=stage.recipe.loss, constant=True)
         began = time.process_time()
         take_gradients(stage.model, _some_batches(stage, phases.before), stage.recipe.loss.task)
         scored = time.process_time() - began
         ratio, model = cut_to(stage.model, prune_ratio)  # the search for the ratio is ours, and does not count
-        best = _train(stage, model, config, phases.after, phases.before, curve, constant=False)
+        loss = stage.recipe.loss if teacher is None else distilling(stage, config, teacher)
+        best = _train(stage, model, config, phases.after, phases.before, curve, loss=loss, constant=False)
         model.load_state_dict(best)
         accuracies = stage.evaluation.final(model)
         assert stage.evaluation.answers is not None
@@ -200,6 +207,14 @@ def learner_of(
     return Learner(model, optimizer, recipe.loss, precision, precision.scaler(), pruning, scheduler)
 
 
+def distilling(stage: Stage, config: TrainConfig, teacher: Path) -> TrainingLoss:
+    """The loss of a model that learns from a saved one, as p3b's own rows do."""
+    training, machine = config.training, stage.machine
+    tau = TAU if training.distillation_tau is None else training.distillation_tau
+    frozen = Teacher(machine.put(artifact.load(teacher)), machine.precision)
+    return TrainingLoss(stage.recipe.loss.task, frozen, "soft", training.distillation_alpha, tau)
+
+
 def _train(
     stage: Stage,
     model: VisionTransformer,
@@ -208,6 +223,7 @@ def _train(
     first: int,
     curve: list[tuple[float, float]],
     *,
+    loss: TrainingLoss,
     constant: bool,
 ) -> dict[str, Tensor]:
     """Train for some epochs, the stage having `first` behind it; returns the weights of the best by validation accuracy.
@@ -215,6 +231,7 @@ def _train(
     The processor seconds of each epoch's training and the top-1 after it are appended to `curve`.
     """
     learner = learner_of(stage, model, config, cosine=None if constant else epochs)
+    learner.loss = loss
     best, weights = -1.0, model.state_dict()
     for epoch in range(first, first + epochs):
         stage.recipe.batches.set_epoch(epoch)

@@ -12,8 +12,7 @@ from torch import nn
 
 import equal_page
 import equal_time
-from equal_costs import costs_of
-from equal_rows import PEER, ROWS, Costs, Entry, Plan, Scale, plan
+from equal_rows import PEER, ROWS, Costs, Entry, Plan, Scale, costs_of, plan
 from harness.paired import _beyond, compare, pack, unpack
 from harness.records import read_lines, write_lines
 from p3b.errors import BudgetError, ConfigError
@@ -90,12 +89,17 @@ def test_names_tell_runs_apart_and_the_command_asks_for_the_same_run() -> None:
     assert equal_time.entries(equal_time.parsed(words[2:])) == [entry]
 
 
-def test_what_is_asked_for_comes_seed_by_seed_and_the_dense_run_first() -> None:
-    names = [entry.row.name for entry in equal_time.entries(equal_time.parsed(["run", "--ratios", "0.9", "--seeds", "0", "1"]))]
-    once = [name for name, row in ROWS.items() if not row.explores]
-    assert names == once * 2 and once[0] == DENSE
-    distilled = equal_time.entries(equal_time.parsed(["run", "--ratios", "0.9", "--distilled"]))
-    assert [entry.row.name for entry in distilled] == once[1:], "the teacher is not distilled"
+def test_what_is_asked_for_comes_seed_by_seed_in_the_order_that_was_asked_for() -> None:
+    def names(*flags: str) -> list[str]:
+        return [
+            f"{entry.row.name} {entry.ratio} {entry.seed}" for entry in equal_time.entries(equal_time.parsed(["run", *flags]))
+        ]
+
+    both = ["--ratios", "0.9", "0.75", "--only", "uniform", DENSE]
+    assert names(*both) == ["uniform 0.9 0", "dense None 0", "uniform 0.75 0"]
+    assert names(*both, "--distilled") == ["uniform 0.9 0", "uniform 0.75 0"], "the teacher is not distilled"
+    once = [f"{name} {None if name == DENSE else 0.9} {{}}" for name, row in ROWS.items() if not row.explores]
+    assert names("--ratios", "0.9", "--seeds", "1", "0") == [name.format(seed) for seed in (1, 0) for name in once]
 
 
 def test_a_model_of_another_size_is_refused() -> None:
@@ -181,7 +185,8 @@ def test_the_page_compares_alike_with_alike(tmp_path: Path) -> None:
             f"{run_line('p3b-early')['name']} {layout}": {"ratio": ratio} for layout, ratio in (("index", 0.4), ("folded", 0.3))
         }},
         {**run_line("p3b-early"), "kind": "costs", "name": "costs", "pixels": 32, "rounds": 3, "sides": {
-            "dense": {"ratio": 1.0, "seconds": 0.3},
+            "dense": {"ratio": 1.0, "seconds": 0.3}, "teacher": {"ratio": 0.3}, "small p3b-early": {"ratio": 0.4},
+            "pruning p3b-early-low_rank": {"ratio": 2.6},
             "pruning p3b-early": {"ratio": 1.2, "seconds": 0.4, "ratio_range": [1.1, 1.3]},
         }},
     ]  # fmt: skip
@@ -189,14 +194,16 @@ def test_the_page_compares_alike_with_alike(tmp_path: Path) -> None:
     equal_page.write(tmp_path / "equal_time.jsonl")
     page = (tmp_path / "equal_time.md").read_text()
     assert (tmp_path / "equal_time.png").stat().st_size > 10_000
-    rows = {}
+    rows: dict[str, list[str]] = {}
     for line in page.splitlines():
         title, *cells = [cell.strip() for cell in line.split("|")[1:-1]] or [""]
-        rows[title] = cells
+        rows[title] = rows.get(title, []) + cells
     assert rows["dense"][4:] == ["60.00", "+5.00", "10 : 0", "**0.002**", "-"]
     assert rows["uniform, small early"][1:7] == ["0.25 + 0.75 + 5", "3.15", "250", "50.00", "-5.00", "0 : 10"]
     assert rows["uniform, small early, distilled"][4:7] == ["58.50", "+0.50", "1 : 0"]
-    assert rows["P3B, small early"][5:] == [""] * 4
+    assert rows["P3B, small early"][5:9] == [""] * 4
+    assert rows["P3B, small early"][9:11] == ["0.25 + 0.75 + 4 (2.80)", "0.25 + 0.75 + 2 (2.83)"]
+    assert rows["P3B, small early: low_rank probes"][:2] == ["0.25 + 0.75 + 1 (3.00)", "does not fit"]
     assert rows["pruning, P3B, small early"] == ["1.200 (1.100 to 1.300)"]
     assert rows[run_line("p3b-early")["name"]] == ["folded", "0.300", "3.33"]
     assert "## 90% of the parameters pruned, the time of 3 dense epochs of 10,000 images of 32 pixels" in page
