@@ -78,7 +78,7 @@ def scale_of(given: argparse.Namespace) -> Scale:
 
 
 def recorded_costs(lines: Sequence[Line], entry: Entry) -> Costs:
-    """The costs that the epochs of a run follow from; the dense row needs none.
+    """The costs that the epochs of a run follow from, of this record or else of the project's; the dense row needs none.
 
     Raises:
         ConfigError: they were not measured.
@@ -86,7 +86,8 @@ def recorded_costs(lines: Sequence[Line], entry: Entry) -> Costs:
     if entry.ratio is None:
         return Costs({}, {}, 0.0)
     asked = entry.ratio, entry.scale.pixels
-    found = [line for line in lines if line["kind"] == "costs" and (line["ratio"], line["pixels"]) == asked]
+    costs = [line for line in [*read_lines(RECORD), *lines] if line["kind"] == "costs"]
+    found = [line for line in costs if (line["ratio"], line["pixels"]) == asked]
     if not found:
         asked_for = f"--ratios {entry.ratio:g} --pixels {entry.scale.pixels}"
         raise ConfigError(f"What steps take was not measured: python benchmarks/equal_time.py costs {asked_for}")
@@ -268,9 +269,11 @@ def measure_all_costs(given: argparse.Namespace) -> None:
 
 
 def measure_speed(given: argparse.Namespace) -> None:
-    """Record the latency of all models that are there, of a size, in every layout that differs, in turns with the dense one."""
+    """Record the latency of all models that are there, of a size, in every layout, in turns with the dense one."""
     lines = [line for line in read_lines(given.record) if line["kind"] == "run" and line["scale"] == asdict(scale_of(given))]
     dense = [line for line in lines if line["row"] == DENSE][:1]
+    if not dense or not (given.work / "runs" / dense[0]["name"]).exists():
+        raise ConfigError(f"{given.work} holds no dense run of this scale to compare with: run --only {DENSE} first.")
     for ratio in given.ratios:
         at_ratio = dense + [line for line in lines if line["ratio"] == ratio and line["seed"] == given.seeds[0]]
         models = dict(_models(at_ratio, given.work / "runs"))
@@ -284,18 +287,16 @@ def measure_speed(given: argparse.Namespace) -> None:
 def _models(lines: Sequence[Line], runs: Path) -> Iterator[tuple[str, torch.nn.Module]]:
     """By "run layout": the models of runs whose folders are there; the dense one first."""
     for line in lines:
-        folder = runs / line["name"]
+        folder, prunes = runs / line["name"], ROWS[line["row"]].prunes
         if (folder / peer.MODEL).exists():
             yield f"{line['name']} index", torch.load(folder / peer.MODEL, weights_only=False).eval()  # made here, by ourselves
             continue
-        product = folder / PRODUCTS["prune" if ROWS[line["row"]].prunes else "train"]
+        product = folder / PRODUCTS["prune" if prunes else "train"]
         if not product.exists():
             continue
         model = artifact.load(product)
-        for layout in CANDIDATES if ROWS[line["row"]].prunes else CANDIDATES[:1]:
-            laid_out = with_layout(model, layout)
-            if layout == CANDIDATES[0] or laid_out is not model:
-                yield f"{line['name']} {layout}", laid_out.eval()
+        for layout in CANDIDATES if prunes else CANDIDATES[:1]:
+            yield f"{line['name']} {layout}", with_layout(model, layout).eval()
 
 
 @torch.inference_mode()

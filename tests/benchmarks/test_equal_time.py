@@ -56,6 +56,21 @@ def test_costs_are_read_from_their_line() -> None:
     assert costs_of(line) == Costs({"uniform": 1.1}, {"uniform": 0.4, "smaller": 0.3}, 0.3)
 
 
+def test_costs_are_those_of_the_budget_and_the_image_size() -> None:
+    entry, sides = Entry(ROWS["uniform"], 0.123, 0, Scale()), {"teacher": {"ratio": 0.3}, "small uniform": {"ratio": 0.4}}
+    lines = [{"kind": "costs", "ratio": 0.123, "pixels": pixels, "sides": sides} for pixels in (16, 32)]
+    assert equal_time.recorded_costs(lines, entry).small == {"uniform": 0.4}
+    with pytest.raises(ConfigError, match=r"equal_time.py costs --ratios 0\.123 --pixels 32"):
+        equal_time.recorded_costs(lines[:1], entry)
+    equal_time.recorded_costs([], Entry(ROWS[DENSE], None, 0, Scale()))
+
+
+def test_latency_needs_a_dense_model_to_compare_with(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["speed", "--work", str(tmp_path), "--record", str(tmp_path / "lines.jsonl")]
+    assert equal_time.main(asked) == 2
+    assert "no dense run of this scale" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
 # --- runs
 
 
