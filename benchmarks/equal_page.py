@@ -33,7 +33,12 @@ def write(record: Path) -> None:
     lines = read_lines(record)
     if any(line["kind"] == "run" for line in lines):
         draw(lines, record.with_suffix(".png"))
-    Part("equal_time.py", record, record.with_suffix(".md"), tables).write()
+    part(record).write()
+
+
+def part(record: Path) -> Part:
+    """The page is beside the record."""
+    return Part("equal_time.py", record, record.with_suffix(".md"), tables)
 
 
 def tables(lines: Sequence[Line]) -> list[str]:
