@@ -60,7 +60,7 @@ def results(summary: Mapping[str, Any], stage: Path) -> dict[str, Any]:
 
 
 def _processor_seconds(epochs: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Processor seconds of the training, evaluation left out; nothing where an epoch is of a version that did not measure them."""
+    """Processor seconds of the training without evaluation; nothing where a version that did not measure them trained."""
     if not all("processor_seconds" in epoch for epoch in epochs):
         return {}
     return {"processor_seconds": sum(epoch["processor_seconds"] for epoch in epochs)}
