@@ -10,6 +10,8 @@ import ablations
 import animals
 import bench
 import clock
+import equal_page
+import equal_time
 import estimators
 import layouts
 import scaling
@@ -21,7 +23,8 @@ from harness.records import ROOT, read_lines
 
 BENCHES = (bench.BENCH, scaling.BENCH, clock.BENCH, layouts.BENCH, estimators.BENCH)
 STUDIES = (table.STUDY, ablations.STUDY)
-PARTS = (*(each.part for each in BENCHES), *(study.part(study.record) for study in STUDIES), animals.PART, campaign.PAGE)
+OTHERS = (animals.PART, campaign.PAGE, equal_page.part(equal_time.RECORD))
+PARTS = (*(each.part for each in BENCHES), *(study.part(study.record) for study in STUDIES), *OTHERS)
 
 
 @pytest.mark.parametrize("part", PARTS, ids=lambda part: part.script)

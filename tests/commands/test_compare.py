@@ -57,7 +57,7 @@ def saved(out: Path, name: str) -> Path:
 
 
 def without_times(found: list[dict[str, Any]], out: Path) -> list[str]:
-    measured = {"train_seconds": None, "images_per_second": None}
+    measured = {"train_seconds": None, "processor_seconds": None, "images_per_second": None}
     return [json.dumps({**line, **measured}).replace(str(out), "OUT") for line in found]
 
 

@@ -118,7 +118,7 @@ def names(out: Path) -> list[str]:
 
 def told(out: Path) -> list[str]:
     """The runs' lines without what a clock measures and without the folder."""
-    untimed = [{**line, "train_seconds": None} for line in of_kind(out, "run")]
+    untimed = [{**line, "train_seconds": None, "processor_seconds": None} for line in of_kind(out, "run")]
     return [json.dumps(line).replace(str(out), "OUT") for line in untimed]
 
 

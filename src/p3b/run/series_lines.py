@@ -51,9 +51,17 @@ def results(summary: Mapping[str, Any], stage: Path) -> dict[str, Any]:
         "epochs": len(epochs),
         **({"teacher": summary["distillation"]["digest"]} if "distillation" in summary else {}),
         "train_seconds": sum(epoch["train_seconds"] for epoch in epochs),
+        **_processor_seconds(epochs),
         "data": provenance["data"],
         "device": provenance["device"],
         "processes": provenance["processes"],
         "precision": provenance["precision"],
         "versions": provenance["versions"],
     }
+
+
+def _processor_seconds(epochs: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Processor seconds of the training without evaluation; nothing where a version that did not measure them trained."""
+    if not all("processor_seconds" in epoch for epoch in epochs):
+        return {}
+    return {"processor_seconds": sum(epoch["processor_seconds"] for epoch in epochs)}

@@ -150,9 +150,11 @@ class Training:
     def _begin_epoch(self, resumed: dict[str, Any] | None) -> None:
         self._progress = EpochProgress(self._learner.pruner.phase, self._stage.machine.device)
         self._began, self._skipped_before = time.time(), self._learner.skipped.steps
+        self._processor_began = time.process_time()
         if resumed is not None:
             self._progress.load_state_dict(resumed["progress"])
             self._began -= resumed["seconds"]
+            self._processor_began -= resumed.get("processor_seconds", 0.0)
             self._skipped_before -= resumed["skipped"]
 
     def _after_step(self) -> None:
@@ -166,7 +168,8 @@ class Training:
         if wish is Wish.GO_ON and not reached:
             return
         self._require_finite()
-        self._save({"progress": self._progress.state_dict(), "seconds": time.time() - self._began, "skipped": self._skipped()})
+        taken = {"seconds": time.time() - self._began, "processor_seconds": time.process_time() - self._processor_began}
+        self._save({"progress": self._progress.state_dict(), **taken, "skipped": self._skipped()})
         if wish is Wish.STOP:
             self._stop()
         if reached:
@@ -203,7 +206,7 @@ class Training:
         """Evaluate, write the epoch's line, keep the best, save."""
         stage, learner, place = self._stage, self._learner, self._place
         self._require_finite()
-        trained = time.time()
+        trained, processor = time.time(), time.process_time() - self._processor_began
         name, accuracy = stage.evaluation.watched(self._watched)
         if not math.isfinite(accuracy.loss):
             raise not_finite(f"The loss on the {name} part", self._steps_done())
@@ -220,6 +223,7 @@ class Training:
             "lr": max(group["lr"] for group in learner.optimizer.param_groups),
             "skipped_steps": self._skipped(),
             "train_seconds": trained - self._began,
+            "processor_seconds": processor,
             "seconds": time.time() - self._began,
         }
         stage.records.log_epoch(line, self._last_epoch, name, accuracy)

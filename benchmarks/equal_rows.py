@@ -1,0 +1,214 @@
+"""The rows of the table at equal processor time, and how many epochs each of them gets for the time of dense training.
+
+A row has up to three phases: a warm-up of the whole model, its pruning, and the small model. What a step of each takes is
+measured in turns in one process (`equal_costs.py`) and told in dense steps, so that time is counted in epochs of dense
+training. The first two phases are the row's own; the small model gets the epochs that fit into the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from harness.records import Line
+from p3b.errors import ConfigError
+from p3b.methods import own_in_warm_up
+from p3b.run.series_plan import DENSE, SMALLER
+
+PEER, TEACHER = "torch-pruning", "teacher"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A way to a model of a given size.
+
+    Attributes:
+        name: in names of runs and in the record.
+        title: in tables.
+        method: "dense", "smaller", "torch-pruning", or a method of p3b.
+        warm_up, pruning: epochs; together a whole number.
+        settings: of `p3b prune` in which it differs from the others, by name.
+        structure: row whose small model costs the same, where that is another one.
+        cost: of a pruning step, where that is the one of another row.
+        explores: not a row of the table, but of the questions that decide on the default recipe.
+    """
+
+    name: str
+    title: str
+    method: str
+    warm_up: float = 0.0
+    pruning: float = 0.0
+    settings: tuple[tuple[str, Any], ...] = ()
+    structure: str | None = None
+    cost: str | None = None
+    explores: bool = False
+
+    @property
+    def prunes(self) -> bool:
+        """Whether `p3b prune` carries it out."""
+        return self.method not in (DENSE, SMALLER, PEER)
+
+    @property
+    def probes_in_warm_up(self) -> bool:
+        """Whether a step of the warm-up costs about what one of pruning does, since the method trains something of its own."""
+        return self.prunes and bool(own_in_warm_up(self.method, {}))
+
+
+LINEAR = (("prune_benefit", "linear"),)
+LOW_RANK = (("prune_benefit", "low_rank"),)
+_SOFT = "p3b-early"
+
+ROWS: Mapping[str, Row] = {
+    row.name: row
+    for row in (
+        Row(DENSE, "dense", DENSE),
+        Row(SMALLER, "smaller ViT", SMALLER),
+        Row("uniform", "uniform", "uniform", 1, 1),
+        Row("magnitude", "magnitude", "magnitude", 1, 1),
+        Row("taylor", "taylor", "taylor", 1, 1),
+        Row("wdpruning", "WD-Pruning", "wdpruning", 1, 1),
+        Row("savit", "SAViT", "savit", 0.8, 0.2, (("savit_every", 2),)),
+        Row("p3b-published", "P3B as published", "block_pr", 0.5, 0.5, structure=_SOFT),
+        Row(_SOFT, "P3B, small early", "block_benefit", 0.25, 0.75, LINEAR),
+        Row("uniform-early", "uniform, small early", "uniform", 0.25, 0.75, structure="uniform", cost="uniform"),
+        Row("taylor-early", "taylor, small early", "taylor", 0.25, 0.75, structure="taylor", cost="taylor"),
+        Row(PEER, "Torch-Pruning (Taylor, isomorphic)", PEER, 1, 0),
+        Row("p3b-early-low_rank", "low_rank probes", "block_benefit", 0.25, 0.75, LOW_RANK, structure=_SOFT, explores=True),
+        Row("p3b-early-0.1", "0.1 + 0.9 epochs", "block_benefit", 0.1, 0.9, LINEAR, _SOFT, _SOFT, explores=True),
+        Row("p3b-early-0.5", "0.5 + 0.5 epochs", "block_benefit", 0.5, 0.5, LINEAR, _SOFT, _SOFT, explores=True),
+        Row("p3b-late", "0.5 + 1.5 epochs", "block_benefit", 0.5, 1.5, LINEAR, _SOFT, _SOFT, explores=True),
+    )
+}
+"""All rows in the order of the table."""
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What steps take at one prune ratio, in steps of dense training.
+
+    Attributes:
+        pruning: a step with masks in place, by row.
+        small: a step of the small model, by row.
+        teacher: a forward pass of the dense model in inference mode.
+    """
+
+    pruning: Mapping[str, float]
+    small: Mapping[str, float]
+    teacher: float
+
+
+def costs_of(line: Line) -> Costs:
+    """The costs that a line of the record tells."""
+    ratios = {name: side["ratio"] for name, side in line["sides"].items()}
+
+    def of(kind: str) -> dict[str, float]:
+        return {name.removeprefix(kind): ratio for name, ratio in ratios.items() if name.startswith(kind)}
+
+    return Costs(of("pruning "), of("small "), ratios[TEACHER])
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The epochs of a run.
+
+    Attributes:
+        warm_up, pruning, small: epochs of each phase; a model that is not pruned has only the last.
+        dense_epochs: what they take, in epochs of dense training.
+    """
+
+    warm_up: float
+    pruning: float
+    small: int
+    dense_epochs: float
+
+    @property
+    def before(self) -> int:
+        """Epochs before the model is small."""
+        return round(self.warm_up + self.pruning)
+
+
+def plan(row: Row, costs: Costs, epochs: int, *, distilled: bool) -> Plan:
+    """The epochs of a row whose time is that of some epochs of dense training, to half an epoch of the small model.
+
+    Those are whole, and rounded to the nearest: to round all down would leave some rows a tenth less time than others.
+    A teacher is asked from the end of the warm-up on, by a model without warm-up at every step. Its own training does not
+    count.
+
+    Raises:
+        ConfigError: not even one epoch of the small model fits; or there is no cost of the row.
+    """
+    if row.method == DENSE:
+        return Plan(0, 0, epochs, float(epochs))
+    teacher = costs.teacher if distilled else 0.0
+    small = _cost(costs.small, row.structure or row.name) + teacher
+    spent = row.warm_up
+    if row.pruning:
+        step = _cost(costs.pruning, row.cost or row.name)
+        spent = row.warm_up * (step if row.probes_in_warm_up else 1.0) + row.pruning * (step + teacher)
+    small_epochs = round((epochs - spent) / small)
+    if small_epochs < 1:
+        raise ConfigError(f"{row.name} takes {spent:.2f} epochs before its model is small; it may take {epochs} in all.")
+    return Plan(row.warm_up, row.pruning, small_epochs, spent + small_epochs * small)
+
+
+def _cost(costs: Mapping[str, float], name: str) -> float:
+    if name not in costs:
+        raise ConfigError(f"What a step of {name} takes was not measured; measured were {', '.join(costs)}.")
+    return costs[name]
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How large a study is.
+
+    Attributes:
+        epochs: of dense training; every row may take as long.
+        pixels: side of the images.
+        images: of the training set that an epoch goes through.
+    """
+
+    epochs: int = 3
+    pixels: int = 32
+    images: int = 10_000
+
+    @property
+    def name(self) -> str:
+        """In names of runs: e3-32px-10000."""
+        return f"e{self.epochs}-{self.pixels}px-{self.images}"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One run of the table.
+
+    Attributes:
+        row: which way.
+        ratio: share of the parameters that goes; None for the dense row.
+        seed: of everything random.
+        scale: of the study.
+        distilled: learns from the dense run of its seed and scale.
+        alpha, tau: weight of the teacher and its temperature, where they are not the usual ones.
+    """
+
+    row: Row
+    ratio: float | None
+    seed: int
+    scale: Scale
+    distilled: bool = False
+    alpha: float | None = None
+    tau: float | None = None
+
+    @property
+    def name(self) -> str:
+        """Of its folder and its line: p3b-early-distilled-0.9-e3-32px-10000-seed0."""
+        teacher = ["distilled"] if self.distilled else []
+        teacher += [f"alpha{self.alpha:g}"] if self.alpha is not None else []
+        teacher += [f"tau{self.tau:g}"] if self.tau is not None else []
+        ratio = [] if self.ratio is None else [f"{self.ratio:g}"]
+        return "-".join([self.row.name, *teacher, *ratio, self.scale.name, f"seed{self.seed}"])
+
+    @property
+    def teacher(self) -> Entry:
+        """The dense run that it learns from."""
+        return Entry(ROWS[DENSE], None, self.seed, self.scale)
