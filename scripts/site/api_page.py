@@ -90,7 +90,7 @@ def _parameters(arguments: ast.arguments) -> list[str]:
 
 
 def _parameter(argument: ast.arg, default: ast.expr | None) -> str:
-    return ast.unparse(argument) + ("" if default is None else f" = {ast.unparse(default)}")
+    return (ast.unparse(argument) + ("" if default is None else f" = {ast.unparse(default)}")).replace("'", '"')
 
 
 _SECTION = re.compile(r"^(Args|Returns|Raises|Attributes|Source):(.*)$")
@@ -126,8 +126,8 @@ def _code_in_fences(lines: Sequence[str]) -> list[str]:
         indented = line.startswith("    ")
         if indented and not code:
             written += ["", "<!-- not run: runs on the page of one's own loop -->", "```python"]
-        if code and not indented and line:
+        if code and not indented:
             written += ["```", ""]
-        code = indented or (code and not line)
-        written.append(line[4:] if indented else line)
+        code = indented
+        written.append(re.sub(r" {2,}#", "  #", line[4:]) if indented else line)
     return [*written, *(["```"] if code else [])]
