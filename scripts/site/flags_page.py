@@ -150,7 +150,7 @@ def _values(kind: Any) -> str:
         return ", ".join(f"`{value}`" for value in get_args(kind))
     if get_origin(kind) is tuple:
         of, *rest = get_args(kind)
-        word = {int: "whole numbers", float: "numbers", str: "words", Path: "paths"}[of]
+        word = {int: "whole numbers", float: "numbers", str: "words", Path: "paths"}.get(of) or f"some of {_values(of)}"
         return word if rest == [...] else f"{len(rest) + 1} {word}"
     return {bool: "", int: "whole number", float: "number", str: "word", Path: "path"}[kind]
 
