@@ -32,9 +32,16 @@ OF_ALL = {KEEP, FROM_SCRATCH, "--config", "--help", "--help-all", "--version", "
 """Flags that are read before a command's own."""
 FOREIGN = {
     "--nproc-per-node", "--nproc_per_node", "--nnodes", "--max-restarts", "--rdzv-id", "--signals-to-handle", "--signal",
-    "--before", "--only", "--clock", "--part", "--record", "--work",
+    "--logdir", "--before",
 }  # fmt: skip
-"""Flags of torchrun, Slurm and the benchmarks that the text names."""
+"""Flags of torchrun, Slurm and TensorBoard that the text names, and one of a benchmark that is no more."""
+
+
+@cache
+def _of_scripts() -> set[str]:
+    """Flags of the benchmarks and examples, which read them by argparse."""
+    files = [file for folder in ("benchmarks", "examples", "scripts") for file in (ROOT / folder).rglob("*.py")]
+    return {flag for file in files for flag in re.findall(r"[\"'](--[a-z][a-z-]*)[\"']", file.read_text(encoding="utf-8"))}
 
 
 def _named(page: Path) -> str:
@@ -59,9 +66,11 @@ def tiny_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, A
         "timm": timm,
         "torch": torch,
         "model": model,
+        "trained": tiny_vit(seed=1),
         "criterion": torch.nn.functional.cross_entropy,
         "optimizer": torch.optim.AdamW(model.parameters(), lr=1e-3),
         "batches": [(images(4, seed=step), labels(4, seed=step)) for step in range(8)],
+        "photos": [images(4, seed=step) for step in range(2)],
         "names": names,
         "how": how,
     }
@@ -164,7 +173,7 @@ def _flags_of(command: str) -> set[str]:
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page.name != "experiments.md"], ids=_named)
 def test_flags_in_the_text_exist(page: Path) -> None:
-    known = OF_ALL | OTHER_NAMES.keys() | FOREIGN
+    known = OF_ALL | OTHER_NAMES.keys() | FOREIGN | _of_scripts()
     known |= {flag for command in COMMANDS for flag in _flags_of(command)}
     named = {flag for span in spans(page) for flag in re.findall(r"(?<![\w-])--[a-z][\w-]*", span)}
     unknown = {flag for flag in named if flag not in known and flag.replace("_", "-") not in known}
