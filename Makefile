@@ -3,9 +3,10 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
+SITE_READY := $(VENV)/.site-ready
 SHELL  := /bin/bash
 
-.PHONY: demo test test-slow faults bench check lint types setup lock clean
+.PHONY: demo test test-slow faults bench docs check lint types setup lock clean
 
 demo: $(READY)  ## the whole job on embedded data, in minutes
 	$(BIN)/p3b demo
@@ -22,6 +23,11 @@ faults: $(READY)  ## laws, damaged files, killed runs and other numbers of proce
 
 bench: $(READY)  ## what pruning costs beside plain training, side by side (docs/performance.md)
 	$(BIN)/python benchmarks/bench.py run
+
+docs: $(READY) $(SITE_READY)  ## the documentation as a site, in site/; built without network
+	$(BIN)/python scripts/site/reference_pages.py
+	PYTHONPATH=scripts/site $(BIN)/zensical build --clean --strict
+	$(BIN)/python scripts/site/check_site.py site
 
 check: lint types test  ## what CI runs
 
@@ -42,10 +48,17 @@ $(READY): pyproject.toml requirements.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements.lock -e '.[demo,onnx,serve,dev]'
 	touch $@
 
+# What builds the site is installed only for that.
+$(SITE_READY): $(READY)
+	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "The site needs Python 3.11 or newer; the pages of docs/ can be read as they are." >&2; exit 1; }
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements.lock -e '.[docs]'
+	touch $@
+
 lock:  ## resolve requirements.lock anew, for every Python that is supported
 	$(PYTHON) -m venv .make/lock && .make/lock/bin/pip install --quiet uv
 	.make/lock/bin/uv pip compile --quiet --universal --python-version 3.10 --no-emit-index-url --no-annotate --all-extras \
 	  --custom-compile-command "make lock" --output-file requirements.lock pyproject.toml
 
 clean:
-	rm -rf .make build dist *.egg-info src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo-run
+	rm -rf .make build dist site .cache *.egg-info src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo-run
