@@ -21,7 +21,6 @@ from exported import NAMES, PREPROCESSING, photos, small_vit
 from p3b.deploy import export as export_module
 from p3b.deploy.agreement import Agreement, Limit, compare, require
 from p3b.deploy.export import FP32, WRITTEN, Evidence, ExportPlan, Tried, choose, distinct, export
-from p3b.deploy.flat import FlatLinear, with_flat_linears
 from p3b.deploy.metadata import Metadata
 from p3b.deploy.photos import Preparation, logits_of, photo_crops
 from p3b.deploy.prepared import Prepared
@@ -182,13 +181,6 @@ def test_the_smallest_of_the_quickest_layouts_is_taken() -> None:
     tried = {"index": Tried(1.06, 90), "folded": Tried(1.02, 100), "zeros": Tried(1.0, 145)}
     assert choose(tried) == "folded"
     assert choose({"index": Tried(2.0, 1), "zeros": Tried(1.0, 9)}) == "zeros"
-
-
-def test_flat_linear_layers_compute_the_same() -> None:
-    model, images = tiny_vit(dtype=torch.float64), torch.rand(2, 3, 32, 32, dtype=torch.float64)
-    flat = with_flat_linears(model)
-    assert sum(isinstance(module, FlatLinear) for module in flat.modules()) == 9
-    torch.testing.assert_close(flat(images), model(images), rtol=1e-12, atol=1e-12)
 
 
 def test_layouts_that_come_to_the_same_are_tried_once(model: VisionTransformer) -> None:
