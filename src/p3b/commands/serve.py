@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from p3b.deploy.choice import AUTO
+from p3b.deploy.hub import local_copy
 from p3b.deploy.layouts import check_layout
 from p3b.deploy.prediction import pixel_limit
 from p3b.deploy.runners import open_runner
@@ -62,8 +63,9 @@ def build(config: ServeConfig) -> Starlette:
 
 def open_model(path: Path, layout: str) -> Model:
     """A model of any kind, with its size and its file beside its name."""
-    runner = open_runner(path, layout=layout)
-    files = [path] if path.is_file() else list(path.glob("*.safetensors"))
+    here = local_copy(str(path))
+    runner = open_runner(here, layout=layout)
+    files = [here] if here.is_file() else list(here.glob("*.safetensors"))
     megabytes = sum(file.stat().st_size for file in files) / 1e6
     return Model(str(path), f"{megabytes:.2f} MB, {runner.metadata.precision}", runner)
 
