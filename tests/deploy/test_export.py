@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import json
 import os
 import subprocess
@@ -19,6 +20,7 @@ from packaging.requirements import Requirement
 from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 
+import p3b
 from exported import NAMES, PREPROCESSING, photos, small_vit
 from p3b.deploy import export as export_module
 from p3b.deploy.agreement import Agreement, Limit, compare, require
@@ -280,7 +282,22 @@ def stream_masks(layout: Any, only: str) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("kind", [*KINDS, "vanished block", "constant block", "residual-pruned", "thin heads"])
 @pytest.mark.parametrize("ending", [".onnx", ".pt2"])
 def test_every_kind_of_model_agrees_on_256_photos(kind: str, ending: str, tmp_path: Path) -> None:
-    evidence = Evidence(PREPROCESSING, photo_crops(256))
-    report = export(small_of_kind(kind), METADATA, ExportPlan(tmp_path / f"small{ending}", ("index", "folded")), evidence)
-    agreement = report.sides[WRITTEN].agreement
-    assert agreement is not None and agreement.images == 256 and agreement.top1 == 1 and agreement.difference < 1e-4
+    """Saved and loaded, exported, run in torch or ONNX Runtime and, where it is installed, in OpenVINO."""
+    small, crops = small_of_kind(kind), photo_crops(256)
+    expected, file = expected_of(small, crops), tmp_path / f"small{ending}"
+    reloaded = p3b.load(p3b.save(small, tmp_path / "saved"))
+    assert isinstance(reloaded, VisionTransformer)
+    export(reloaded, METADATA, ExportPlan(file, ("index", "folded")), Evidence(PREPROCESSING, crops))
+    answers = [answers_of(file, crops)]
+    if ending == ".onnx" and importlib.util.find_spec("openvino"):
+        answers.append(openvino_answers(file, np.stack([Preparation(METADATA)(crop) for crop in crops])))
+    for got in answers:
+        agreement = compare(expected, got)
+        assert agreement.images == 256 and agreement.top1 == 1 and agreement.difference < 1e-4
+
+
+def openvino_answers(file: Path, images: Any) -> Any:
+    import openvino
+
+    model = openvino.Core().compile_model(str(file), "CPU", {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1})
+    return np.concatenate([model(images[start : start + 32])[model.output(0)] for start in range(0, len(images), 32)])
