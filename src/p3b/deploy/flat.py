@@ -108,7 +108,9 @@ def _is_plain(block: nn.Module) -> bool:
         return False
     if type(block.attn) in _BY_TOKEN:
         return True
-    return type(block.attn) is Attention and all(isinstance(getattr(block.attn, part), nn.Identity | None) for part in _MORE)
+    if type(block.attn) is not Attention or type(block.attn.qkv) is not nn.Linear:
+        return False
+    return all(isinstance(getattr(block.attn, part), nn.Identity | None) for part in _MORE)
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
