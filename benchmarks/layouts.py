@@ -15,11 +15,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import logging
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from itertools import product
@@ -37,6 +35,8 @@ from harness.records import RESULTS, ROOT, Line
 from p3b.core.allocation import keep_ratios
 from p3b.deploy.choice import CANDIDATES, with_layout
 from p3b.deploy.layouts import LAYOUTS
+from p3b.deploy.metadata import Metadata
+from p3b.deploy.onnx_file import OnnxRunner, write_onnx
 from p3b.deploy.speed import images_per_second
 from p3b.methods.base import BlockShares
 from p3b.vit.attention import choose_attention
@@ -45,8 +45,9 @@ from p3b.vit.cost import count_macs, count_parameters, dense_params
 from p3b.vit.layout import DEFAULT_DIMS, read_layout
 
 SEED = 0
-DENSE, DENSE_PLAIN = "dense", "dense, plain attention"
-"""The dense model as timm makes it; and with the attention that a layout has under bf16, to tell what of the gain is that."""
+DENSE, DENSE_PLAIN, DENSE_AS_EXPORTED = "dense", "dense, plain attention", "dense, as torch exports it"
+"""The dense model, in ONNX with all that `p3b export` does to a graph. To tell what of a gain that is: with the attention that
+a layout has under bf16; as torch alone exports it."""
 MODELS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "animals": (
         "vit_tiny_patch16_224",
@@ -118,12 +119,20 @@ def measure(name: str, given: Given) -> dict[str, Any]:
     eager: dict[tuple[str, Widths], nn.Module] = {(DENSE, AS_KEPT): dense}
     if runtime == "bf16":
         eager[DENSE_PLAIN, AS_KEPT] = choose_attention(deepcopy(dense), torch.device("cpu"), torch.bfloat16)
+    if runtime == "onnx":
+        eager[DENSE_AS_EXPORTED, AS_KEPT] = dense
     with _number_format(runtime):
         for widths, model in small.items():
             for layout in layouts_of(runtime, widths):
                 eager[layout, widths] = with_layout(model, layout)
     with tempfile.TemporaryDirectory() as folder:
-        models = [_carried_out(model, runtime, torch.rand(batch_size, 3, *size), Path(folder)) for model in eager.values()]
+        images = torch.rand(2, 3, *size)
+        models = [
+            OnnxModel(model, images, Path(tempfile.mkdtemp(dir=folder)) / "model.onnx", flat=layout != DENSE_AS_EXPORTED)
+            if runtime == "onnx"
+            else _carried_out(model, runtime)
+            for (layout, _), model in eager.items()
+        ]
         with _number_format(runtime):
             speeds = images_per_second(
                 models, (3, *size), batch_size=batch_size, device=torch.device("cpu"), rounds=given.rounds,
@@ -131,7 +140,7 @@ def measure(name: str, given: Given) -> dict[str, Any]:
             )  # fmt: skip
     rows = []
     for (layout, (align, whole_heads)), speed in zip(eager, speeds, strict=True):
-        compact = dense if layout in (DENSE, DENSE_PLAIN) else small[align, whole_heads]
+        compact = small[align, whole_heads] if layout in LAYOUTS else dense
         costs = {"params": count_parameters(compact), "macs": count_macs(compact, size)}
         rows.append({"layout": layout, "align": align, "heads": whole_heads, "images_per_second": speed, **costs})
     return {
@@ -146,12 +155,12 @@ def measure(name: str, given: Given) -> dict[str, Any]:
     }
 
 
-def _carried_out(model: nn.Module, runtime: str, images: Tensor, folder: Path) -> nn.Module:
+def _carried_out(model: nn.Module, runtime: str) -> nn.Module:
     if runtime == "compile":
         # All models share timm's code, which is what compiled forms are kept with: past the limit the rest would run eagerly.
         torch._dynamo.config.recompile_limit = 64
         return torch.compile(model, dynamic=False)  # type: ignore[return-value]
-    return OnnxModel(model, images, Path(tempfile.mkdtemp(dir=folder)) / "model.onnx") if runtime == "onnx" else model
+    return model
 
 
 def _number_format(runtime: str) -> contextlib.AbstractContextManager[Any]:
@@ -159,25 +168,15 @@ def _number_format(runtime: str) -> contextlib.AbstractContextManager[Any]:
 
 
 class OnnxModel(nn.Module):
-    """An exported model in ONNX Runtime, called like the module that it was exported from."""
+    """A model in ONNX Runtime as `p3b export` writes it, or (`flat=False`) as torch alone does; called like a module."""
 
-    def __init__(self, model: nn.Module, images: Tensor, file: Path) -> None:
-        import onnxruntime
-
+    def __init__(self, model: nn.Module, images: Tensor, file: Path, *, flat: bool = True) -> None:
         super().__init__()
-        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-        shape = {0: torch.export.Dim("batch", min=1, max=1024)}
-        batch = images if len(images) > 1 else torch.cat([images, images])
-        with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
-            warnings.simplefilter("ignore")
-            torch.onnx.export(model, (batch,), file, dynamo=True, dynamic_shapes=(shape,), verbose=False)
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        self.session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-        self.input = self.session.get_inputs()[0].name
+        write_onnx(model, images, file, optimize=False, flat=flat)
+        self.run = OnnxRunner(file, Metadata(None, None))
 
     def forward(self, images: Tensor) -> Any:
-        return self.session.run(None, {self.input: images.numpy()})
+        return self.run(images.numpy())
 
 
 # --- tables
@@ -262,7 +261,7 @@ def _cell(dense: Mapping[str, Any], row: Mapping[str, Any]) -> str:
 
 
 def _small(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    return [row for row in rows[1:] if row["layout"] != DENSE_PLAIN]
+    return [row for row in rows[1:] if row["layout"] not in (DENSE_PLAIN, DENSE_AS_EXPORTED)]
 
 
 def _speedup(rows: Sequence[Mapping[str, Any]]) -> float:

@@ -59,12 +59,16 @@ def test_a_measurement_has_a_row_for_every_layout_and_width(runtime: str, monkey
     monkeypatch.setattr(layouts, "CANDIDATES", ("index", "balanced"))
     monkeypatch.setattr(layouts, "ALIGNED", ("index",))
     exported: list[Path] = []  # an export takes seconds; tests/deploy/test_layouts.py exports and compares
-    monkeypatch.setattr(layouts, "OnnxModel", lambda model, _images, file: exported.append(file) or model)
+    monkeypatch.setattr(layouts, "OnnxModel", lambda model, _images, file, flat: exported.append(file) or model)
     monkeypatch.setattr(layouts, "MODELS", {"animals": (MODELS["animals"][0], tiny)})
     line = layouts.measure(f"animals-{runtime}-50-1", Namespace(rounds=1, seconds=0.1, clock="wall"))
     assert (line["network"], line["prune_ratio"], line["runtime"], line["batch_size"]) == ("animals", 0.5, runtime, 1)
     rows: list[dict[str, Any]] = line["rows"]
-    assert {"dense", "index", "balanced"} <= {row["layout"] for row in rows} and rows[1]["params"] < rows[0]["params"]
+    assert {"dense", "index", "balanced"} <= {row["layout"] for row in rows} and rows[-1]["params"] < rows[0]["params"]
+    assert [row["layout"] for row in rows if row["params"] == rows[0]["params"]] == [
+        "dense",
+        *([layouts.DENSE_AS_EXPORTED] if runtime == "onnx" else []),
+    ]
     assert len(exported) == (len(rows) if runtime == "onnx" else 0)
     thin = [("index", 8, False)] if runtime == "fp32" else []
     whole = [("index", 8, True), ("balanced", 8, True)]

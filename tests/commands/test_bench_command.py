@@ -36,13 +36,15 @@ def test_a_pruned_model_is_measured_beside_a_dense_one_of_its_shape(
         assert second["p50_ms"] <= second["p90_ms"] and second["rounds"] == 3
 
 
-def test_compiled_sides_stand_beside_eager_ones(saved: Path) -> None:
-    chosen = sides(BenchConfig((saved, Path("small.onnx")), compile=True))
+def test_compiled_sides_stand_beside_eager_ones(saved: Path, tmp_path: Path) -> None:
+    exported = tmp_path / "small.onnx"
+    exported.touch()
+    chosen = sides(BenchConfig((saved, exported), compile=True))
     assert chosen == [
         Side(saved, dense=True),
         Side(saved, compiled=True, dense=True),
         Side(saved),
         Side(saved, compiled=True),
-        Side(Path("small.onnx")),
+        Side(exported),
     ]
     assert [side.name.rpartition(", ")[2] for side in chosen] == ["eager", "compiled", "eager", "compiled", "ONNX Runtime"]

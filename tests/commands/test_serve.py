@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import socket
 import struct
 import threading
 import zlib
@@ -17,13 +18,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import uvicorn
 from PIL import Image
 
 import p3b
 from exported import NAMES, PREPROCESSING, photos, save_small
 from p3b.commands.command_line import main
-from p3b.commands.serve import build, is_loopback, listen
+from p3b.commands.serve import build, is_loopback, listen, server_of
 from p3b.deploy.photos import Preparation
 from p3b.deploy.prediction import pixel_limit
 from p3b.deploy.runners import open_runner
@@ -35,11 +35,10 @@ MOST_PIXELS = 100_000
 
 
 @contextmanager
-def _serving(config: ServeConfig) -> Iterator[int]:
+def _serving(config: ServeConfig, *, seconds: float = 30.0, most: int = 100) -> Iterator[int]:
     """The port of a server that runs in a thread, which leaves signals to the main one."""
     listening = listen("127.0.0.1", 0)
-    settings = uvicorn.Config(build(config), log_level="error", lifespan="off", ws="none")
-    server = uvicorn.Server(settings)
+    server = server_of(build(config), seconds=seconds, most=most)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     with pixel_limit(config.max_pixels):
         thread.start()
@@ -192,3 +191,38 @@ def test_threads_that_ask_at_once_get_the_same_answers(port: int) -> None:
         for answers in each
     ]
     assert np.allclose(probabilities[:4], probabilities[4:])
+
+
+def _open(port: int, sends: bytes = b"") -> socket.socket:
+    connection = socket.create_connection(("127.0.0.1", port), timeout=10)
+    connection.sendall(sends)
+    return connection
+
+
+def _read(connection: socket.socket) -> bytes:
+    """All that comes until the other side closes."""
+    with connection, connection.makefile("rb") as file:
+        return file.read()
+
+
+REQUEST = b"GET / HTTP/1.1\r\nHost: localhost\r\n"
+
+
+@pytest.mark.parametrize("sends", [b"", REQUEST, REQUEST + b"\r\n" + REQUEST], ids=["nothing", "half", "one and a half"])
+def test_a_connection_that_brings_no_request_is_closed(folders: tuple[Path, Path], sends: bytes) -> None:
+    with _serving(ServeConfig(folders[0], layout="index"), seconds=0.05) as port:
+        connection = _open(port, sends)
+        assert b"408" in (said := _read(connection)) and b"No request arrived within 0.05 seconds" in said
+        assert said.startswith(b"HTTP/1.1 200") == (sends.count(REQUEST) == 2)
+        image = _png(photos(1)[0])
+        assert _ask(port, image)[0] == 200
+
+
+def test_silent_connections_make_room_for_others(folders: tuple[Path, Path]) -> None:
+    with _serving(ServeConfig(folders[0], layout="index"), most=3) as port:
+        silent = [_open(port) for _ in range(8)]
+        assert _ask(port, _png(photos(1)[0]))[0] == 200
+        for connection in silent[:5]:
+            assert b"503" in (said := _read(connection)) and b"too many connections" in said
+        for connection in silent[5:]:
+            connection.close()

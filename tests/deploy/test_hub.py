@@ -18,13 +18,16 @@ from safetensors.torch import load_file
 from timm.data import resolve_data_config
 
 import p3b
-from exported import NAMES, PREPROCESSING, save_small, small_vit
+from exported import NAMES, PREPROCESSING, save_photos, save_small, small_vit
 from hub_server import Hub, serving
+from p3b.commands.bench import sides
 from p3b.commands.command_line import main
+from p3b.commands.serve import open_model
 from p3b.deploy.card import card
-from p3b.deploy.hub import fetch
+from p3b.deploy.hub import fetch, local_copy
 from p3b.deploy.plain import plain_call
 from p3b.errors import ConfigError, HubError, ModelError, WeightsError
+from p3b.run.deploy_options import BenchConfig, ExportConfig, check_export
 from p3b.storage.artifact import CONFIG_FILE, WEIGHTS_FILE, read_config
 from p3b.vit.compact import apply_cuts, plan_cuts
 from p3b.vit.layout import read_layout
@@ -301,3 +304,35 @@ def test_where_blocks_are_alike_timm_alone_builds_the_model(variant: str, tmp_pa
 def test_where_blocks_differ_no_plain_call_is_claimed(tmp_path: Path) -> None:
     assert plain_call(read_config(save_small(tmp_path))) is None
     assert json.loads((tmp_path / CONFIG_FILE).read_text())["architecture"] == "p3b_vit"
+
+
+# --- commands
+
+
+def test_commands_take_a_model_of_the_hub_by_its_name(hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    p3b.push(save_small(tmp_path / "pruned"), REPO)
+    (photo,) = save_photos(tmp_path / "photos", 1)
+    for name in (REPO, f"hf-hub:{REPO}@main"):
+        assert main(["predict", name, str(photo), "--format", "csv"]) == 0
+        assert "class " in capsys.readouterr().out
+    assert open_model(Path(REPO), "index").name == REPO
+    saved, dense = sides(BenchConfig((Path(REPO),)))[::-1]
+    assert saved.name == f"{REPO}, eager" and dense.name == f"dense of {REPO}, eager" and saved.path.is_dir()
+    assert check_export(ExportConfig(Path(REPO))) == Path("small-vit.onnx"), "where we are: there is no folder beside it"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["export", REPO, "--output", "a.pt2"], ["evaluate", "--model-path", REPO, "--data-set", "DIGITS"], ["bench", REPO]],
+)
+def test_a_command_says_that_the_hub_has_no_such_model(
+    arguments: list[str], hub: Hub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    assert f"The hub shows no model {REPO}." in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_name_with_the_ending_of_a_file_is_not_asked_for(hub: Hub) -> None:
+    for name in ("exports/small.onnx", "exports/small.pt2", "exports/small.pth"):
+        assert local_copy(name) == Path(name)
+    assert hub.asked == []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 import p3b
 from p3b.deploy.bench import Side, Timing, measure, open_side, size_on_disk
 from p3b.deploy.choice import AUTO
+from p3b.deploy.hub import local_copy
 from p3b.deploy.layouts import check_layout
 from p3b.deploy.peak import peak_memory
 from p3b.deploy.runners import ONNX, PROGRAM
@@ -33,12 +34,10 @@ def bench(config: BenchConfig) -> dict[str, Any]:
     """
     check_bench(config)
     check_layout(config.layout, [AUTO])
-    for path in config.models:
-        if not path.exists():
-            raise WeightsError(f"There is no {path}. Expected a model that p3b saved (a folder or .pth), an .onnx or a .pt2.")
+    chosen = sides(config)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    screen, chosen = Screen(is_main=True), sides(config)
+    screen = Screen(is_main=True)
     with process_group(config.device) as (_, device):
         timings = {size: _timed(config, chosen, size, device) for size in config.batch_sizes}
     memory = _memory(config, chosen) if config.memory else {}
@@ -75,17 +74,26 @@ def bench(config: BenchConfig) -> dict[str, Any]:
 
 
 def sides(config: BenchConfig) -> list[Side]:
-    """What is measured, the side that ratios are to first."""
-    chosen = []
-    for path in config.models:
-        saved = path.suffix not in (ONNX, PROGRAM)
-        kinds = (False, True) if config.compile and saved else (False,)
-        chosen += [Side(path, compiled=compiled) for compiled in kinds]
-    saved_ones = [path for path in config.models if path.suffix not in (ONNX, PROGRAM)]
-    if len(saved_ones) == 1 and _is_pruned(saved_ones[0]):
-        dense = [Side(saved_ones[0], dense=True)]
-        chosen = dense + ([Side(saved_ones[0], compiled=True, dense=True)] if config.compile else []) + chosen
-    return chosen
+    """What is measured, the side that ratios are to first.
+
+    Raises:
+        WeightsError: a model is neither here nor on the hub.
+    """
+    given = [_side(path) for path in config.models]
+    saved = [side for side in given if side.path.suffix not in (ONNX, PROGRAM)]
+    if len(saved) == 1 and _is_pruned(saved[0].path):
+        dense = replace(saved[0], dense=True)
+        given, saved = [dense, *given], [dense, *saved]
+    also = saved if config.compile else []
+    return [each for side in given for each in ([side, replace(side, compiled=True)] if side in also else [side])]
+
+
+def _side(path: Path) -> Side:
+    """A model in eager PyTorch, or an export; one of the hub is fetched."""
+    here = local_copy(str(path))
+    if not here.exists():
+        raise WeightsError(f"There is no {path}. Expected a model that p3b saved (a folder or .pth), an .onnx or a .pt2.")
+    return Side(here, called=None if here == path else str(path))
 
 
 def show(

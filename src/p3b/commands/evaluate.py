@@ -11,6 +11,7 @@ import timm
 
 from p3b.data import DataSplits, Preprocessing
 from p3b.deploy.choice import AUTO, with_layout
+from p3b.deploy.hub import local_copy
 from p3b.deploy.layouts import check_layout
 from p3b.errors import ConfigError, WeightsError
 from p3b.report.thresholds import FEWEST_FOR_TOP5
@@ -43,6 +44,9 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     check_layout(config.layout, [AUTO])
     if config.model.model_path is None and not config.model.model_pretrained:
         raise ConfigError(f"--model-path is missing: the model to evaluate, such as run/{PRODUCTS['prune']}.")
+    title = str(config.model.model_path or config.model.model)
+    if config.model.model_path is not None:
+        config = replace(config, model=replace(config.model, model_path=local_copy(str(config.model.model_path))))
     run = config.run
     with open_machine(run.device, run.timeout_minutes, config.precision) as machine:
         screen = open_screen(run, machine.is_main)
@@ -74,7 +78,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
                 "layout": layout_of(model),
                 "unreadable_images": count_unreadable(splits),
             }
-            _tell(screen, str(config.model.model_path or config.model.model), accuracies, figures, summary, machine)
+            _tell(screen, title, accuracies, figures, summary, machine)
             if folder is not None:
                 machine.on_main(lambda: folder.write_json("summary.json", summary))
             return summary

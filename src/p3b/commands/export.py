@@ -13,6 +13,7 @@ from p3b.data.images import LabelledImages
 from p3b.deploy.card import write_card
 from p3b.deploy.choice import AUTO, CANDIDATES
 from p3b.deploy.export import DENSE, FP32, WRITTEN, Evidence, ExportPlan, ExportReport, Figures, Labelled, export
+from p3b.deploy.hub import local_copy
 from p3b.deploy.layouts import check_layout
 from p3b.deploy.metadata import Metadata
 from p3b.deploy.onnx_file import OPSET, require_onnx
@@ -47,11 +48,16 @@ def export_saved(config: ExportConfig) -> ExportReport:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     screen = Screen(is_main=True)
-    saved = artifact.read_config(config.model)
-    model = artifact.load(config.model).float()
+    origin = local_copy(str(config.model))
+    saved = artifact.read_config(origin)
+    model = artifact.load(origin).float()
     metadata = Metadata.of_config(saved)
     gathered = gather(config, metadata, metadata.preprocessing or stand_in(model))
-    dense = build_dense(saved["architecture"]).eval() if config.dense is None else artifact.load(config.dense).float()
+    dense = (
+        build_dense(saved["architecture"]).eval()
+        if config.dense is None
+        else artifact.load(local_copy(str(config.dense))).float()
+    )
     smaller = count_parameters(model) < count_parameters(dense)
     plan = ExportPlan(
         file,

@@ -18,6 +18,7 @@ from rich.progress import track
 from rich.table import Table
 
 from p3b.deploy.choice import AUTO
+from p3b.deploy.hub import local_copy
 from p3b.deploy.layouts import check_layout
 from p3b.deploy.prediction import STANDARD_INPUT, Prediction, Source, predict, sources
 from p3b.deploy.runners import ONNX, open_runner
@@ -41,9 +42,10 @@ def predict_images(config: PredictConfig) -> list[Prediction]:
     found = sources([*config.images, *_listed(config.files_from)], sys.stdin.buffer)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    on_cpu = config.model.suffix == ONNX and config.device == "auto"
+    model = local_copy(str(config.model))
+    on_cpu = model.suffix == ONNX and config.device == "auto"
     with process_group("cpu" if on_cpu else config.device) as (_, device):
-        runner = open_runner(config.model, layout=config.layout, device=device)
+        runner = open_runner(model, layout=config.layout, device=device)
         answers = predict(
             runner,
             _with_progress(found),

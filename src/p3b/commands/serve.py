@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from p3b.deploy.choice import AUTO
+from p3b.deploy.hub import local_copy
 from p3b.deploy.layouts import check_layout
 from p3b.deploy.prediction import pixel_limit
 from p3b.deploy.runners import open_runner
@@ -22,10 +23,13 @@ from p3b.run.screen import Screen
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
+    from uvicorn import Server
 
 _LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 _MOST_WAITING = 2048
-"""Connections that wait to be taken, where the operating system allows as many."""
+"""Connections that wait to be taken, and that are open at a time, where the operating system allows as many."""
+_SECONDS = 30.0
+"""Until a connection has brought a request."""
 
 
 def serve(config: ServeConfig) -> None:
@@ -62,8 +66,9 @@ def build(config: ServeConfig) -> Starlette:
 
 def open_model(path: Path, layout: str) -> Model:
     """A model of any kind, with its size and its file beside its name."""
-    runner = open_runner(path, layout=layout)
-    files = [path] if path.is_file() else list(path.glob("*.safetensors"))
+    here = local_copy(str(path))
+    runner = open_runner(here, layout=layout)
+    files = [here] if here.is_file() else list(here.glob("*.safetensors"))
     megabytes = sum(file.stat().st_size for file in files) / 1e6
     return Model(str(path), f"{megabytes:.2f} MB, {runner.metadata.precision}", runner)
 
@@ -93,7 +98,34 @@ def is_loopback(host: str) -> bool:
 
 def run(app: Starlette, listening: socket.socket) -> None:
     """Answer until interrupted."""
+    server_of(app, most=most_connections()).run(sockets=[listening])
+
+
+def server_of(app: Starlette, *, seconds: float = _SECONDS, most: int) -> Server:
+    """The server of an application.
+
+    Args:
+        app: of `build`.
+        seconds: that a connection may take to bring the header of a request.
+        most: connections that are open at a time.
+    """
     import uvicorn
 
-    settings = uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off", ws="none", server_header=False)
-    uvicorn.Server(settings).run(sockets=[listening])
+    from p3b.deploy.connections import guarded
+
+    return uvicorn.Server(
+        uvicorn.Config(
+            app, log_level="warning", access_log=False, lifespan="off", ws="none", server_header=False,
+            http=guarded(seconds, most),
+        )
+    )  # fmt: skip
+
+
+def most_connections() -> int:
+    """Connections that may be open at a time: half of the files that the operating system lets this process open."""
+    try:
+        import resource
+    except ImportError:  # Windows has none, and no such limit
+        return _MOST_WAITING
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return _MOST_WAITING if soft == resource.RLIM_INFINITY else max(1, min(_MOST_WAITING, soft // 2))

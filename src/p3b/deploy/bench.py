@@ -81,18 +81,21 @@ class Side:
         compiled: by torch.compile.
         dense: not the model itself, but a dense one of its architecture with random weights, which is as quick as the one that
             it was pruned from.
+        called: what a table calls it; by default its path.
     """
 
     path: Path
     compiled: bool = False
     dense: bool = False
+    called: str | None = None
 
     @property
     def name(self) -> str:
         """What it is called in a table."""
         runtime = {ONNX: "ONNX Runtime", PROGRAM: "torch.export"}.get(self.path.suffix, "eager")
         runtime = "compiled" if self.compiled else runtime
-        return f"dense of {self.path}, {runtime}" if self.dense else f"{self.path}, {runtime}"
+        called = self.called or str(self.path)
+        return f"dense of {called}, {runtime}" if self.dense else f"{called}, {runtime}"
 
 
 def open_side(

@@ -35,6 +35,7 @@ from p3b.storage.untrusted import MOST_JSON, first_line
 
 PREFIX = "hf-hub:"
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_FILES = (".onnx", ".pt2", ".pth")
 _MOST_BYTES_OF_A_NUMBER = 8
 _MOST_HEADER = 1 << 20
 """Of a safetensors file with the names of all tensors of a network of `MOST_BLOCKS`."""
@@ -57,7 +58,7 @@ def local_copy(path: str | Path, revision: str | None = None, cache_dir: str | P
     if name.startswith(PREFIX):
         repo, _, at = name.removeprefix(PREFIX).partition("@")
         return fetch(repo, revision or at or None, cache_dir)
-    if isinstance(path, str) and _REPO_ID.fullmatch(name) and not Path(name).parent.exists():
+    if isinstance(path, str) and _may_be_of_the_hub(name):
         return fetch(name, revision, cache_dir)
     if revision is not None:
         raise ConfigError(f"revision={revision!r} is of a model of the hub; {name} lies here. Give 'hf-hub:user/name'.")
@@ -123,6 +124,11 @@ def push(
                 allow_patterns=list(_PUSHED),
             )
     return str(done.commit_url)
+
+
+def _may_be_of_the_hub(name: str) -> bool:
+    """Whether a name has the form of the hub's, no ending of ours, and no folder here that it could lie in."""
+    return bool(_REPO_ID.fullmatch(name)) and Path(name).suffix not in _FILES and not Path(name).parent.exists()
 
 
 def _staged(model: nn.Module | str | Path, folder: Path, repo_id: str, description: dict[str, Any]) -> Path:

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,11 +17,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from p3b.deploy.agreement import Logits
-from p3b.deploy.flat import with_flat_linears
+from p3b.deploy.flat import for_onnx
 from p3b.deploy.metadata import Metadata
 from p3b.deploy.program import dynamic_axes
 from p3b.errors import ConfigError, WeightsError
 from p3b.storage.untrusted import first_line
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 OPSET = 20
 """Of the exported graph: the first with a Gelu of its own, and known to the runtimes of 2024 and later."""
@@ -37,18 +40,48 @@ def write_onnx(model: nn.Module, example: Tensor, file: Path, *, optimize: bool 
         example: (2 or more, C, H, W) images that it takes.
         file: written in one piece, weights included.
         optimize: tidy the graph, which takes half of the time; ONNX Runtime computes as quickly without.
-        flat: linear layers as Gemm, which is quicker (`p3b.deploy.flat`); dynamic int8 knows MatMul alone.
+        flat: in the form that ONNX Runtime is quick with (`p3b.deploy.flat`); dynamic int8 knows MatMul alone.
 
     Raises:
         ConfigError: onnx, onnxruntime or onnxscript is not installed.
     """
     require_onnx()
     with _quiet():
-        exported = with_flat_linears(model) if flat else model
-        torch.onnx.export(
-            exported, (example,), file, dynamo=True, verbose=False, external_data=False, opset_version=OPSET,
+        program = torch.onnx.export(
+            for_onnx(model) if flat else model, (example,), dynamo=True, verbose=False, opset_version=OPSET,
             input_names=[INPUT], output_names=[OUTPUT], dynamic_shapes=(dynamic_axes(example),), optimize=optimize,
         )  # fmt: skip
+        assert program is not None
+        narrow_indices(program.model)
+        program.save(file, external_data=False)
+
+
+def narrow_indices(model: ir.Model) -> None:
+    """Let gathers by element read indices of 32 bits (torch has 64 alone): spread over all tokens, they are half the memory.
+
+    Args:
+        model: is changed. Indices that are no constants spread by Expand stay as they are.
+    """
+    import onnx_ir as ir
+    from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+    narrow: dict[str, ir.Value] = {}
+    for node in [node for node in model.graph if node.op_type == "GatherElements"]:
+        spread = node.inputs[1].producer() if node.inputs[1] is not None else None
+        if spread is not None and spread.op_type == "Cast":  # from int64 to int64, where the graph was not tidied
+            spread = spread.inputs[0].producer() if spread.inputs[0] is not None else None
+        wide = spread.inputs[0] if spread is not None and spread.op_type == "Expand" else None
+        if spread is None or wide is None or wide.name is None or wide.const_value is None:
+            continue
+        if wide.dtype == ir.DataType.INT64:
+            if wide.name not in narrow:
+                tensor = ir.tensor(wide.const_value.numpy().astype(np.int32), name=f"{wide.name}_int32")
+                narrow[wide.name] = ir.val(tensor.name, tensor.dtype, wide.shape, const_value=tensor)
+                model.graph.register_initializer(narrow[wide.name])
+            spread.replace_input_with(0, narrow[wide.name])
+            spread.outputs[0].dtype = ir.DataType.INT32
+        node.replace_input_with(1, spread.outputs[0])
+    RemoveUnusedNodesPass()(model)
 
 
 def describe_onnx(file: Path, metadata: Metadata) -> None:

@@ -19,7 +19,7 @@ class ExportConfig:
     """Write a saved model as ONNX or .pt2: a file that needs neither p3b nor timm, checked and timed in its own runtime."""
 
     model: Positional[Path]
-    """A model that p3b saved: run/pruned, or first_sparse_checkpoint.pth."""
+    """A model that p3b saved: run/pruned, first_sparse_checkpoint.pth, or user/name of the Hugging Face hub."""
     output: Path | None = None
     """File to write; its ending says the format: .onnx or .pt2 (torch.export). By default the model's path with .onnx."""
     with_preprocessing: bool = False
@@ -62,7 +62,8 @@ def check_export(config: ExportConfig) -> Path:
     Raises:
         ConfigError: names the flag, what was got and what is expected.
     """
-    file = config.output or config.model.parent / f"{config.model.stem}.onnx"
+    beside = config.model.parent if config.model.exists() else Path()  # a model of the hub: where we are
+    file = config.output or beside / f"{config.model.stem}.onnx"
     if file.suffix not in (".onnx", ".pt2"):
         raise ConfigError(f"--output {file} ends in {file.suffix or 'nothing'}; expected .onnx or .pt2, which is the format.")
     if config.int8 != "off" and file.suffix != ".onnx":
@@ -92,7 +93,7 @@ class PredictConfig:
     """Name what is on images, with a model that p3b saved or exported."""
 
     model: Positional[Path]
-    """run/pruned, first_sparse_checkpoint.pth, or an .onnx or .pt2 that `p3b export` wrote."""
+    """run/pruned, first_sparse_checkpoint.pth, an .onnx or .pt2 of `p3b export`, or user/name of the Hugging Face hub."""
     images: Positional[tuple[str, ...]] = ()
     """Image files, folders of them at any depth, or - for an image on standard input."""
     files_from: str | None = None
@@ -135,8 +136,8 @@ class BenchConfig:
     """Measure models side by side: latency of one image, throughput of many, memory, size of the file."""
 
     models: Positional[tuple[Path, ...]]
-    """Models to measure: run/dense run/pruned pruned.onnx pruned.pt2. Ratios are to the first; where the only saved model is a
-    pruned one, a dense one of its shape goes first."""
+    """Models to measure: run/dense run/pruned pruned.onnx pruned.pt2, or user/name of the Hugging Face hub. Ratios are to the
+    first; where the only saved model is a pruned one, a dense one of its shape goes first."""
     batch_sizes: tuple[int, ...] = (1, 32)
     """Images at a time."""
     compile: bool = False
@@ -181,7 +182,7 @@ class ServeConfig:
     """Try a model on a web page: drop an image, see labels, probabilities and times, of the dense model beside it."""
 
     model: Positional[Path]
-    """run/pruned, first_sparse_checkpoint.pth, or an .onnx or .pt2 that `p3b export` wrote."""
+    """run/pruned, first_sparse_checkpoint.pth, an .onnx or .pt2 of `p3b export`, or user/name of the Hugging Face hub."""
     dense: Path | None = None
     """A second model to show beside: run/dense."""
     host: str = "127.0.0.1"
