@@ -82,6 +82,8 @@ def test_it_is_refused_where_it_means_nothing() -> None:
     for method in ("wdpruning", "savit"):
         with pytest.raises(ConfigError, match=f"is not for {method}.*block_benefit"):
             p3b.Pruner(_model(), 0.5, method, PLAN, compute="active")
+    with pytest.raises(ConfigError, match="one shot"):
+        p3b.Pruner(_model(), 0.5, "uniform", compute="active")
     with pytest.raises(ConfigError, match="compiled anew"):
         p3b.Pruner(torch.compile(_model()), schedule=PLAN, compute="active")  # type: ignore[arg-type]
     state = _run().steps(5).pruner.state_dict()

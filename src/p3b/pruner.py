@@ -92,15 +92,7 @@ class Pruner:
         if self.one_shot:
             method_options = options_of_one_shot(method, method_options)
         require_single_replica(model)
-        if compute not in COMPUTE:
-            raise ConfigError(unknown_name("compute", compute, COMPUTE))
-        if compute == "active":
-            if schedule is None:
-                raise ConfigError(
-                    "compute='active' (--prune-compute) means nothing in one shot: nothing is trained. Leave it out."
-                )
-            require_active_alone(method)
-            require_not_compiled(model)
+        _check_compute(compute, method, model, one_shot=self.one_shot)
         self._model: VisionTransformer = require_vision_transformer(model)
         self.schedule = schedule
         require_not_gated(self._model, "Call finalize() or detach() of that pruner first.")
@@ -383,6 +375,17 @@ class Pruner:
         parameters = list(self._model.parameters())
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         return self._reduce(all_finite(gradients).to(parameters[0].device, torch.float32)) == 1
+
+
+def _check_compute(compute: str, method: str, model: nn.Module, *, one_shot: bool) -> None:
+    """ConfigError where what is to be computed is unknown, or means nothing to this method or model."""
+    if compute not in COMPUTE:
+        raise ConfigError(unknown_name("compute", compute, COMPUTE))
+    if compute == "active":
+        if one_shot:
+            raise ConfigError("compute='active' (--prune-compute) means nothing in one shot: nothing is trained. Leave it out.")
+        require_active_alone(method)
+        require_not_compiled(model)
 
 
 def _parts(model: nn.Module) -> dict[str, int]:
