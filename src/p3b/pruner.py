@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from p3b.core.finite import all_finite
 from p3b.core.masks import hard_masks
 from p3b.core.schedule import ONE_SHOT, Schedule
-from p3b.errors import ModelError, ScheduleError, TrainingError, WeightsError
-from p3b.methods import create_method, method_dims, options_of_one_shot
+from p3b.errors import ConfigError, ModelError, ScheduleError, TrainingError, WeightsError, unknown_name
+from p3b.methods import create_method, method_dims, options_of_one_shot, require_active_alone
 from p3b.methods.base import Criterion, Decision
 from p3b.methods.calibration import Batches, measure
 from p3b.scoring.meter import Reduce
 from p3b.train.distributed import all_reduce_mean, require_agreement
+from p3b.vit.active import ActiveWidths, LeftOut
 from p3b.vit.basis import head_moments, order_heads
 from p3b.vit.compact import apply_cuts, plan_cuts
 from p3b.vit.compensation import compensate
@@ -29,7 +30,10 @@ from p3b.vit.described import require_described
 from p3b.vit.gates import Gates
 from p3b.vit.layout import read_layout
 from p3b.vit.replaced import forbid_steps
-from p3b.vit.wrappers import forget_compiled, require_single_replica, require_vision_transformer
+from p3b.vit.wrappers import forget_compiled, require_not_compiled, require_single_replica, require_vision_transformer
+
+COMPUTE = ("full", "active")
+"""What of the masked model a step computes."""
 
 
 class Pruner:
@@ -61,6 +65,9 @@ class Pruner:
         schedule: phases in optimizer steps; None: one shot.
         reduce: mean of a tensor over all ranks, which hold equal shares of each batch; by default over torch.distributed's
             group, if there is one, whose ranks then compare their masks after every decision.
+        compute: "full" computes every element, as published; "active" leaves out elements whose mask is below 0.03
+            (`p3b.vit.active`), so that steps take less time the more is pruned. It is not for torch.compile, whose kernels
+            would be made anew at every mask update, nor for methods that look at closed elements (wdpruning, savit).
         method_options: keyword arguments of the method, e.g. alpha=0.5, estimator="linear", keep_ratios=[...]; those that it
             does not take are refused.
 
@@ -77,6 +84,7 @@ class Pruner:
         schedule: Schedule | None = None,
         *,
         reduce: Reduce = all_reduce_mean,
+        compute: str = "full",
         **method_options: Any,
     ) -> None:
         self.one_shot = schedule is None
@@ -84,6 +92,7 @@ class Pruner:
         if self.one_shot:
             method_options = options_of_one_shot(method, method_options)
         require_single_replica(model)
+        _check_compute(compute, method, model, one_shot=self.one_shot)
         self._model: VisionTransformer = require_vision_transformer(model)
         self.schedule = schedule
         require_not_gated(self._model, "Call finalize() or detach() of that pruner first.")
@@ -94,6 +103,10 @@ class Pruner:
         self._reduce = reduce
         self._method = create_method(method, self._model, self.layout, prune_ratio, reduce, method_options)
         self.gates = Gates(self.layout, self._model)
+        self._left_out: LeftOut | None = None
+        if compute == "active":
+            self.gates.active = ActiveWidths(self.layout, self._model)
+            self._left_out = LeftOut(self.gates.active, self._model)
         self.gates.attach(self._model)
         self._method.attach(self.gates, schedule)
         forget_compiled()
@@ -252,13 +265,16 @@ class Pruner:
     def detach(self) -> None:
         """Take everything off the model, which stays dense and computes what it did before; the pruner has ended then."""
         self.gates.detach()
+        if self._left_out is not None:
+            self._left_out.detach()
         self._method.detach()
         self._attached = False
         forget_compiled()
 
     def state_dict(self) -> dict[str, Any]:
         """All that the next step depends on, besides the model's own weights: tensors and plain values only."""
-        return {"steps_done": self.steps_done, "masks": dict(self.gates.masks), "method": self._method.state_dict()}
+        state = {"steps_done": self.steps_done, "masks": dict(self.gates.masks), "method": self._method.state_dict()}
+        return state if self.gates.active is None else state | {"active": self.gates.active.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict` as if there had been no stop.
@@ -272,9 +288,18 @@ class Pruner:
             self.steps_done = int(state["steps_done"])
             if self.steps_done > self.schedule.start:
                 self._set_masks(state["masks"])
+                self._take_up_active(state)
         except (KeyError, RuntimeError, ValueError) as error:
             raise WeightsError(f"The pruner's state belongs to another model, method or version: {error}") from error
         self._see_to_frozen()
+
+    def _take_up_active(self, state: Mapping[str, Any]) -> None:
+        """What was measured of elements that are not computed, once pruning has begun."""
+        active = self.gates.active
+        if (active is None) != ("active" not in state):
+            raise ValueError("it was pruned with another `compute` (--prune-compute)")
+        if active is not None:
+            active.load_state_dict(state["active"])
 
     def _see_to_frozen(self) -> None:
         """Once pruning has begun: where a gated weight is frozen its score is found by the gates."""
@@ -313,7 +338,11 @@ class Pruner:
         """A mask update, as it is due at the end of a step."""
         self._require_unchanged()
         decision = self._method.renew(self._kept_params, self.schedule.progress(step), self.schedule.tau(step))
-        return self._adopt(decision, decision.masks)
+        decision = self._adopt(decision, decision.masks)
+        active = self.gates.active
+        if active is None or self._left_out is None:
+            return decision
+        return replace(decision, computed=float(active.computed_N.double().mean()), left_out=self._left_out.measure())
 
     def _adopt(self, decision: Decision, masks: Mapping[str, Tensor]) -> Decision:
         """Set masks that have just been decided, if all ranks have decided the same; the decision with what they change."""
@@ -335,6 +364,8 @@ class Pruner:
 
     def _set_masks(self, masks: Mapping[str, Tensor]) -> None:
         self.gates.set(masks)
+        if self.gates.active is not None:
+            self.gates.active.set(masks)
         self._kept_params = kept_params(self.layout, masks)  # of those just decided, which are on the CPU
         self._kept_other_params = kept_other_params(self.layout, masks)
         self._pruned_N = (torch.cat([masks[block.gate(dim)] for block in self.layout.blocks for dim in block.dims]) < 0.5).cpu()
@@ -344,6 +375,17 @@ class Pruner:
         parameters = list(self._model.parameters())
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         return self._reduce(all_finite(gradients).to(parameters[0].device, torch.float32)) == 1
+
+
+def _check_compute(compute: str, method: str, model: nn.Module, *, one_shot: bool) -> None:
+    """ConfigError where what is to be computed is unknown, or means nothing to this method or model."""
+    if compute not in COMPUTE:
+        raise ConfigError(unknown_name("compute", compute, COMPUTE))
+    if compute == "active":
+        if one_shot:
+            raise ConfigError("compute='active' (--prune-compute) means nothing in one shot: nothing is trained. Leave it out.")
+        require_active_alone(method)
+        require_not_compiled(model)
 
 
 def _parts(model: nn.Module) -> dict[str, int]:

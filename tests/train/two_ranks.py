@@ -83,7 +83,7 @@ def pruning(out: Path) -> None:
         shares = [(a[own], b[own]) for a, b in zip(x.split(4), y.split(4), strict=True)]
         for method, options in (
             ("block_benefit", {}),
-            ("block_benefit", {"keep_ratios": [0.9, 0.3, 0.6, 0.5]}),
+            ("block_benefit", {"keep_ratios": [0.9, 0.3, 0.6, 0.5], "compute": "active"}),
             *((method, {}) for method in METHODS if method != "block_benefit"),
         ):
             model = tiny_vit(img_size=16)

@@ -67,7 +67,9 @@ def prune(config: PruneConfig, warm_up: Path | None = None) -> dict[str, Any]:
         plan = plan_pruning(options, config.training.epochs, recipe.steps_per_epoch, recipe.options.grad_accum_steps)
         distillation = open_distillation(stage, config, plan.schedule.start)
         schedule = plan.schedule if plan.epochs else None
-        pruner = Pruner(model, options.prune_ratio, options.prune_method, schedule, **method_options)
+        pruner = Pruner(
+            model, options.prune_ratio, options.prune_method, schedule, compute=options.prune_compute, **method_options
+        )
         images = CalibrationImages(stage, options.calibration_images)
         fitted_on = compensated_on(stage, config, pruner, images)
         dense = None if plan.epochs else plain(require_trained(stage))

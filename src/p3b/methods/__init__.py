@@ -29,6 +29,9 @@ METHODS: Mapping[str, Callable[..., Method]] = {
 }
 METHOD_DIMS: Mapping[str, tuple[str, ...]] = {"wdpruning": ("heads", "hidden", "out"), "savit": KINDS}
 """Dimensions that a method prunes, of `p3b.vit.layout.DIMS`, where they are others than `DEFAULT_DIMS`."""
+ACTIVE_ALONE = ("block_benefit", "uniform", "random", "magnitude", "taylor")
+"""Methods that decide as well where elements with the lowest masks are not computed. The others learn masks by the gradients of
+closed ones, or measure interactions with them."""
 PUBLISHED_NAMES = {"block_pr": "block_benefit"}
 PUBLISHED_OPTIONS: Mapping[str, Mapping[str, Any]] = {"block_pr": {"estimator": "paper"}}
 """Who asks for a method by its published name gets it as it was published, where nothing else is said."""
@@ -123,6 +126,24 @@ def method_options(name: str) -> list[str]:
     if build is None:
         raise ConfigError(unknown_name("prune method", name, [*METHODS, *PUBLISHED_NAMES]))
     return [key for key, p in inspect.signature(build).parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY]
+
+
+def computes_active_alone(name: str) -> bool:
+    """Whether a method decides as well where elements with the lowest masks are not computed."""
+    return PUBLISHED_NAMES.get(name, name) in ACTIVE_ALONE
+
+
+def require_active_alone(name: str) -> None:
+    """Refuse a method that needs every element computed.
+
+    Raises:
+        ConfigError: names those that do not.
+    """
+    if not computes_active_alone(name):
+        raise ConfigError(
+            f"compute='active' (--prune-compute) is not for {name}, which looks at closed elements; leave it out, or choose "
+            f"one of {', '.join(ACTIVE_ALONE)}."
+        )
 
 
 def own_in_warm_up(name: str, options: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -60,6 +60,11 @@ class Decision:
     tau: float
     note: str | None = None
     """What the user is to know of it, in a sentence."""
+    left_out: float | None = None
+    """Where only active elements are computed from now on: the largest relative difference of an image's logits to those of the
+    model at full width, on a few images of the last batch."""
+    computed: float | None = None
+    """Share of all elements that are computed from now on; None where all are, always."""
 
 
 class Method(Protocol):

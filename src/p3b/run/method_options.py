@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from p3b.errors import ConfigError
-from p3b.methods import METHODS, method_options
+from p3b.methods import METHODS, computes_active_alone, method_options
 from p3b.run.options import PhaseOptions, PruneOptions
 
 METHOD_OPTIONS = {
@@ -66,6 +66,8 @@ def require_taken(options: PhaseOptions, methods: Sequence[str]) -> None:
         value = getattr(options, setting, None)
         if option not in taken and value is not None and value != getattr(defaults, setting):
             raise _means_nothing(setting, value, "the methods that are compared", "leave it out")
+    if options.prune_compute == "active" and not any(map(computes_active_alone, methods)):
+        raise ConfigError("--prune-compute active means nothing to the methods that are compared; leave it out.")
 
 
 def _means_nothing(setting: str, value: Any, whom: str, mend: str) -> ConfigError:

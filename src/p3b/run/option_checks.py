@@ -46,6 +46,11 @@ def check(config: TrainConfig) -> None:
     if isinstance(config, PruneConfig):
         _check_pruning(config.prune)
         _check_one_shot(config)
+        if config.prune.prune_compute == "active" and config.training.compile:
+            raise ConfigError(
+                "--prune-compute active cannot be combined with --compile: what is computed changes at every mask update, "
+                "and would be compiled anew each time. Leave one of them out."
+            )
         if config.model.resize_model_by_checkpoint:
             raise ConfigError("A model that has been pruned already cannot be pruned again; use `p3b finetune` for it.")
 

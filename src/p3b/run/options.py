@@ -110,6 +110,9 @@ class TrainingOptions:
     """fp32, bf16, fp16 (autocast), or auto: bf16 where the hardware multiplies it natively."""
     compile: bool = False
     """Train with torch.compile: faster steps, after a minute or more of compiling at the start and when masks first close."""
+    small_form: Literal["saved", "quick"] = "saved"
+    """Form that a small model trains in on a CPU: saved, or quick (the same function in fewer operations; results differ by
+    rounding alone, and what is saved is the same)."""
     model_ema: bool = False
     """Evaluate and keep an exponential moving average of the weights."""
     model_ema_decay: float = 0.9999
@@ -171,6 +174,9 @@ class PhaseOptions:
     prune_masks: Literal["soft", "hard"] = "soft"
     """soft: masks sharpen towards the end, what is pruned still gets a gradient and may return; hard: 0 or 1 from the first
     update on, for comparison. Those of wdpruning and savit are hard anyway."""
+    prune_compute: Literal["full", "active"] = "full"
+    """full: every element is computed until the model is shrunk; active: those whose mask is below 0.03 are not, so that steps
+    get quicker as pruning goes on. Not with --compile, wdpruning or savit."""
     prune_benefit: str | None = None
     """How a block's benefit is measured: low_rank (narrow convolutions; the default), paper (as published, costly; the default
     under the published name block_pr), linear (linear probes on class and mean patch token), ridge (the same in closed form),

@@ -105,6 +105,10 @@ class Records:
             "kept_params": kept_params,
             "blocks": [asdict(block) for block in decision.blocks],
         }
+        if decision.computed is not None:
+            line |= {"computed": decision.computed, "left_out": decision.left_out}
+            without = "" if decision.left_out is None else f"; logits differ by at most {decision.left_out:.2g} of their size"
+            self._screen.detail(f"{decision.computed:.0%} of all elements are computed{without}")
         if decision.note is not None:
             line["note"] = decision.note
             self._screen.say(decision.note)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from p3b.methods import method_options
+from p3b.methods import computes_active_alone, method_options
 from p3b.run.distillation import TAU
 from p3b.run.method_options import METHOD_OPTIONS, method_options_of
 from p3b.run.options import (
@@ -81,6 +81,7 @@ def config_of(config: CompareConfig, run: Run) -> TrainConfig | PruneConfig:
     assert run.ratio is not None
     defaults, taken = _fields(PhaseOptions()), method_options(run.row)
     unused = {setting for setting, option in METHOD_OPTIONS.items() if option not in taken}
+    unused |= set() if computes_active_alone(run.row) else {"prune_compute"}
     shared = {key: defaults[key] if key in unused else value for key, value in _fields(config.prune).items()}
     pruning = PruneOptions(**{**shared, **dict(run.changed)}, prune_method=run.row, prune_ratio=run.ratio)
     if pruning.distill_from == "dense-run":

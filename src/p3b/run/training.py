@@ -28,6 +28,7 @@ from p3b.train.distributed import wait_for_all
 from p3b.train.loop import CHECK_LOSS_EVERY, EpochProgress, Learner, NoPruning, StepPruner, not_finite, train_epoch
 from p3b.train.optim import build_optimizer, cosine_schedule, scaled_lr
 from p3b.vit.cost import count_parameters
+from p3b.vit.trainable import trainable_form
 
 
 @dataclass(frozen=True)
@@ -266,7 +267,8 @@ def _learner(recipe: Recipe, machine: Machine, model: VisionTransformer, epochs:
     options = recipe.options
     rate = scaled_lr(epochs.lr, recipe.global_batch)
     optimizer = build_optimizer(model, options.opt, rate, options.weight_decay)
-    wrapped: nn.Module = compiled(model) if options.compile else model
+    quick = options.small_form == "quick" and pruner is None and machine.device.type == "cpu" and not options.compile
+    wrapped: nn.Module = compiled(model) if options.compile else trainable_form(model) if quick else model
     if machine.processes.world_size > 1:
         on_gpu = [machine.device] if machine.device.type == "cuda" else None
         wrapped = DistributedDataParallel(wrapped, device_ids=on_gpu)
@@ -286,6 +288,7 @@ def _learner(recipe: Recipe, machine: Machine, model: VisionTransformer, epochs:
         scheduler=scheduler,
         ema=ModelEmaV3(model, decay=options.model_ema_decay) if options.model_ema else None,
         mixup=recipe.mixup,
+        averaged=model,
         grad_accum_steps=options.grad_accum_steps,
         clip_grad=options.clip_grad,
     )

@@ -38,7 +38,7 @@ WARM_UP = "warm-up"
 DEPENDS_ON = "depends_on"
 """Under this name its summary says what the state depends on."""
 
-_LATER = {"epochs", "min_lr", "warmup_epochs"}
+_LATER = {"epochs", "min_lr", "warmup_epochs", "small_form"}
 """Settings of training that come into play after the warm-up: how long it is is told in steps, and its rate is constant."""
 _PLACES = {"data_path", "val_path", "test_path", "model_path", "teacher_path", "download", "num_workers", "cache"}
 """Settings that say where things lie, and how quickly they come: what lies there is compared instead."""

@@ -55,6 +55,8 @@ class FirstOrder:
             scores_N = of_all(taylor, self._layout, self._weights)
             if self._layout.stream is not None:
                 scores_N = torch.cat([scores_N, taylor_of_stream(self._layout.stream, self._weights)])
+        if self._gates is not None and self._gates.active is not None:
+            scores_N = self._gates.active.complete(scores_N, gradients_finite)
         meter.add("scores", scores_N, gradients_finite)
 
     def forget(self) -> None:

@@ -113,6 +113,8 @@ class Learner:
     scheduler: Scheduler | None = None
     ema: ModelEmaV3 | None = None
     mixup: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+    averaged: nn.Module | None = None
+    """What the moving average is of, where that is not the model inside `model`: another module of the same parameters."""
     grad_accum_steps: int = 1
     clip_grad: float | None = None
     steps_done: int = 0
@@ -258,7 +260,7 @@ def _optimizer_step(learner: Learner) -> Decision | None:
     if learner.scheduler is not None:
         learner.scheduler.step_update(learner.steps_done)
     if learner.ema is not None:
-        learner.ema.update(unwrap(model), step=learner.steps_done)
+        learner.ema.update(learner.averaged or unwrap(model), step=learner.steps_done)
     return decision
 
 

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from p3b.errors import ModelError, TrainingError
+from p3b.vit.active import ActiveWidths
 from p3b.vit.anatomy.norms import norm_of_kept
 from p3b.vit.anatomy.weights import STREAM, Axis, Weight, dims_of, expand_along
 from p3b.vit.layout import ModelLayout
@@ -70,6 +71,8 @@ class Gates:
 
     def __init__(self, layout: ModelLayout, model: nn.Module) -> None:
         device = next(model.parameters()).device
+        self.active: ActiveWidths | None = None
+        """What is computed, where that is not everything: set before `attach`."""
         self.masks: dict[str, Tensor] = {gate: torch.ones(size, device=device) for gate, size in layout.gates.items()}
         self._closed = False
         self._collects = self._writers_only = False
@@ -107,12 +110,16 @@ class Gates:
             ]
         for name in self._norms:
             self._handles.append(model.get_submodule(name).register_forward_hook(self._norm_hook(name)))
+        if self.active is not None:
+            self.active.attach(model)
 
     def detach(self) -> None:
         """Take the gates off: class, state-dict keys and outputs are as they were before `attach`."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        if self.active is not None:
+            self.active.detach()
         for layer in self._layers:
             _restore(layer)
         self._layers.clear()

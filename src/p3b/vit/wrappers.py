@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
-from p3b.errors import ModelError
+from p3b.errors import ConfigError, ModelError
 from p3b.vit.families import CLASSES, family_of
 
 COVERED = tuple(CLASSES.values())
@@ -59,6 +59,15 @@ def require_single_replica(model: nn.Module) -> None:
                 f"DataParallel copies the layers to {len(wrapper.device_ids)} GPUs at every step, and gates do not go along. "
                 "Hand in model.module and train that on one GPU, or use DistributedDataParallel."
             )
+
+
+def require_not_compiled(model: nn.Module) -> None:
+    """ConfigError where the model is behind torch.compile: widths that change at every mask update would be compiled anew."""
+    if any("_orig_mod" in wrapper._modules for wrapper in _inwards(model)):
+        raise ConfigError(
+            "compute='active' is not for a model behind torch.compile: what is computed changes at every mask update, "
+            "and would be compiled anew each time. Leave out torch.compile (--compile) or compute='active' (--prune-compute)."
+        )
 
 
 def forget_compiled() -> None:
