@@ -104,7 +104,7 @@ class WDPruning:
         lr: float | None = None,
         lambda_lr: float = LAMBDA_LR,
     ) -> None:
-        classifiers, depth = list(classifiers or ()), len(model.blocks)
+        classifiers, depth = list(classifiers or ()), len({block.depth for block in layout.blocks})
         _check_options(classifiers, classifier_choose, depth, classifier_lr=classifier_lr, lr=lr, lambda_lr=lambda_lr)
         if round_to < 1:
             raise ConfigError(f"round_to must be 1 or more, got {round_to}.")

@@ -10,7 +10,7 @@ import copy
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -26,6 +26,7 @@ from p3b.run.options import TrainingOptions
 from p3b.train.losses import task_loss
 from p3b.train.optim import build_optimizer
 from p3b.vit.cost import count_macs, count_parameters
+from p3b.vit.families import images_of
 from p3b.vit.layout import read_layout
 
 
@@ -73,7 +74,7 @@ def budget_forecasts(model: VisionTransformer, ratios: Sequence[float], machine:
         ratios: that are asked for.
         machine: that it runs on.
     """
-    height, width = model.patch_embed.img_size
+    shape = images_of(model).shape
     models, kept = [copy.deepcopy(model).eval()], [0.0]
     for ratio in ratios:
         try:
@@ -81,8 +82,7 @@ def budget_forecasts(model: VisionTransformer, ratios: Sequence[float], machine:
         except BudgetError:
             continue
         kept.append(ratio)
-    sizes = [(count_parameters(each), count_macs(each, (height, width))) for each in models]
-    shape = (model.patch_embed.proj.in_channels, height, width)
+    sizes = [(count_parameters(each), count_macs(each, shape[1:])) for each in models]
     speeds = {}
     for batch_size in (1, 32):
         laid_out = [models[0], *(with_layout(each, batch_size=batch_size) for each in models[1:])]
@@ -103,8 +103,7 @@ def stand_in(model: VisionTransformer, prune_ratio: float) -> VisionTransformer:
     """
     pruner = Pruner(copy.deepcopy(model), prune_ratio, "random", Schedule(start=0, sparse=1, final=1, update_every=1))
     small = pruner.finalize()
-    assert isinstance(small, VisionTransformer)
-    return small
+    return cast("VisionTransformer", small)
 
 
 def seconds_of_run(
@@ -171,4 +170,4 @@ def _seconds_a_step(
 
 
 def _images(model: VisionTransformer, count: int, machine: Machine) -> Tensor:
-    return torch.rand(count, model.patch_embed.proj.in_channels, *model.patch_embed.img_size, device=machine.device)
+    return torch.rand(count, *images_of(model).shape, device=machine.device)

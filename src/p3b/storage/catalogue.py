@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache
+from typing import TYPE_CHECKING, cast
 
 import timm
 from timm.models import split_model_name_tag
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from p3b.core.allocation import largest_prune_ratio
@@ -24,6 +24,9 @@ from p3b.storage.suggestions import unknown_model
 from p3b.storage.untrusted import first_line
 from p3b.vit.cost import count_parameters, dense_params
 from p3b.vit.wrappers import COVERED
+
+if TYPE_CHECKING:
+    from timm.models.vision_transformer import VisionTransformer
 
 _SIZE = re.compile(
     r"\d.*|(patch|window|win|reg|r|s|p|h|so|nb|resnet)\d.*|x*(xs|small|large)|tiny|base|huge|giant|gigantic|medium|nano|pico|"
@@ -113,8 +116,7 @@ def entry(name: str, num_classes: int = 1000, built: bool = True) -> Entry:
         layout = require_prunable(model)
     except ModelError as error:
         return Entry(name, family_of(name), kind, tags, count_parameters(model), 0, attends, _in_short(model, error))
-    assert isinstance(model, VisionTransformer)
-    model.reset_classifier(num_classes)
+    cast("VisionTransformer", model).reset_classifier(num_classes)
     inside = sum(map(dense_params, layout.blocks))
     return Entry(name, family_of(name), kind, tags, count_parameters(model), inside, attends, "")
 

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from timm.layers import LayerScale
+import torch
+from timm.layers import LayerScale, trunc_normal_
 from timm.models.vision_transformer import VisionTransformer, init_weights_vit_timm
 from torch import nn
 
+from p3b.vit.anatomy.norms import has_shift, is_norm
 from p3b.vit.parts import ConstantBranch, ReadChannels, WriteChannels
 
 _LAYER_SCALE = 1e-5
 """timm's LayerScale begins with what it was given, which weights do not tell; this is the value of its own models."""
+
+_POSITIONS_AND_TOKENS = (
+    *("pos_embed", "pos_embed_y", "pos_embed_x", "cls_token", "reg_token"),
+    "relative_position_bias_table",
+)
 
 
 def initialise(model: VisionTransformer) -> VisionTransformer:
@@ -17,14 +24,27 @@ def initialise(model: VisionTransformer) -> VisionTransformer:
 
     A norm begins as the identity, a block that only adds a constant with nothing.
     """
-    model.init_weights()  # positions and tokens; layers as timm was told when the model was built, which is not at all
+    if isinstance(model, VisionTransformer):
+        model.init_weights()  # positions and tokens; layers as timm was told when the model was built, which is not at all
+    else:
+        for name, parameter in model.named_parameters():
+            if name.split(".")[-1] in _POSITIONS_AND_TOKENS:
+                trunc_normal_(parameter, std=0.02)
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d):
+                module.reset_parameters()
+    for name, parameter in model.named_parameters():
+        if name.endswith((".gamma_1", ".gamma_2")):
+            nn.init.constant_(parameter, _LAYER_SCALE)
+        elif name.endswith((".q_bias", ".v_bias")):
+            nn.init.zeros_(parameter)
     for module in model.modules():
         if isinstance(module, nn.Linear):
             init_weights_vit_timm(module)
-        elif isinstance(module, nn.LayerNorm | ReadChannels):
+        elif is_norm(module) or isinstance(module, ReadChannels):
             if module.weight is not None:
                 nn.init.ones_(module.weight)
-            if module.bias is not None:
+            if has_shift(module):
                 nn.init.zeros_(module.bias)
         elif isinstance(module, LayerScale | WriteChannels):
             if module.gamma is not None:
@@ -32,3 +52,17 @@ def initialise(model: VisionTransformer) -> VisionTransformer:
         elif isinstance(module, ConstantBranch):
             nn.init.zeros_(module.value)
     return model
+
+
+def fill_buffers(model: nn.Module) -> None:
+    """Compute what no file holds since it follows from the architecture, such as the angles of rotary positions.
+
+    Args:
+        model: built on the meta device; its buffers there get memory and values, in place. Parameters are left alone.
+    """
+    for module in model.modules():
+        empty = {name: buffer for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta}
+        for name, buffer in empty.items():
+            module._buffers[name] = torch.empty_like(buffer, device="cpu")
+        if empty:
+            module.init_non_persistent_buffers()

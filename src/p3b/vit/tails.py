@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 from timm.models.deit import VisionTransformerDistilled
@@ -17,7 +18,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-_BEFORE_THE_END = ("patch_embed", "pos_drop", "patch_drop", "norm_pre", "blocks")
+from p3b.errors import ModelError
+
+_BEFORE_THE_END = ("patch_embed", "pos_drop", "patch_drop", "rope", "norm_pre", "blocks")
 
 
 class MiddleClassifiers:
@@ -26,9 +29,16 @@ class MiddleClassifiers:
     Args:
         model: whose blocks are listened to; it is not changed until `install`.
         after: numbers of the blocks, counted from 1: a network that is cut there keeps so many.
+
+    Raises:
+        ModelError: the model's blocks do not lie in one row.
     """
 
     def __init__(self, model: VisionTransformer, after: Sequence[int]) -> None:
+        if after and not hasattr(model, "blocks"):
+            raise ModelError(
+                f"Classifiers behind blocks in the middle are not covered for {type(model).__name__}; leave them out."
+            )
         self.tails = nn.ModuleDict({str(number): _tail_of(model) for number in after})
         self._features_SND: dict[str, Tensor] = {}
         self._handles: list[RemovableHandle] = [
@@ -73,8 +83,7 @@ def _tail_of(model: VisionTransformer) -> VisionTransformer:
 
 
 def _answer(tail: nn.Module, x_SND: Tensor) -> Tensor:
-    assert isinstance(tail, VisionTransformer)
-    logits: Tensor = tail.forward_head(tail.norm(x_SND))
+    logits: Tensor = cast("VisionTransformer", tail).forward_head(tail.norm(x_SND))
     return logits
 
 

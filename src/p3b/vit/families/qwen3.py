@@ -1,0 +1,170 @@
+"""timm's Qwen3VitEncoder, the image tower of Qwen3-VL, and Qwen3VitClassifier, which puts a head on it.
+
+Blocks are pre-norm, with rotary positions. The classifier has the tower inside, as `encoder`. Where the projector for the
+language model (`merger`) is kept, it stays whole, and the residual stream, which it reads, cannot be pruned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+from timm.layers import get_act_layer
+from timm.models.eva import EvaBlock
+from timm.models.qwen3_vit import Qwen3VitClassifier, Qwen3VitEncoder
+from torch import nn
+
+from p3b.errors import ModelError
+from p3b.vit.anatomy.attention import RotaryAttention
+from p3b.vit.anatomy.half import GammaPreNorm
+from p3b.vit.anatomy.mlp import PlainMlp
+from p3b.vit.families.activations import ACTIVATIONS, activation_name
+from p3b.vit.families.family import (
+    CLASSES,
+    COUNT,
+    DEPTH,
+    FLAG,
+    NUMBER,
+    PAIR,
+    SIZE,
+    Block,
+    BranchOutline,
+    Images,
+    Outside,
+    Rule,
+    classes_of,
+    one_of,
+    ratio_of,
+)
+from p3b.vit.families.stems import images_of_stem, require_patch_embed
+from p3b.vit.families.stream import read_outside
+
+HALVES = (
+    GammaPreNorm("attn", RotaryAttention(), norm="norm1", gamma="gamma_1", drop_path="drop_path1"),
+    GammaPreNorm("mlp", PlainMlp(), norm="norm2", gamma="gamma_2", drop_path="drop_path2"),
+)
+
+
+_TOWER: Mapping[str, Rule] = {
+    **dict.fromkeys(("img_size", "patch_size"), PAIR),
+    **dict.fromkeys(("in_chans", "embed_dim", "num_heads", "merge_size", "pos_embed_grid_size"), SIZE),
+    "num_classes": CLASSES,
+    "out_features": COUNT,
+    "depth": DEPTH,
+    **dict.fromkeys(("mlp_ratio", "norm_eps", "rope_temperature"), NUMBER),
+    "act_layer": one_of(ACTIVATIONS),
+}
+
+
+@dataclass(frozen=True)
+class Qwen3Family:
+    """`p3b.vit.families.family.Family`
+
+    Attributes:
+        prefix: what the names of the tower's parts begin with: "encoder.", or nothing where the model is the tower.
+    """
+
+    classes: Mapping[str, type[nn.Module]]
+    rules: Mapping[str, Rule]
+    prefix: str
+    more_rules: Mapping[str, tuple[Rule, Any]] = field(default_factory=dict)
+
+    def tower(self, model: nn.Module) -> Qwen3VitEncoder:
+        """The tower itself."""
+        return cast("Qwen3VitEncoder", model.get_submodule(self.prefix.rstrip(".")))
+
+    def blocks(self, model: nn.Module) -> Sequence[Block]:
+        blocks = enumerate(self.tower(model).blocks)
+        return [Block(f"{self.prefix}blocks.{depth}", block, HALVES, model.embed_dim) for depth, block in blocks]
+
+    def patch_embed(self, model: nn.Module) -> nn.Module:
+        return self.tower(model).patch_embed
+
+    def images(self, model: nn.Module) -> Images:
+        return images_of_stem(self.tower(model).patch_embed)
+
+    def require_covered(self, model: nn.Module, purpose: str) -> None:
+        require_patch_embed(self.tower(model).patch_embed, f"{self.prefix}patch_embed")
+
+    def require_blocks_covered(self, model: nn.Module) -> None:
+        for block in self.blocks(model):
+            if type(block.module) is not EvaBlock:
+                raise ModelError(f"{block.name}: {type(block.module).__name__} is not covered; only timm's EvaBlock is.")
+
+    def outside(self, model: nn.Module) -> Outside:
+        norms, heads = (("norm",), ("head",)) if self.prefix else ((), ())
+        return read_outside(model, tokens=(f"{self.prefix}pos_embed",), norms=norms, heads=heads, encoder=self.prefix)
+
+    def describe_outside(self, model: nn.Module) -> dict[str, Any]:
+        tower = self.tower(model)
+        described = {
+            "img_size": list(tower.patch_embed.img_size),
+            "patch_size": list(tower.patch_embed.patch_size),
+            "in_chans": tower.patch_embed.proj.in_channels,
+            "num_classes": 0,
+            "global_pool": model.global_pool,
+            "out_features": tower.out_features,
+            "merge_size": tower.merge_size,
+            "embed_dim": model.embed_dim,
+            "depth": len(tower.blocks),
+            "pos_embed_grid_size": tower.pos_embed_grid_size,
+            "rope_temperature": tower.rope.temperature,
+        }
+        if not self.prefix:
+            return described
+        final_norm = not isinstance(model.norm, nn.Identity)
+        return described | {
+            "num_classes": classes_of(model),
+            "encoder_pool": model.encoder_pool,
+            "final_norm": final_norm,
+        }
+
+    def describe_blocks(self, model: nn.Module) -> dict[str, Any]:
+        block: EvaBlock = self.tower(model).blocks[0]
+        return {
+            "num_heads": block.attn.num_heads,
+            "mlp_ratio": ratio_of(block.mlp.fc1, model.embed_dim),
+            "act_layer": activation_name(block.mlp.act),
+            "norm_eps": block.norm1.eps,
+            "embed_dim": model.embed_dim,
+        }
+
+    def check_arguments(self, arguments: Mapping[str, Any]) -> None:
+        heads, width = arguments["num_heads"], arguments["embed_dim"]
+        if width % (4 * heads):
+            raise ModelError(f"{width} channels cannot be shared among {heads} heads in channels that are a multiple of 4")
+
+    def branches(self, arguments: Mapping[str, Any]) -> list[BranchOutline]:
+        heads = arguments["num_heads"]
+        pairs = arguments["embed_dim"] // heads // 2
+        return [
+            branch
+            for index in range(arguments["depth"])
+            for branch in (
+                BranchOutline(f"{self.prefix}blocks.{index}.attn", heads, pairs),
+                BranchOutline(f"{self.prefix}blocks.{index}.mlp", 0),
+            )
+        ]
+
+    def build(self, kind: type[nn.Module], arguments: Mapping[str, Any], *, values: bool) -> nn.Module:
+        given = {key: tuple(value) if isinstance(value, list) else value for key, value in arguments.items()}
+        given["act_layer"] = get_act_layer(given["act_layer"])
+        if not self.prefix:
+            del given["num_classes"]
+        return kind(**given)
+
+
+QWEN3 = Qwen3Family(
+    {"Qwen3VitClassifier": Qwen3VitClassifier},
+    {
+        **_TOWER,
+        "final_norm": FLAG,
+        "global_pool": one_of(("", "avg"), "avg or nothing"),
+        "encoder_pool": one_of(("", "merge"), "merge or nothing"),
+    },
+    "encoder.",
+)
+QWEN3_TOWER = Qwen3Family(
+    {"Qwen3VitEncoder": Qwen3VitEncoder}, {**_TOWER, "global_pool": one_of(("", "avg", "merge"), "avg, merge or nothing")}, ""
+)
