@@ -11,7 +11,7 @@ from p3b.commands.train import train
 from p3b.data import DataSplits
 from p3b.errors import ComparisonError, ConfigError
 from p3b.methods import METHODS, ONE_SHOT_METHODS, method_options
-from p3b.report.comparison import read_lines, write_report
+from p3b.report.comparison import read_lines
 from p3b.run.method_options import require_taken
 from p3b.run.option_checks import check, check_screen, require_training
 from p3b.run.options import CompareConfig
@@ -94,6 +94,8 @@ def compare(config: CompareConfig, splits: DataSplits | None = None) -> list[Pat
 
 def _report(out: Path, fmt: str, screen: Screen) -> list[Path]:
     """Write the tables and show them."""
+    from p3b.report.comparison_page import write_report  # matplotlib would take half a second of every start
+
     lines = read_lines(out)
     told = dense_guesses(lines)
     written = write_report(out, fmt, answer=told)

@@ -19,7 +19,6 @@ from p3b.commands.train import train
 from p3b.data import DataSplits
 from p3b.errors import BudgetError, ComparisonError, ConfigError
 from p3b.methods import create_method, method_dims
-from p3b.report.comparison import write_report
 from p3b.run.bisection import candidates, grid, middle
 from p3b.run.dense_run import GIVEN, line_of_dense_run, require_same_images
 from p3b.run.distillation import teacher_digest
@@ -178,6 +177,8 @@ def _ours(lines: Sequence[dict[str, Any]], asked: SweepOptions) -> list[dict[str
 
 def _report(series: Series, config: SweepConfig) -> list[Path]:
     """Write what there is so far, and show it; with the answer where the search has come to its end."""
+    from p3b.report.comparison_page import write_report  # matplotlib would take half a second of every start
+
     asked = config.sweep
     out = config.run.output_dir
     assert out is not None

@@ -160,7 +160,8 @@ def confusion(stage: StageRecord) -> Picture | None:
         panel.set_xlabel("images")
         panel.xaxis.set_major_locator(MaxNLocator(integer=True))
     first: ConfusedPair = shown[0]
-    says = f"The most frequent mistakes. Most often, {first.target} is taken for {first.predicted} ({first.images} images)."
+    counted = "1 image" if first.images == 1 else f"{first.images} images"
+    says = f"The most frequent mistakes. Most often, {first.target} is taken for {first.predicted} ({counted})."
     rows = [(pair.target, pair.predicted, pair.images) for pair in pairs]
     return picture(figure, "confusion", "What is taken for what", says, ("target", "predicted", "images"), rows)
 
@@ -174,14 +175,18 @@ def reliability(stage: StageRecord) -> Picture | None:
         figure = new_figure(width=5.4, height=4.6)
         panel = figure.subplots()
         panel.plot([0, 100], [0, 100], color=SOFT_INK, linestyle=(0, (4, 3)), linewidth=0.9)
-        panel.plot([b.confidence for b in found.bins], [b.accuracy for b in found.bins], "o-", color=BLUE)
+        places, values = [b.confidence for b in found.bins], [b.accuracy for b in found.bins]
+        most = max(b.images for b in found.bins)
+        panel.plot(places, values, color=BLUE, linewidth=1.0)
+        sizes = [max(6.0, 90.0 * b.images / most) for b in found.bins]
+        panel.scatter(places, values, s=sizes, color=BLUE, clip_on=False, zorder=3)
         panel.set_xlabel("stated probability (%)")
         panel.set_ylabel("share that is right (%)")
         panel.set_xlim(0, 100)
         panel.set_ylim(0, 100)
     says = (
         f"Stated probability against the share that is right; the expected calibration error is {found.error:.1f} points. "
-        "Above the diagonal the model is right more often than it says."
+        "Above the diagonal the model is right more often than it says; a large point stands for many images."
     )
     rows = [(b.confidence, b.accuracy, b.images) for b in found.bins]
     return picture(figure, "reliability", "Calibration", says, ("confidence", "accuracy", "images"), rows)

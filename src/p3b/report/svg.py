@@ -20,6 +20,8 @@ from matplotlib.figure import Figure
 from p3b.report.figures import SOFT_INK, STYLE
 
 PIXELS_PER_INCH = 100
+SMALLEST = 0.66
+"""Of its size, on a phone: letters of 9 pixels. A figure that is wider than the window then can be moved within its frame."""
 _VARIABLES = {
     "#222222": "var(--ink)",
     SOFT_INK: "var(--soft)",
@@ -87,7 +89,8 @@ def _inline(figure: Figure, name: str, says: str) -> str:
     svg = re.sub(r'width="[\d.]+pt" height="[\d.]+pt" ', "", svg, count=1)
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     width = round(PIXELS_PER_INCH * figure.get_figwidth())
-    return svg.replace("<svg ", f'<svg role="img" aria-label="{escape(says, quote=True)}" style="max-width: {width}px" ', 1)
+    limits = f"max-width: {width}px; min-width: {round(SMALLEST * width)}px"
+    return svg.replace("<svg ", f'<svg role="img" aria-label="{escape(says, quote=True)}" style="{limits}" ', 1)
 
 
 def _csv(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

@@ -66,7 +66,7 @@ def decay_groups(model: nn.Module, weight_decay: float, no_decay: Any = ()) -> l
 
 
 def layer_groups(model: VisionTransformer, lr: float, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:
-    """Groups of `decay_groups` for each layer, with a rate that falls from the head to the patch embedding (timm's, of BEiT)."""
+    """Groups of `decay_groups` for each layer, with a rate that falls from the head to the patch embedding (BEiT)."""
     groups: list[dict[str, Any]] = param_groups_layer_decay(
         model, weight_decay, model.no_weight_decay(), layer_decay=layer_decay
     )
