@@ -103,16 +103,16 @@ class _WeightsAndBiases:
 
 class _Trackio:
     def __init__(self, root: Path, stage: str, name: str, first_step: int, settings: Mapping[str, Any]) -> None:
-        trackio: Any = importlib.import_module("trackio")
+        self._trackio: Any = importlib.import_module("trackio")
         with contextlib.redirect_stdout(io.StringIO()):  # what it says of itself would break the view
-            self._run = trackio.init(project=PROJECT, name=name, resume="allow", config=dict(settings), embed=False)
+            self._trackio.init(project=PROJECT, name=name, resume="allow", config=dict(settings), embed=False)
 
     def log(self, values: Mapping[str, float], step: int) -> None:
-        self._run.log(dict(values), step=step)
+        self._trackio.log(dict(values), step=step)
 
     def close(self) -> None:
         with contextlib.redirect_stdout(io.StringIO()):
-            self._run.finish()
+            self._trackio.finish()
 
 
 OPENERS: Mapping[str, Open] = {"tensorboard": _TensorBoard, "wandb": _WeightsAndBiases, "trackio": _Trackio}
