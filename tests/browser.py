@@ -41,6 +41,7 @@ LOOK = """
     ink: getComputedStyle(document.body).color,
     width: document.documentElement.scrollWidth,
     right: Math.max(0, ...cells.map((cell) => cell.getBoundingClientRect().right)),
+    hidden: [...document.querySelectorAll(".wide")].filter((frame) => frame.scrollWidth > frame.clientWidth).length,
   };
 })()
 """
