@@ -118,7 +118,7 @@ def test_a_run_goes_on_without_a_tracker_that_fails(tmp_path: Path) -> None:
 
 def test_one_that_cannot_be_opened_is_refused_and_nothing_is_written(tmp_path: Path) -> None:
     def refuse(*_given: Any) -> Kept:
-        raise ValueError("no key")
+        raise ValueError("no key.")
 
     before = Kept()
     tracking = Tracking(

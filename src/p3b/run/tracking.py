@@ -99,7 +99,8 @@ class Tracking:
             except Exception as error:  # of a library that is not ours: it may raise anything
                 if self._asked:
                     self.close()
-                    raise ConfigError(f"--track {tracker} cannot be used: {error}. Or give --track none.") from error
+                    said = str(error).rstrip(".")
+                    raise ConfigError(f"--track {tracker} cannot be used: {said}. Or give --track none.") from error
                 self._warn(f"warning: TensorBoard is installed and cannot be used ({error}); nothing is tracked")
                 continue
             self._trackers[tracker] = found
