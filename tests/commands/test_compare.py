@@ -189,7 +189,7 @@ def test_every_run_is_on_all_ranks(python: SparePython, data: Path, tmp_path: Pa
 def parsed(monkeypatch: pytest.MonkeyPatch, *given: str) -> CompareConfig:
     """The settings that a command line comes to."""
     found: list[CompareConfig] = []
-    monkeypatch.setattr(p3b.commands.compare, "compare", found.append)
+    monkeypatch.setattr(p3b.commands.compare, "compare", lambda config, splits: found.append(config))
     assert run("compare", *PAPER, "--from-scratch", *given) == 0
     return found[0]
 

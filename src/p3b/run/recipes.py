@@ -253,11 +253,14 @@ def _class_balance(facts: Facts, _settled: Settings) -> Choice | None:
     times = facts.largest / max(1, facts.smallest)
     if times < _UNEVEN:
         return None
-    return Choice("class_balance", "sqrt", f"the largest class has {times:.0f} times as many images as the smallest")
+    balance = "inverse" if times < _VERY_UNEVEN else "sqrt"  # a few images with a great weight are learnt by heart
+    return Choice("class_balance", balance, f"the largest class has {times:.0f} times as many images as the smallest")
 
 
-_UNEVEN = 4
-"""Images of the largest class for one of the smallest, from which on rare classes get more weight."""
+_UNEVEN, _VERY_UNEVEN = 4, 20
+"""Images of the largest class for one of the smallest: from the first on rare classes get more weight, from the second on less
+than would make classes equal.
+"""
 
 
 def _hflip(facts: Facts, _settled: Settings) -> Choice | None:
