@@ -252,6 +252,7 @@ def test_time_left_by_the_pace_of_the_last_epoch(marks: list[tuple[int, float]],
 def test_phases_without_a_step_are_left_out() -> None:
     plan = PrunePlan(Schedule(start=0, sparse=5, final=20, update_every=5), epochs=2, finetune_epochs=0)
     assert phases_of(plan, 10) == (Phase("sparsify", 5), Phase("sharpen", 20))
+    assert phases_of(replace(plan, epochs=0, finetune_epochs=2), 10) == (Phase("fine-tune", 20),), "one shot"
     course = Course(phases_of(replace(plan, finetune_epochs=1), 10), 100)
     assert [course.phase_at(step) for step in (0, 5, 20, 30)] == [
         (0, Phase("sparsify", 5)), (5, Phase("sharpen", 20)), (20, Phase("fine-tune", 30)), (20, Phase("fine-tune", 30)),

@@ -90,19 +90,20 @@ def test_what_a_resumed_run_makes_again_is_not_sent_again(tmp_path: Path) -> Non
     tracking.close()
     assert kept.steps == [10, 15, 20, 20, 30, 30, 40] and kept.closed
     (first, at), (second, later) = kept.opened
-    assert first == second and (at, later) == (1, 31), "the same run goes on behind what it has"
+    assert first == second and (at, later) == (0, 31), "the same run goes on behind what it has"
 
 
 def test_a_tracker_that_is_added_later_gets_all_lines_and_a_new_run_has_a_new_name(tmp_path: Path) -> None:
     kept, late = Kept(), Kept()
     _, write = Run(tmp_path, {"kept": kept}).begin()
+    write("blocks.jsonl", update(0))  # of one shot
     write("blocks.jsonl", update(10))
     write("metrics.jsonl", epoch(10))
-    Run(tmp_path, {"kept": kept, "late": late}).begin({"metrics.jsonl": 1, "blocks.jsonl": 1})
-    assert kept.steps == [10, 10] and late.steps == [10, 10]
-    assert "kept/blocks.0.attn" in late.values[0] and "loss/train" in late.values[1]
+    Run(tmp_path, {"kept": kept, "late": late}).begin({"metrics.jsonl": 1, "blocks.jsonl": 2})
+    assert kept.steps == [0, 10, 10] and late.steps == [0, 10, 10]
+    assert "kept/blocks.0.attn" in late.values[0] and "loss/train" in late.values[2]
     Run(tmp_path, {"kept": kept}).begin()
-    assert kept.opened[-1][1] == 1 and kept.opened[-1][0] != kept.opened[0][0]
+    assert kept.opened[-1][1] == 0 and kept.opened[-1][0] != kept.opened[0][0]
 
 
 def test_a_run_goes_on_without_a_tracker_that_fails(tmp_path: Path) -> None:

@@ -62,10 +62,11 @@ def plan_pruning(options: PhaseOptions, epochs: int, steps_per_epoch: int, grad_
 
 
 def phases_of(plan: PrunePlan, steps_per_epoch: int) -> tuple[Phase, ...]:
-    """The phases of a run, but for those without a step."""
+    """The phases of a run, but for those without a step; none where nothing is trained."""
     schedule = plan.schedule
     end = (plan.epochs + plan.finetune_epochs) * steps_per_epoch
-    ends = (("warm-up", schedule.start), ("sparsify", schedule.sparse), ("sharpen", schedule.final), ("fine-tune", end))
+    pruning = (("warm-up", schedule.start), ("sparsify", schedule.sparse), ("sharpen", schedule.final)) if plan.epochs else ()
+    ends = (*pruning, ("fine-tune", end))
     before = (0, *(step for _, step in ends))
     return tuple(Phase(name, step) for (name, step), start in zip(ends, before, strict=False) if step > start)
 

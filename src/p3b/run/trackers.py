@@ -67,10 +67,10 @@ class _TensorBoard:
         from torch.utils.tensorboard import SummaryWriter
 
         events = root / "tensorboard" / stage
-        if first_step == 1 and events.is_dir():  # of a run that is replaced
+        if first_step == 0 and events.is_dir():  # of a run that is replaced
             shutil.rmtree(events)
         # What a killed run wrote beyond is taken back.
-        self._writer = SummaryWriter(str(events), purge_step=first_step if first_step > 1 else None)
+        self._writer = SummaryWriter(str(events), purge_step=first_step or None)
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         for tag, value in values.items():

@@ -91,7 +91,7 @@ class Tracking:
             self._state = self._folder.read_json(STATE_FILE)
         name = f"{self._folder.root.resolve().name}-{self._folder.stage}-{self._state['id']}"
         for tracker in self._names:
-            sent = self._state["sent"].setdefault(tracker, dict.fromkeys(LINE_FILES, 0))
+            sent = self._state["sent"].setdefault(tracker, dict.fromkeys(LINE_FILES, -1))
             try:
                 found = self._openers[tracker](
                     self._folder.root, self._folder.stage, name, max(sent.values()) + 1, self._settings
