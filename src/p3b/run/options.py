@@ -266,8 +266,7 @@ class MachineOptions:
     figure_format: Literal["png", "svg"] = "png"
     """Format of the figures."""
     track: tuple[Literal["tensorboard", "wandb", "trackio", "none"], ...] = ()
-    """Tools that get what is recorded, too: tensorboard, wandb (WANDB_MODE=offline: without network), trackio; by default
-    TensorBoard where it is installed; none."""
+    """Tools that are told of the run: tensorboard, wandb, trackio; by default TensorBoard, if it is installed; none."""
     report: bool = True
     """Write report.html at the end of a run: result, figures, classes, diagnosis; `p3b report` makes it at any time."""
     verbose: bool = False
