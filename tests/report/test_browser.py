@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from browser import Browser, browser, find
+from made_runs import compare_lines, make_run
 from p3b.report.comparison_page import write_report
 from p3b.report.run_report import write_run_report
-from pages import compare_lines, make_run
 
 SIZES = [(width, scheme) for width in (1280, 390) for scheme in ("light", "dark")]
 

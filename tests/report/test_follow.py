@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 import p3b.commands.report
+from made_runs import EPOCHS, SUMMARY, epoch, make_run, update
 from p3b.commands.report import report
 from p3b.run.look_options import ReportConfig
-from pages import EPOCHS, SUMMARY, epoch, make_run, update
 
 
 def test_the_page_follows_a_run_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

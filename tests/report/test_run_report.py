@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
+from made_runs import EPOCHS, epoch, make_run, update
 from p3b.errors import RunFolderError
 from p3b.report.charts import draw_all
 from p3b.report.diagnosis import CHECKS, diagnose
 from p3b.report.evaluation import calibration, class_accuracies, confused_pairs
 from p3b.report.record import read_run
 from p3b.report.run_report import write_run_report
-from pages import EPOCHS, epoch, make_run, update
 
 
 class Page(HTMLParser):
