@@ -22,7 +22,8 @@ from harness.pages import folded, table
 from harness.records import Line
 from measured import DIFFERENCES, P3B, Study, circumstances, difference, difference_cell, in_order, main, spread_cell
 from p3b.commands.compare import plan
-from p3b.report.comparison import draw_comparison, summarise
+from p3b.report.comparison import summarise
+from p3b.report.comparison_page import draw_comparison
 from p3b.run.options import CompareConfig
 from p3b.run.series_plan import DENSE, SMALLER, Run
 from p3b.run.series_speed import SPEED_BATCHES

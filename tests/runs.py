@@ -30,7 +30,19 @@ BLOCKS = 4
 """Two a block of the network: attention and MLP."""
 MODEL = ("--model", VIT, "--model-kwargs", *SHAPE)
 TWO_HEADS = ("--model", DISTILLED, "--model-kwargs", *SHAPE)
-MACHINE = ("--num-workers", "0", "--device", "cpu", "--precision", "fp32", "--batch-size", "4", "--no-report")
+MACHINE = (
+    "--num-workers",
+    "0",
+    "--device",
+    "cpu",
+    "--precision",
+    "fp32",
+    "--batch-size",
+    "4",
+    "--track",
+    "none",
+    "--no-report",
+)
 CALM = ("--no-augment", "--mixup", "0", "--cutmix", "0", "--smoothing", "0", "--drop-path", "0")
 """Nothing random in training."""
 PHASES = ("--epochs", "3", "--prune-start-epoch", "1")

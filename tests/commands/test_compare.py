@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import base64
+import html
 import json
 import os
 import re
@@ -23,7 +23,8 @@ from p3b.commands.command_line import STOPPED, USER_ERROR
 from p3b.commands.compare import plan
 from p3b.errors import ConfigError, ModelError
 from p3b.methods import METHODS
-from p3b.report.comparison import read_lines, summarise, table, write_report
+from p3b.report.comparison import read_lines, subject, summarise, table
+from p3b.report.comparison_page import figure_of, write_report
 from p3b.run.guessing import said_of_guessing
 from p3b.run.options import CompareConfig, CompareOptions
 from p3b.run.same_settings import comparable
@@ -33,7 +34,7 @@ from p3b.vit.smaller import cut_evenly, evenly_spaced, smaller_architecture
 from processes import SparePython, on_ranks
 from refusals import Refusals
 from runs import PAPER, colour_folders, everything_in, flags, lines, read, run, same_tensors, weights
-from tiny import DISTILLED, parameters_of, tiny_vit
+from tiny import DISTILLED, VIT, parameters_of, tiny_vit
 
 QUICK = ("--epochs", "2", "--prune-start-epoch", "0", "--finetune-epochs", "1")
 TWO = ("--methods", "block_benefit", "uniform", *QUICK)
@@ -188,7 +189,7 @@ def test_every_run_is_on_all_ranks(python: SparePython, data: Path, tmp_path: Pa
 def parsed(monkeypatch: pytest.MonkeyPatch, *given: str) -> CompareConfig:
     """The settings that a command line comes to."""
     found: list[CompareConfig] = []
-    monkeypatch.setattr(p3b.commands.compare, "compare", found.append)
+    monkeypatch.setattr(p3b.commands.compare, "compare", lambda config, splits: found.append(config))
     assert run("compare", *PAPER, "--from-scratch", *given) == 0
     return found[0]
 
@@ -401,11 +402,23 @@ def test_the_table_says_what_the_lines_say(compared: Path) -> None:
 
 def test_the_page_needs_no_other_file(compared: Path) -> None:
     text = (compared / "compare.html").read_text()
-    assert not re.findall(r"(?:src|href)=\"(?!data:)", text) and "<script" not in text and "@import" not in text
-    embedded = re.search(r"src=\"data:image/png;base64,([^\"]+)\"", text)
-    assert embedded is not None and base64.b64decode(embedded[1]) == (compared / "compare.png").read_bytes()
+    assert not re.findall(r"(?:src|href)=\"(?!data:|#)", text) and "<script" not in text and "@import" not in text
+    assert text.count("<svg") == 2 and text.count("<path") > 20, "the figure is there, and not empty"
+    assert "#222222" not in text, "its ink is the page's, light or dark"
     for cells in cells_of(compared).values():
-        assert all(f"<td>{cell}</td>" in text for cell in cells)
+        assert all(f">{cell}</td>" in text for cell in cells)
+
+
+def test_the_page_says_what_is_compared(compared: Path) -> None:
+    """Model, size and data stand above the table, and every cell knows its column, for screens too narrow for columns."""
+    lines = read_lines(compared)
+    told = subject(summarise(lines))
+    dense = next(line for line in lines if line.get("row") == "dense")
+    assert told.startswith(f"{VIT} ({dense['params']:,} parameters); FOLDER from ")
+    for name in ("compare.html", "compare.md"):
+        assert told in html.unescape((compared / name).read_text())
+    text = (compared / "compare.html").read_text()
+    assert text.count('data-label="parameters"') == len(cells_of(compared))
 
 
 def line_of(row: str, ratio: float | None, seed: int, top1: float, **changed: Any) -> dict[str, Any]:
@@ -434,6 +447,26 @@ def test_mean_and_spread_over_seeds_and_the_last_line_of_a_run_wins() -> None:
     assert [line["name"] for line in comparison.failed] == ["random-0.5-seed0"]
     head, cells = table(comparison)
     assert not any("images/s" in name for name in head) and len(head) == len(cells[0])
+
+
+def test_latencies_that_hardly_differ_look_alike() -> None:
+    """Axes begin at 0, and no line makes a trend of latencies."""
+    lines = [line_of("dense", None, 0, 90.0), *(line_of("uniform", ratio, 0, 80.0 - ratio) for ratio in (0.3, 0.5))]
+    speeds = {line["name"]: 100.0 + number for number, line in enumerate(lines)}
+    told = {
+        "kind": "speed",
+        "batch_size": 1,
+        "images_per_second": speeds,
+        "device": "cpu",
+        "precision": "float32",
+        "threads": 1,
+    }
+    sizes, latencies = figure_of(summarise([*lines, told])).axes
+    assert sizes.get_xlim()[0] == latencies.get_xlim()[0] == 0
+    spread = 1000 / 100 - 1000 / 102
+    assert spread / latencies.get_xlim()[1] < 0.02
+    assert all(container.lines[0].get_linestyle() == "None" for container in latencies.containers)
+    assert sizes.containers[-1].lines[0].get_linestyle() == "-", "sizes are joined, budget by budget"
 
 
 def test_a_table_of_an_unfinished_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

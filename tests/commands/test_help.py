@@ -58,7 +58,7 @@ def test_the_config_of_a_run_can_be_given_back(tmp_path: Path, monkeypatch: pyte
     file = tmp_path / "config.json"
     file.write_text(json.dumps({**written, "prune": {"prune_ratio": 0.3}}))
     found: list[TrainConfig] = []
-    monkeypatch.setattr(p3b.commands.train, "train", found.append)
+    monkeypatch.setattr(p3b.commands.train, "train", lambda config, splits: found.append(config))
     assert main(["train", "--config", str(file), "--epochs", "9", "--output-dir", "new"]) == 0
     (again,) = found
     assert again.training.epochs == 9 and again.training.lr == 3e-5 and again.training.model_ema

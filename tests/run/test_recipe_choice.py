@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+import p3b.run.inputs
+from p3b.data import DataSplits
 from p3b.errors import ScheduleError
 from p3b.run.options import (
     DataOptions,
@@ -101,13 +104,21 @@ def test_an_interval_may_be_longer_than_an_epoch() -> None:
         plan_pruning(PhaseOptions(prune_update_every="2", prune_steps_update_mask=3), 20, 7, 1)
 
 
-def test_a_run_says_and_keeps_what_was_chosen_and_goes_on_with_it(data: Path, tmp_path: Path) -> None:
-    """Also when the data would now lead to other choices: what was begun is gone on with."""
+def test_a_run_says_and_keeps_what_was_chosen_and_goes_on_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when the data would now lead to other choices: what was begun is gone on with. Each time they are opened once."""
+    opened: list[object] = []
+    really = p3b.run.inputs.open_data
+
+    def open_and_count(*given: Any, **options: Any) -> DataSplits:
+        opened.append(given)
+        return really(*given, **options)
+
+    monkeypatch.setattr(p3b.run.inputs, "open_data", open_and_count)
     photos = colour_folders(tmp_path / "photos")
     given = ("--epochs", "2", "--finetune-epochs", "0", "--from-scratch", "--layout", "folded")
     words = [word for word in flags(photos, tmp_path / "out", *given, recipe=()) if word not in ("--batch-size", "4")]
     words += ["--batch-size", "6"]
-    assert run("prune", *words) == 0
+    assert run("prune", *words) == 0 and len(opened) == 1
     config = read(tmp_path / "out" / "prune" / "config.json")
     assert config["recipe"]["recipe"] == "auto" and config["training"]["batch_size"] == 6
     assert {"lr", "mixup", "prune_update_every"} <= config["recipe"]["reasons"].keys()
@@ -116,7 +127,7 @@ def test_a_run_says_and_keeps_what_was_chosen_and_goes_on_with_it(data: Path, tm
         in (tmp_path / "out" / "prune" / "log.txt").read_text()
     )
     (tmp_path / "out" / "prune" / "summary.json").unlink()
-    assert run("prune", *words, "--lr", str(config["training"]["lr"]), "--resume") == 0
+    assert run("prune", *words, "--lr", str(config["training"]["lr"]), "--resume") == 0 and len(opened) == 2
     assert read(tmp_path / "out" / "prune" / "config.json")["training"] == config["training"]
 
 

@@ -113,6 +113,14 @@ def test_augmentation_grows_with_how_often_an_image_is_seen_and_with_the_steps()
     assert values[0]["aa"] is None and values[1]["aa"] is not None
 
 
+def test_rare_classes_get_more_weight_where_there_are_some() -> None:
+    uneven = replace(PHOTOS, smallest=5, largest=80)
+    assert chosen(uneven)["class_balance"] == "inverse" and "class_balance" not in chosen(PHOTOS)
+    assert chosen(replace(uneven, largest=400))["class_balance"] == "sqrt"
+    reason = next(choice.reason for choice in auto_recipe(uneven, {}).choices if choice.setting == "class_balance")
+    assert reason == "the largest class has 16 times as many images as the smallest"
+
+
 def test_characters_are_not_mirrored() -> None:
     assert chosen(replace(PHOTOS, symbols=True))["hflip"] == 0.0 and "hflip" not in chosen(PHOTOS)
 

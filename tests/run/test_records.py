@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from p3b.run.records import duration, epoch_line, short_count
+from p3b.run.records import epoch_line
+from p3b.run.short_figures import duration, short_count
 
 
 @pytest.mark.parametrize("loss", [0.0, 1.09861, 6.9077, 12.345, 1234.5])

@@ -8,7 +8,7 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 
 from p3b.errors import ConfigError
-from p3b.train.losses import TrainingLoss, task_loss
+from p3b.train.losses import TrainingLoss, class_weights, task_loss
 
 IMAGES = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
 LOGITS, DIST_LOGITS = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(1))
@@ -23,6 +23,28 @@ def a_teacher() -> nn.Module:
 
 def softmax(logits: Tensor) -> Tensor:
     return logits.exp() / logits.exp().sum(1, keepdim=True)
+
+
+@pytest.mark.parametrize(("balance", "power"), [("sqrt", 0.5), ("inverse", 0.0)])
+def test_class_weights_bring_rare_classes_up_and_leave_the_mean_loss(balance: str, power: float) -> None:
+    images = [100, 25, 4]
+    weights = class_weights(images, balance)
+    assert weights is not None
+    share = weights * torch.tensor(images)
+    assert share.sum().item() == pytest.approx(sum(images)), "1 in the mean over the images"
+    assert share / share[-1] == pytest.approx(torch.tensor([count / 4 for count in images]) ** power)
+    assert class_weights(images, "none") is None
+    assert class_weights([3, 0], balance)[1] == 0  # type: ignore[index]
+    with pytest.raises(ConfigError, match="class balance"):
+        class_weights(images, "square")
+
+
+def test_weights_act_on_labels_and_on_what_mixup_makes_of_them() -> None:
+    weights = torch.linspace(0.5, 1.5, LOGITS.shape[1])
+    one_hot = torch.nn.functional.one_hot(LABELS, LOGITS.shape[1]).float()
+    per_image = nn.CrossEntropyLoss(reduction="none")(LOGITS, LABELS) * weights[LABELS]
+    assert task_loss(True, 0.1, weights)(LOGITS, one_hot) == pytest.approx(per_image.mean())
+    assert task_loss(False, 0.0, weights)(LOGITS, LABELS) == pytest.approx(per_image.sum() / weights[LABELS].sum())
 
 
 def test_the_task_loss_fits_its_targets() -> None:

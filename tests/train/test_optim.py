@@ -50,6 +50,24 @@ def test_frozen_parameters_are_in_no_group() -> None:
     assert not any(name.startswith("patch_embed") for names in groups.values() for name in names)
 
 
+def test_layers_learn_more_slowly_towards_the_images() -> None:
+    """Whatever the decay, the groups together are those of a plain optimizer; timm counts the tokens' layer as one."""
+    model = tiny_vit(depth=2)
+    optimizer = build_optimizer(model, "adamw", 0.1, 0.05, layer_decay=0.5)
+    name_of = {id(parameter): name for name, parameter in model.named_parameters()}
+    rate = {name_of[id(p)]: group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    decays = {name_of[id(p)]: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    plain = names_by_decay(build_optimizer(model, "adamw", 0.1, 0.05), model)
+    assert {decay: {name for name, own in decays.items() if own == decay} for decay in plain} == plain
+    assert rate["head.weight"] == 0.1 and rate["blocks.1.mlp.fc1.weight"] == pytest.approx(0.05)
+    assert rate["blocks.0.mlp.fc1.weight"] == pytest.approx(0.025) and rate["pos_embed"] == pytest.approx(0.0125)
+    scheduler = cosine_schedule(optimizer, 4, 10, 0.01, 0)
+    for step, head in ((0, 0.1), (40, 0.01)):
+        scheduler.step_update(step)
+        now = {name_of[id(p)]: group["lr"] for group in optimizer.param_groups for p in group["params"]}
+        assert now["head.weight"] == pytest.approx(head) and now["blocks.0.mlp.fc1.weight"] == pytest.approx(head / 4)
+
+
 def test_learning_rate_is_meant_for_512_images_a_step() -> None:
     assert scaled_lr(5e-4, 512) == 5e-4
     assert scaled_lr(5e-4, 64 * 4 * 2) == 5e-4

@@ -26,7 +26,7 @@ class Command:
         target: function that carries it out, "module:function".
         to_continue: how it is continued after a stop; empty where there is nothing to continue.
         reads_file: whether `--config FILE` gives settings.
-        by_recipe: whether a recipe chooses settings that are not given.
+        by_recipe: whether a recipe chooses settings that are not given; the target then takes the data that it has opened.
     """
 
     settings: str
@@ -176,8 +176,8 @@ def run_command(name: str, words: Sequence[str], prog: str, *, published: bool =
         if command.by_recipe and not published:
             from p3b.commands.settled import with_recipe
 
-            with with_recipe(name, config, given) as settled:
-                carry_out(settled)
+            with with_recipe(name, config, given) as (settled, splits):
+                carry_out(settled, splits=splits)
         else:
             carry_out(config)
     except UserError as error:

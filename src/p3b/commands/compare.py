@@ -8,9 +8,10 @@ from typing import Any
 
 from p3b.commands.prune import prune
 from p3b.commands.train import train
+from p3b.data import DataSplits
 from p3b.errors import ComparisonError, ConfigError
 from p3b.methods import METHODS, ONE_SHOT_METHODS, method_options
-from p3b.report.comparison import read_lines, write_report
+from p3b.report.comparison import read_lines
 from p3b.run.method_options import require_taken
 from p3b.run.option_checks import check, check_screen, require_training
 from p3b.run.options import CompareConfig
@@ -45,8 +46,12 @@ def plan(config: CompareConfig) -> list[Run]:
     ]
 
 
-def compare(config: CompareConfig) -> list[Path]:
+def compare(config: CompareConfig, splits: DataSplits | None = None) -> list[Path]:
     """Carry out what is not done yet, measure the speed of all models, and write the tables; returns the files of these.
+
+    Args:
+        config: settings.
+        splits: the data where they are open already, to see that they can be used; every run opens them anew.
 
     Raises:
         UserError: settings that cannot be used, before anything is written.
@@ -67,7 +72,7 @@ def compare(config: CompareConfig) -> list[Path]:
 
     def require(processes: Processes, lines: list[dict[str, Any]]) -> None:
         if {run.name for run in runs} - finished(lines).keys():
-            open_inputs(config, processes)
+            open_inputs(config, processes, splits)
 
     with open_series(config, "compare", shared_warm_ups(config, runs), Commands(train, prune), require) as series:
         failed, written = [], []
@@ -89,6 +94,8 @@ def compare(config: CompareConfig) -> list[Path]:
 
 def _report(out: Path, fmt: str, screen: Screen) -> list[Path]:
     """Write the tables and show them."""
+    from p3b.report.comparison_page import write_report  # matplotlib would take half a second of every start
+
     lines = read_lines(out)
     told = dense_guesses(lines)
     written = write_report(out, fmt, answer=told)

@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from p3b.commands.train import train
+from p3b.data import DataSplits
 from p3b.errors import ConfigError
 from p3b.run.options import FinetuneConfig
 from p3b.run.products import PRODUCTS, SPARSE_CHECKPOINT
 
 
-def finetune(config: FinetuneConfig) -> dict[str, Any]:
-    """Fine-tune the model at --model-path; returns the summary.
+def finetune(config: FinetuneConfig, splits: DataSplits | None = None) -> dict[str, Any]:
+    """Fine-tune the model at --model-path; returns the summary. For the arguments see `p3b.commands.train.train`.
 
     Raises:
         ConfigError: no model path. Besides, see `p3b.commands.train.train`.
@@ -20,4 +21,4 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
         raise ConfigError(
             f"--model-path is missing: the model to fine-tune, such as run/{PRODUCTS['prune']} or run/{SPARSE_CHECKPOINT}."
         )
-    return train(config, "finetune")
+    return train(config, "finetune", splits)

@@ -23,8 +23,12 @@ from p3b.run.screen import Screen, open_screen
 from p3b.storage import artifact
 
 
-def show_plan(config: PlanConfig) -> list[BudgetForecast]:
+def show_plan(config: PlanConfig, splits: DataSplits | None = None) -> list[BudgetForecast]:
     """Print data, recipe, time and budgets; returns what each budget gives, the dense model first.
+
+    Args:
+        config: settings.
+        splits: the data where they are open already; else they are opened.
 
     Raises:
         UserError: settings, data or a model that `p3b prune` would refuse; a budget that cannot be met.
@@ -33,7 +37,7 @@ def show_plan(config: PlanConfig) -> list[BudgetForecast]:
     run = config.run
     with open_machine(run.device, run.timeout_minutes, config.training.precision) as machine:
         screen = open_screen(run, machine.is_main)
-        splits = open_splits(config.data, run.seed, machine.processes)
+        splits = splits or open_splits(config.data, run.seed, machine.processes)
         for line in (*data_lines(splits, config.plan.look_at), "", *recipe_lines(config), ""):
             screen.say(line)
         model = machine.put(_shape(config, len(splits.class_names)))

@@ -9,9 +9,11 @@ from typing import Any
 
 from timm.models.vision_transformer import VisionTransformer
 
+from p3b.data import DataSplits
 from p3b.deploy.choice import AUTO, LayoutChoice, choose_layout, with_layout
 from p3b.deploy.layouts import check_layout
 from p3b.methods import effective_options, options_of_one_shot, own_in_warm_up
+from p3b.methods.base import overall_keep_ratio
 from p3b.pruner import Pruner
 from p3b.run.dense_run import read_dense_run, require_same_images
 from p3b.run.distillation import SelfDistillation, open_distillation
@@ -28,26 +30,28 @@ from p3b.run.method_options import method_options_of
 from p3b.run.one_shot import CalibrationImages, calibrate, compensated_on, require_trained
 from p3b.run.option_checks import check
 from p3b.run.options import ModelOptions, PruneConfig, PruneOptions
-from p3b.run.prune_plan import plan_pruning
+from p3b.run.pace import Course
+from p3b.run.prune_plan import phases_of, plan_pruning
 from p3b.run.recipe import answer_teacher_apart
 from p3b.run.stage import Stage, finished_summary, open_stage
 from p3b.run.training import Epochs, train_epochs
 from p3b.run.warm_up import WarmUp, depends_on
 from p3b.storage.artifact import model_config
 from p3b.vit.architecture import build_dense
-from p3b.vit.cost import count_parameters
+from p3b.vit.cost import count_parameters, dense_params
 
 LAYOUT_BATCHES = (1, 32)
 """Batch sizes that layouts are measured with at the end: a single image, and many."""
 
 
-def prune(config: PruneConfig, warm_up: Path | None = None) -> dict[str, Any]:
+def prune(config: PruneConfig, warm_up: Path | None = None, splits: DataSplits | None = None) -> dict[str, Any]:
     """Transfer and prune on the way, and fine-tune where asked for; returns the summary.
 
     Args:
         config: settings.
         warm_up: folder of a warm-up (`p3b.run.warm_up`) of the same settings, to go on from in place of training it again;
             the result is the same.
+        splits: the data where they are open already; else they are opened.
 
     Raises:
         UserError: settings, data or weights that cannot be used, or a warm-up of other settings. Stopped: a signal asked for
@@ -60,10 +64,10 @@ def prune(config: PruneConfig, warm_up: Path | None = None) -> dict[str, Any]:
     if (summary := finished_summary(config, "prune")) is not None:
         return summary
     dense_run = None if options.dense_run is None else read_dense_run(options.dense_run)
-    with open_stage(config, "prune") as stage:
+    with open_stage(config, "prune", splits) as stage:
         model, recipe = stage.model, stage.recipe
         _require_same_images(stage, dense_run, options.dense_run)
-        dense_params = count_parameters(model)
+        all_params = count_parameters(model)
         plan = plan_pruning(options, config.training.epochs, recipe.steps_per_epoch, recipe.options.grad_accum_steps)
         distillation = open_distillation(stage, config, plan.schedule.start)
         schedule = plan.schedule if plan.epochs else None
@@ -75,6 +79,7 @@ def prune(config: PruneConfig, warm_up: Path | None = None) -> dict[str, Any]:
         dense = None if plan.epochs else plain(require_trained(stage))
         checkpoint = _begin(stage, pruner, options.prune_method, method_options, warm_up)
         _say_plan(stage, pruner, options, method_options)
+        stage.screen.follow(Course(phases_of(plan, recipe.steps_per_epoch), all_params, _goal_params(pruner, options)))
         if checkpoint is None:
             stage.warn_of_little(plan.epochs + plan.finetune_epochs, schedule, options.prune_steps_update_mask)
 
@@ -85,7 +90,7 @@ def prune(config: PruneConfig, warm_up: Path | None = None) -> dict[str, Any]:
             else:
                 calibrate(stage, pruner, images, order=options.order_heads)
             _decide(stage, pruner, plan.epochs)
-            _shrink(stage, pruner, model, dense_params, fitted_on)
+            _shrink(stage, pruner, model, all_params, fitted_on)
             checkpoint = None
         else:
             model = _reopen_small(stage, config.model, distilled=recipe.options.teacher_model is not None)
@@ -133,6 +138,18 @@ def _say_plan(stage: Stage, pruner: Pruner, options: PruneOptions, method_option
         say(f"block benefit is estimated by --prune-benefit {estimator}")
     if options.prune_blocks_only:
         say("the prune ratio applies to the blocks only")
+
+
+def _goal_params(pruner: Pruner, options: PruneOptions) -> int:
+    """Parameters that are to stay, all of the model counted."""
+    layout = pruner.layout
+    sizes = [dense_params(block) for block in layout.blocks]
+    if options.prune_keep_ratios:
+        return layout.other_params + round(
+            sum(ratio * size for ratio, size in zip(options.prune_keep_ratios, sizes, strict=True))
+        )
+    kept = overall_keep_ratio(layout, options.prune_ratio, options.prune_blocks_only)
+    return layout.other_params + round(kept * sum(sizes))
 
 
 def _decide(stage: Stage, pruner: Pruner, epochs: int) -> None:

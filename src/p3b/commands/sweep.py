@@ -16,9 +16,9 @@ from timm.models.vision_transformer import VisionTransformer
 from p3b.commands.compare import plan
 from p3b.commands.prune import prune
 from p3b.commands.train import train
+from p3b.data import DataSplits
 from p3b.errors import BudgetError, ComparisonError, ConfigError
 from p3b.methods import create_method, method_dims
-from p3b.report.comparison import write_report
 from p3b.run.bisection import candidates, grid, middle
 from p3b.run.dense_run import GIVEN, line_of_dense_run, require_same_images
 from p3b.run.distillation import teacher_digest
@@ -34,8 +34,8 @@ from p3b.train.distributed import Processes
 from p3b.vit.layout import read_layout
 
 
-def sweep(config: SweepConfig) -> list[Path]:
-    """Carry out what is not done yet, and write the tables; returns the files of these.
+def sweep(config: SweepConfig, splits: DataSplits | None = None) -> list[Path]:
+    """Carry out what is not done yet, and write the tables; returns the files of these. The arguments are those of `compare`.
 
     Raises:
         UserError: settings that cannot be used, before anything is written.
@@ -57,8 +57,8 @@ def sweep(config: SweepConfig) -> list[Path]:
     given = None if asked.dense_run is None else line_of_dense_run(asked.dense_run, asked.seed)
 
     def require(processes: Processes, lines: list[dict[str, Any]]) -> None:
-        splits, model = open_inputs(series_config, processes)
-        if searched and splits.val is None:
+        data, model = open_inputs(series_config, processes, splits)
+        if searched and data.val is None:
             raise ConfigError(
                 "--max-loss is judged on validation images, and there are none: give --val-path or a --val-share above 0. (The "
                 "test images must not choose the budget.)"
@@ -70,7 +70,7 @@ def sweep(config: SweepConfig) -> list[Path]:
             except BudgetError as error:
                 raise BudgetError(f"{flag if searched else '--prune-ratios'}: {error}") from error
         if given is not None and asked.dense_run is not None:
-            parts = {name: len(part) for name, part in (("val", splits.val), ("test", splits.test)) if part is not None}
+            parts = {name: len(part) for name, part in (("val", data.val), ("test", data.test)) if part is not None}
             require_same_images(given["accuracy"], parts, asked.dense_run)
             if config.prune.distill_from == "dense-run":
                 _require_one_teacher(lines, asked.dense_run)
@@ -177,6 +177,8 @@ def _ours(lines: Sequence[dict[str, Any]], asked: SweepOptions) -> list[dict[str
 
 def _report(series: Series, config: SweepConfig) -> list[Path]:
     """Write what there is so far, and show it; with the answer where the search has come to its end."""
+    from p3b.report.comparison_page import write_report  # matplotlib would take half a second of every start
+
     asked = config.sweep
     out = config.run.output_dir
     assert out is not None

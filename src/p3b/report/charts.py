@@ -22,6 +22,8 @@ from p3b.report.svg import Picture, picture
 
 BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"
 """Okabe and Ito: told apart by every eye."""
+NARROW = 5.4
+"""Width in inches of a figure that stands beside another one, and that a phone shows whole."""
 MOST_CLASSES, MOST_PAIRS = 30, 12
 """Rows of the figures of classes; where there are more classes, those that lost most are shown."""
 
@@ -34,7 +36,7 @@ def learning_curves(stage: StageRecord) -> Picture | None:
     part = watched_part(stage)
     xs = [epoch["epoch"] for epoch in epochs]
     with matplotlib.rc_context(STYLE):
-        figure = new_figure(width=9.5, height=6.2)
+        figure = new_figure(width=NARROW, height=5.6)
         loss, accuracy, params = figure.subplots(3, 1, sharex=True, height_ratios=(1, 1, 0.6))
         loss.plot(xs, [epoch["train_loss"] for epoch in epochs], color=BLUE, label="training")
         loss.plot(xs, [epoch[f"{part}_loss"] for epoch in epochs], color=ORANGE, linestyle="--", label=part)
@@ -95,7 +97,7 @@ def network(stage: StageRecord) -> Picture | None:
     blocks = stage.updates[-1].blocks
     widest = max(block["params"] for block in blocks)
     with matplotlib.rc_context(STYLE):
-        figure = new_figure(width=9.5, height=0.8 + 0.26 * len(blocks))
+        figure = new_figure(width=NARROW, height=0.8 + 0.26 * len(blocks))
         panel = figure.subplots()
         for row, block in enumerate(blocks):
             colour = BLUE if block["kind"] == "attn" else ORANGE
@@ -129,7 +131,7 @@ def classes(stage: StageRecord) -> Picture | None:
 
 def _draw_classes(shown: Sequence[ClassAccuracy]) -> Figure:
     with matplotlib.rc_context(STYLE):
-        figure = new_figure(width=9.5, height=1.4 + 0.27 * len(shown))
+        figure = new_figure(width=NARROW, height=1.4 + 0.27 * len(shown))
         panel = figure.subplots()
         dense = [entry.dense for entry in shown if entry.dense is not None]
         for row, (entry, before) in enumerate(zip(shown, dense, strict=False)):
@@ -152,7 +154,7 @@ def confusion(stage: StageRecord) -> Picture | None:
         return None
     shown = pairs[:MOST_PAIRS]
     with matplotlib.rc_context(STYLE):
-        figure = new_figure(width=9.5, height=1.2 + 0.3 * len(shown))
+        figure = new_figure(width=NARROW, height=1.2 + 0.3 * len(shown))
         panel = figure.subplots()
         panel.barh(range(len(shown)), [pair.images for pair in shown], color=ORANGE, height=0.7)
         panel.set_yticks(range(len(shown)), [f"{pair.target}, taken for {pair.predicted}" for pair in shown])
@@ -160,7 +162,8 @@ def confusion(stage: StageRecord) -> Picture | None:
         panel.set_xlabel("images")
         panel.xaxis.set_major_locator(MaxNLocator(integer=True))
     first: ConfusedPair = shown[0]
-    says = f"The most frequent mistakes. Most often, {first.target} is taken for {first.predicted} ({first.images} images)."
+    counted = "1 image" if first.images == 1 else f"{first.images} images"
+    says = f"The most frequent mistakes. Most often, {first.target} is taken for {first.predicted} ({counted})."
     rows = [(pair.target, pair.predicted, pair.images) for pair in pairs]
     return picture(figure, "confusion", "What is taken for what", says, ("target", "predicted", "images"), rows)
 
@@ -171,17 +174,21 @@ def reliability(stage: StageRecord) -> Picture | None:
     if found is None:
         return None
     with matplotlib.rc_context(STYLE):
-        figure = new_figure(width=5.4, height=4.6)
+        figure = new_figure(width=NARROW, height=4.6)
         panel = figure.subplots()
         panel.plot([0, 100], [0, 100], color=SOFT_INK, linestyle=(0, (4, 3)), linewidth=0.9)
-        panel.plot([b.confidence for b in found.bins], [b.accuracy for b in found.bins], "o-", color=BLUE)
+        places, values = [b.confidence for b in found.bins], [b.accuracy for b in found.bins]
+        most = max(b.images for b in found.bins)
+        panel.plot(places, values, color=BLUE, linewidth=1.0)
+        sizes = [max(6.0, 90.0 * b.images / most) for b in found.bins]
+        panel.scatter(places, values, s=sizes, color=BLUE, clip_on=False, zorder=3)
         panel.set_xlabel("stated probability (%)")
         panel.set_ylabel("share that is right (%)")
         panel.set_xlim(0, 100)
         panel.set_ylim(0, 100)
     says = (
         f"Stated probability against the share that is right; the expected calibration error is {found.error:.1f} points. "
-        "Above the diagonal the model is right more often than it says."
+        "Above the diagonal the model is right more often than it says; a large point stands for many images."
     )
     rows = [(b.confidence, b.accuracy, b.images) for b in found.bins]
     return picture(figure, "reliability", "Calibration", says, ("confidence", "accuracy", "images"), rows)
@@ -197,7 +204,7 @@ def time_by_phase(stage: StageRecord) -> Picture | None:
         trained = sum(epoch["train_seconds"] for epoch in epochs)
         rows.append((phase, len(epochs), trained, sum(epoch["seconds"] for epoch in epochs) - trained))
     with matplotlib.rc_context(STYLE):
-        figure = new_figure(width=9.5, height=1.4 + 0.4 * len(rows))
+        figure = new_figure(width=NARROW, height=1.4 + 0.4 * len(rows))
         panel = figure.subplots()
         panel.barh(range(len(rows)), [row[2] for row in rows], color=BLUE, height=0.6, label="training")
         panel.barh(

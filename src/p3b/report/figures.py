@@ -260,9 +260,9 @@ def _number_or_nan(value: float | None) -> float:
 
 
 def _depth_colours(depth: int) -> list[Any]:
-    """One colour a depth, evenly spaced to the eye; the palest end of the map is left out, it is lost on white."""
+    """One colour a depth, evenly spaced to the eye, without the ends of the map: they are lost on white and on black."""
     colour_map = matplotlib.colormaps["viridis"]
-    return [colour_map(0.9 * index / max(depth - 1, 1)) for index in range(depth)]
+    return [colour_map(0.22 + 0.68 * index / max(depth - 1, 1)) for index in range(depth)]
 
 
 def _depth_ticks(depth: int, at_most: int = 13) -> list[int]:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from p3b.errors import RunFolderError
-from p3b.report.updates import Update, read_updates
+from p3b.report.updates import Update, lines_so_far, read_updates
 
 STAGES = ("train", "prune", "finetune")
 """Stages that a report is made of, in the order in which they are run."""
@@ -97,13 +97,14 @@ def read_run(run: Path) -> tuple[StageRecord, ...]:
 
 def _read_stage(folder: Path) -> StageRecord:
     summary = folder / "summary.json"
+    running = not summary.exists()
     return StageRecord(
         folder,
         folder.name,
         _read_json(folder / "config.json"),
-        tuple(_read_lines(folder / "metrics.jsonl")),
-        tuple(read_updates(folder)) if (folder / "blocks.jsonl").exists() else (),
-        _read_json(summary) if summary.exists() else None,
+        tuple(_read_lines(folder / "metrics.jsonl", running=running)),
+        tuple(read_updates(folder, running=running)) if (folder / "blocks.jsonl").exists() else (),
+        None if running else _read_json(summary),
         _read_predictions(folder / PREDICTIONS_FILE),
     )
 
@@ -118,11 +119,11 @@ def _read_json(file: Path) -> dict[str, Any]:
     return content
 
 
-def _read_lines(file: Path) -> list[dict[str, Any]]:
+def _read_lines(file: Path, *, running: bool) -> list[dict[str, Any]]:
     if not file.exists():
         return []
     try:
-        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        return [json.loads(line) for line in lines_so_far(file.read_text(encoding="utf-8"), running=running) if line.strip()]
     except (OSError, ValueError) as error:
         raise RunFolderError(f"{file} cannot be read: {error}. A line is damaged; remove it.") from error
 

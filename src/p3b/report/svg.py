@@ -20,6 +20,9 @@ from matplotlib.figure import Figure
 from p3b.report.figures import SOFT_INK, STYLE
 
 PIXELS_PER_INCH = 100
+WIDEST_BESIDE = 560
+SMALLEST = 0.66
+"""Of its size, on a phone: letters of 9 pixels. A figure that is wider than the window then can be moved within its frame."""
 _VARIABLES = {
     "#222222": "var(--ink)",
     SOFT_INK: "var(--soft)",
@@ -41,6 +44,7 @@ class Picture:
         says: one or two sentences: what it shows. The text alternative.
         svg: markup.
         csv: its data as text.
+        width: in CSS pixels, where there is room for it.
     """
 
     name: str
@@ -48,6 +52,12 @@ class Picture:
     says: str
     svg: str
     csv: str
+    width: int
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether it has no room beside another one."""
+        return self.width > WIDEST_BESIDE
 
     def svg_in(self, section: str) -> str:
         """The markup with ids that no other section of the page has."""
@@ -68,10 +78,11 @@ def picture(figure: Figure, name: str, title: str, says: str, head: Sequence[str
         title, says: see `Picture`.
         head, rows: the data that it shows.
     """
-    return Picture(name, title, says, _inline(figure, name, says), _csv(head, rows))
+    width = round(PIXELS_PER_INCH * figure.get_figwidth())
+    return Picture(name, title, says, _inline(figure, name, says, width), _csv(head, rows), width)
 
 
-def _inline(figure: Figure, name: str, says: str) -> str:
+def _inline(figure: Figure, name: str, says: str, width: int) -> str:
     text = io.StringIO()
     # Every figure of the page has names of its own for its clip paths and glyphs.
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": name, "svg.fonttype": "none"}):
@@ -86,8 +97,8 @@ def _inline(figure: Figure, name: str, says: str) -> str:
     svg = re.sub(r'(href="#|url\(#)([^")]+)', lambda found: f"{found[1]}{_PLACE}{name}-{found[2]}", svg)
     svg = re.sub(r'width="[\d.]+pt" height="[\d.]+pt" ', "", svg, count=1)
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    width = round(PIXELS_PER_INCH * figure.get_figwidth())
-    return svg.replace("<svg ", f'<svg role="img" aria-label="{escape(says, quote=True)}" style="max-width: {width}px" ', 1)
+    limits = f"max-width: {width}px; min-width: {round(SMALLEST * width)}px"
+    return svg.replace("<svg ", f'<svg role="img" aria-label="{escape(says, quote=True)}" style="{limits}" ', 1)
 
 
 def _csv(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

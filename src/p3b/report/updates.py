@@ -22,11 +22,26 @@ class Update:
     blocks: list[dict[str, Any]]
 
 
-def read_updates(folder: Path) -> list[Update]:
-    """Read and check `blocks.jsonl`: the same blocks in the same order on every line, and time goes on."""
+def lines_so_far(text: str, *, running: bool) -> list[str]:
+    """The lines of a file; of one that a run is writing to, without a last line that has no end yet."""
+    if running and not text.endswith("\n"):
+        text = text[: text.rfind("\n") + 1]
+    return text.splitlines()
+
+
+def read_updates(folder: Path, *, running: bool = False) -> list[Update]:
+    """Read and check `blocks.jsonl`: the same blocks in the same order on every line, and time goes on.
+
+    Args:
+        folder: of a pruning stage.
+        running: whether a run may be writing to it at this moment.
+
+    Raises:
+        RunFolderError: the file cannot be read, or a line is damaged; the message names the line.
+    """
     path = folder / "blocks.jsonl"
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = lines_so_far(path.read_text(encoding="utf-8"), running=running)
     except (OSError, UnicodeDecodeError) as error:
         raise RunFolderError(
             f"Cannot read '{path}' ({error}). Expected the folder of a pruning stage, "

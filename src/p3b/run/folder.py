@@ -8,6 +8,7 @@
                             best.pth        the best epoch's model, by validation accuracy
                             predictions.csv one line an evaluated image; examples/ has small copies of mistakes
                             teacher.pth     what a run with --distill-from warm-up learns from, besides its labels
+                            tracking.json   how far TensorBoard and others have been told (p3b.run.tracking)
                             summary.json    written last: the stage is finished
 
 Every file but the two logs of lines is replaced as a whole or not at all. A lock on the output folder (`.lock`) is held from
@@ -47,6 +48,7 @@ _OWN_FILES = (
     "keep_ratio.*",
     "predictions.csv",
     "examples",
+    "tracking.json",
 )
 _PRODUCT_FILES = ("config.json*", "model.safetensors")
 

@@ -17,6 +17,7 @@ from p3b.run.options import (
     TrainConfig,
     TrainingOptions,
 )
+from p3b.run.trackers import NONE, trackers_asked_for
 
 _PHASES = (
     "prune_start_epoch",
@@ -63,6 +64,8 @@ def check_evaluation(config: EvaluateConfig) -> None:
     """
     _positive(batch_size=config.batch_size)
     _check_inputs(config.data, config.model)
+    if set(config.run.track) - {NONE}:
+        raise ConfigError("An evaluation is not tracked: leave --track out.")
     if config.run.resume:
         raise ConfigError("An evaluation has nothing to resume: leave --resume out, or replace an earlier one by --overwrite.")
     _check_run(config.run)
@@ -102,6 +105,8 @@ def _check_training(training: TrainingOptions, *, may_be_none: bool) -> None:
     _not_negative(min_lr=training.min_lr, warmup_epochs=training.warmup_epochs, weight_decay=training.weight_decay)
     _not_negative(mixup=training.mixup, cutmix=training.cutmix)
     _share(smoothing=training.smoothing)
+    if training.layer_decay is not None and not 0 < training.layer_decay <= 1:
+        raise ConfigError(f"--layer-decay must lie in (0, 1], got {training.layer_decay}.")
     if training.clip_grad is not None:
         _positive(clip_grad=training.clip_grad)
     if not 0 < training.model_ema_decay < 1:
@@ -178,6 +183,7 @@ def _check_inputs(data: DataOptions, model: ModelOptions) -> None:
 
 def _check_run(run: RunOptions) -> None:
     check_screen(run)
+    trackers_asked_for(run.track)
     _positive(timeout_minutes=run.timeout_minutes)
     _not_negative(checkpoint_minutes=run.checkpoint_minutes)
     if run.resume and run.overwrite:

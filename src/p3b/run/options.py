@@ -98,6 +98,10 @@ class TrainingOptions:
     """Epochs of linear learning-rate warm-up at the start of a cosine schedule."""
     weight_decay: float = 0.05
     """Weight decay of matrices; none on biases, norms and tokens."""
+    layer_decay: float | None = None
+    """Learning rate of a layer as a share of the next one's towards the head, in (0, 1]; None: all layers alike."""
+    class_balance: Literal["none", "sqrt", "inverse"] = "none"
+    """Weight of a class in the loss: none: each image counts alike; inverse: each class (1 / images); sqrt: in between."""
     clip_grad: float | None = None
     """Clip the gradient's norm to this."""
     smoothing: float = 0.1
@@ -267,6 +271,8 @@ class MachineOptions:
     """Share the evaluation among processes; off: every process evaluates all images."""
     figure_format: Literal["png", "svg"] = "png"
     """Format of the figures."""
+    track: tuple[Literal["tensorboard", "wandb", "trackio", "none"], ...] = ()
+    """Tools that are told of the run: tensorboard, wandb, trackio; by default TensorBoard, if it is installed; none."""
     report: bool = True
     """Write report.html at the end of a run: result, figures, classes, diagnosis; `p3b report` makes it at any time."""
     verbose: bool = False

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from p3b.core.schedule import ONE_SHOT, TAU_MAX, Schedule, parse_duration
 from p3b.errors import ScheduleError
 from p3b.run.options import PhaseOptions
+from p3b.run.pace import Phase
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,16 @@ def plan_pruning(options: PhaseOptions, epochs: int, steps_per_epoch: int, grad_
     tau_max = TAU_MAX if options.prune_masks == "soft" else 0.0
     schedule = Schedule.from_epochs(start, sparse, final, steps_per_epoch, update_every, tau_max)
     return PrunePlan(schedule, int(final), epochs - int(final) + options.finetune_epochs)
+
+
+def phases_of(plan: PrunePlan, steps_per_epoch: int) -> tuple[Phase, ...]:
+    """The phases of a run, but for those without a step; none where nothing is trained."""
+    schedule = plan.schedule
+    end = (plan.epochs + plan.finetune_epochs) * steps_per_epoch
+    pruning = (("warm-up", schedule.start), ("sparsify", schedule.sparse), ("sharpen", schedule.final)) if plan.epochs else ()
+    ends = (*pruning, ("fine-tune", end))
+    before = (0, *(step for _, step in ends))
+    return tuple(Phase(name, step) for (name, step), start in zip(ends, before, strict=False) if step > start)
 
 
 def _update_every(options: PhaseOptions, epochs: int, steps_per_epoch: int, grad_accum_steps: int) -> int | None:

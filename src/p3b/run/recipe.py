@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from timm.data import Mixup
 from timm.models.vision_transformer import VisionTransformer
@@ -15,7 +17,7 @@ from p3b.run.machine import Machine
 from p3b.run.options import AugmentOptions, TrainingOptions
 from p3b.storage.models import build_model
 from p3b.train.loop import steps_per_epoch
-from p3b.train.losses import TrainingLoss, task_loss
+from p3b.train.losses import TrainingLoss, class_weights, task_loss
 from p3b.train.optim import build_optimizer
 from p3b.vit.families import images_of
 
@@ -67,7 +69,8 @@ def open_recipe(
         ConfigError: options that cannot be used together, or no such optimizer. WeightsError: of the teacher.
     """
     classes = len(splits.class_names)
-    loss = training_loss(options, model, classes, machine.device)
+    counts = np.bincount(splits.train.targets, minlength=classes).tolist()
+    loss = training_loss(options, model, counts, machine.device)
     batches = train_batches(
         splits.train,
         preprocessing,
@@ -85,7 +88,7 @@ def open_recipe(
             f"Mixup pairs images, but a batch has {batches.batch_size} of them. Give an even --batch-size, or turn it off with "
             "--mixup 0 --cutmix 0."
         )
-    build_optimizer(model, options.opt, options.lr, options.weight_decay)  # refused now, if it cannot be
+    build_optimizer(model, options.opt, options.lr, options.weight_decay, options.layer_decay)  # refused now, if it cannot be
     return Recipe(
         options=options,
         batches=batches,
@@ -96,24 +99,34 @@ def open_recipe(
     )
 
 
-def training_loss(options: TrainingOptions, model: VisionTransformer, num_classes: int, device: torch.device) -> TrainingLoss:
+def training_loss(
+    options: TrainingOptions, model: VisionTransformer, images: Sequence[int], device: torch.device
+) -> TrainingLoss:
     """Task loss and, where asked for, the distance to a teacher.
+
+    Args:
+        options: of training.
+        model: that learns.
+        images: of each class.
+        device: that it is on.
 
     Raises:
         WeightsError: the teacher's head is for other classes, or it is a saved model for other images.
     """
-    task = task_loss(soft_targets=options.mixup > 0 or options.cutmix > 0, smoothing=options.smoothing)
+    weights = class_weights(images, options.class_balance)
+    weights = None if weights is None else weights.to(device)
+    task = task_loss(soft_targets=options.mixup > 0 or options.cutmix > 0, smoothing=options.smoothing, class_weights=weights)
     teacher = None
     if options.teacher_model is not None:
         teacher, report = build_model(
             options.teacher_model,
-            num_classes=num_classes,
+            num_classes=len(images),
             model_kwargs={"img_size": images_of(model).size},  # it sees the student's images
             pretrained=options.teacher_path is None,
             weights=options.teacher_path,
         )
         if report is not None and (unknown := report.replaced + report.missing):
-            raise WeightsError(f"The teacher must know the same {num_classes} classes: {'; '.join(unknown)}")
+            raise WeightsError(f"The teacher must know the same {len(images)} classes: {'; '.join(unknown)}")
         teacher.requires_grad_(False).to(device).eval()
     kind = "none" if teacher is None else options.distillation_type
     tau = 1.0 if options.distillation_tau is None else options.distillation_tau

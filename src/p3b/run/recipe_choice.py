@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from p3b.data import DataSplits
 from p3b.run.flags import flag, settings_of
 from p3b.run.folder import StageFolder, restarted_by
 from p3b.run.inputs import open_splits
 from p3b.run.option_checks import check
 from p3b.run.options import CompareConfig, ModelOptions, PruneConfig, RecipeOptions, SweepConfig, TrainConfig
 from p3b.run.recipe_facts import read_facts, weights_fit
-from p3b.run.recipes import Choice, Facts, auto_recipe, small_recipe
+from p3b.run.recipes import Choice, auto_recipe, small_recipe
 from p3b.train.distributed import Processes
 
 Config = TrainConfig | CompareConfig | SweepConfig
@@ -24,7 +25,14 @@ RUNS_FOLDER = Path("runs")
 """Where a run is written that is given no output folder."""
 
 
-def settle(config: Config, given: frozenset[str], stage: str, processes: Processes, device: torch.device) -> Config:
+def settle(
+    config: Config,
+    given: frozenset[str],
+    stage: str,
+    processes: Processes,
+    device: torch.device,
+    keep: Callable[[DataSplits], object] = lambda _splits: None,
+) -> Config:
     """Choose what is not given, by the recipe that the config names.
 
     Args:
@@ -32,6 +40,7 @@ def settle(config: Config, given: frozenset[str], stage: str, processes: Process
         given: names of the settings that are given; they stay as they are.
         stage: name of the command.
         processes, device: that the run will use.
+        keep: is given the data where they were opened, so that the run need not open them again.
 
     Returns:
         The config with all choices, and with the reason of each in `recipe.reasons`.
@@ -54,18 +63,11 @@ def settle(config: Config, given: frozenset[str], stage: str, processes: Process
     values = {name: value for name, value in settings_of(config) if name in given}
     if config.recipe.recipe == "small":
         return _with(config, small_recipe(values, prunes=_prunes(config)).choices)
-    return _with(config, auto_recipe(facts_of(config, processes, device), values).choices)
-
-
-def facts_of(config: TrainConfig | CompareConfig | SweepConfig, processes: Processes, device: torch.device) -> Facts:
-    """Look at data, model and machine.
-
-    Raises:
-        UserError: data or a model that cannot be used.
-    """
     seed = _seed(config)
     splits = open_splits(config.data, seed, processes)
-    return read_facts(splits, config.model, processes, device, seed=seed, prunes=_prunes(config))
+    keep(splits)
+    facts = read_facts(splits, config.model, processes, device, seed=seed, prunes=_prunes(config))
+    return _with(config, auto_recipe(facts, values).choices)
 
 
 def recipe_lines(config: Config) -> list[str]:

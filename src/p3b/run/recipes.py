@@ -249,6 +249,20 @@ _LONG, _OFTEN = 50_000, 30
 """Steps of a long run; passes from which on images would be learnt by heart."""
 
 
+def _class_balance(facts: Facts, _settled: Settings) -> Choice | None:
+    times = facts.largest / max(1, facts.smallest)
+    if times < _UNEVEN:
+        return None
+    balance = "inverse" if times < _VERY_UNEVEN else "sqrt"  # a few images with a great weight are learnt by heart
+    return Choice("class_balance", balance, f"the largest class has {times:.0f} times as many images as the smallest")
+
+
+_UNEVEN, _VERY_UNEVEN = 4, 20
+"""Images of the largest class for one of the smallest: from the first on rare classes get more weight, from the second on less
+than would make classes equal.
+"""
+
+
 def _hflip(facts: Facts, _settled: Settings) -> Choice | None:
     return Choice("hflip", 0.0, "characters are not mirrored") if facts.symbols else None
 
@@ -301,8 +315,8 @@ _OF_BLOCK_BENEFIT = {
 
 
 _RULES: tuple[Callable[[Facts, Settings], Choice | None], ...] = (
-    _input_size, _crop_pct, _batch_size, _epochs, _finetune_epochs, _lr, *map(_augmentation, _MILD), _hflip, _drop_path,
-    _model_ema, _prune_start, _prune_update,
+    _input_size, _crop_pct, _batch_size, _epochs, _finetune_epochs, _lr, *map(_augmentation, _MILD), _class_balance, _hflip,
+    _drop_path, _model_ema, _prune_start, _prune_update,
 )  # fmt: skip
 """In the order in which one depends on the other."""
 _RULES_OF_CUT = (_batch_size, _one_shot_method)

@@ -8,10 +8,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from p3b.methods.base import Decision
+from p3b.methods.base import BlockDecision, Decision
 from p3b.run.folder import StageFolder
 from p3b.run.machine import Machine
 from p3b.run.screen import Screen
+from p3b.run.short_figures import duration, short_count, short_loss
+from p3b.run.tracking import Tracking
 from p3b.train.evaluate import Accuracy
 
 
@@ -24,28 +26,21 @@ def epoch_line(line: Mapping[str, Any], epochs: int, part: str, top1: float) -> 
         part: name of the images that were evaluated on.
         top1: on these, in percent.
     """
-    loss = f"{line['train_loss']:.4f}" if line["train_loss"] < 10 else f"{line['train_loss']:.4g}"
+    loss = short_loss(line["train_loss"])
     return (
         f"epoch {line['epoch']:>3}/{epochs}  {line['phase']:<9} loss {loss}  {part} top-1 {top1:6.2f} %  "
         f"{short_count(line['kept_params'])} params  {duration(line['seconds'])}"
     )
 
 
-def short_count(number: int) -> str:
-    """A number in three digits or four: 97.3 k, 5.52 M, 304 M."""
-    scaled, unit = (number / 1e6, "M") if number >= 999_950 else (number / 1e3, "k")
-    return f"{scaled:.{2 if scaled < 10 else 1 if scaled < 100 else 0}f} {unit}"
-
-
-def duration(seconds: float) -> str:
-    """A time in at most six letters: 8.3 s, 21m05s, 3h20m, 12d04h."""
-    if seconds < 99.95:
-        return f"{seconds:.1f} s"
-    whole = round(seconds)
-    for size, small, unit, smaller in ((60, 1, "m", "s"), (3600, 60, "h", "m"), (86400, 3600, "d", "h")):
-        if whole < 100 * size or unit == "d":
-            return f"{whole // size}{unit}{whole % size // small:02}{smaller}"
-    raise AssertionError
+def _update_line(decision: Decision, steps_done: int, kept_params: int) -> str:
+    """What is said of a mask update."""
+    shares = {block.name: block.kept_params / block.params for block in decision.blocks if block.params}
+    least, most = (choose(shares, key=lambda name: shares[name]) for choose in (min, max))
+    return (
+        f"masks at step {steps_done:,}: {short_count(kept_params)} parameters stay; least in {least} ({shares[least]:.0%}), "
+        f"most in {most} ({shares[most]:.0%})"
+    )
 
 
 @dataclass(frozen=True)
@@ -68,10 +63,12 @@ class Records:
         screen: that the lines are said on.
         machine: whose main process writes.
         steps_per_epoch: optimizer steps.
+        tracking: that is told of them, too.
     """
 
-    def __init__(self, folder: StageFolder, screen: Screen, machine: Machine, steps_per_epoch: int) -> None:
+    def __init__(self, folder: StageFolder, screen: Screen, machine: Machine, steps_per_epoch: int, tracking: Tracking) -> None:
         self.folder, self._screen, self._machine, self._steps_per_epoch = folder, screen, machine, steps_per_epoch
+        self.tracking = tracking
 
     def log_epoch(self, line: dict[str, Any], epochs: int, part: str, accuracy: Accuracy) -> None:
         """Add a line to metrics.jsonl.
@@ -82,7 +79,7 @@ class Records:
             part: name of the images that were evaluated on.
             accuracy: on these.
         """
-        self._machine.on_main(lambda: self.folder.append_line("metrics.jsonl", line))
+        self._machine.on_main(lambda: self._write("metrics.jsonl", line))
         self._screen.say(epoch_line(line, epochs, part, accuracy.top1))
         if line["skipped_steps"]:
             self._screen.say(f"  {line['skipped_steps']} steps skipped (not finite)")
@@ -109,10 +106,18 @@ class Records:
             line |= {"computed": decision.computed, "left_out": decision.left_out}
             without = "" if decision.left_out is None else f"; logits differ by at most {decision.left_out:.2g} of their size"
             self._screen.detail(f"{decision.computed:.0%} of all elements are computed{without}")
+        self._screen.show_blocks(decision.blocks)
+        self._screen.detail(_update_line(decision, steps_done, kept_params))
         if decision.note is not None:
             line["note"] = decision.note
             self._screen.say(decision.note)
-        self._machine.on_main(lambda: self.folder.append_line("blocks.jsonl", line))
+        self._machine.on_main(lambda: self._write("blocks.jsonl", line))
+
+    def show_last_update(self) -> None:
+        """Show the blocks as the last mask update that is recorded left them."""
+        file = self.folder.path / "blocks.jsonl"
+        if self._machine.is_main and file.exists() and (lines := file.read_text(encoding="utf-8").splitlines()):
+            self._screen.show_blocks([BlockDecision(**block) for block in json.loads(lines[-1])["blocks"]])
 
     def returned(self) -> Returned:
         """How often pruned elements came back, from blocks.jsonl; nothing on a process that does not write."""
@@ -125,6 +130,10 @@ class Records:
             updates=len(updates),
             chances=sum(block["pruned"] for blocks in updates[:-1] for block in blocks),
         )
+
+    def _write(self, name: str, line: dict[str, Any]) -> None:
+        self.folder.append_line(name, line)
+        self.tracking.send(name, line)
 
     def draw(self, figure_format: str) -> list[Path]:
         """Draw what blocks.jsonl holds; returns the files of the figures."""

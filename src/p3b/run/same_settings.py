@@ -18,6 +18,7 @@ _ON_THIS_MACHINE = {
     "device",
     "figure_format",
     "report",
+    "track",
     "checkpoint_minutes",
     "timeout_minutes",
     "num_workers",

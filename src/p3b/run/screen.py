@@ -1,22 +1,35 @@
-"""What a run shows: a progress bar on a terminal, lines elsewhere, all lines in log.txt. Silent on all but one rank."""
+"""What a run shows: a live view on a terminal, lines in a pipe, notebook or CI, all lines in log.txt.
+
+Silent on all ranks but one.
+"""
 
 from __future__ import annotations
 
 import enum
 import logging
+import os
 import sys
-from collections.abc import Iterator, Sequence
+import textwrap
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
+from rich.live import Live
 from rich.logging import RichHandler
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
-from rich.table import Column, Table
+from rich.table import Table
 
+from p3b.methods.base import BlockDecision
+from p3b.run.live import LiveView
 from p3b.run.options import MachineOptions
+from p3b.run.pace import Course, Moment, Pace
 
 logger = logging.getLogger("p3b")
+
+SECONDS_BETWEEN_LINES = 60.0
+"""Where there is no live view, how a long epoch goes is said so often."""
+_FRAMES_PER_SECOND = 4
 
 
 class Level(enum.IntEnum):
@@ -36,13 +49,28 @@ class Screen:
     Args:
         is_main: the other processes show and log nothing.
         level: of the screen; the log file gets everything.
+        console: to write to; by default standard output.
+        now: the clock, in seconds.
     """
 
-    def __init__(self, is_main: bool, level: Level = Level.NORMAL) -> None:
-        self.console = Console(file=sys.stdout, quiet=not is_main, highlight=False)
-        self._is_main, self._level = is_main, level
-        self._bar: Progress | None = None
+    def __init__(
+        self,
+        is_main: bool,
+        level: Level = Level.NORMAL,
+        console: Console | None = None,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        # A notebook takes lines as a pipe does; FORCE_COLOR, which CI often sets, makes no terminal of a pipe.
+        self.console = console or Console(
+            file=sys.stdout, quiet=not is_main, highlight=False, force_terminal=sys.stdout.isatty(), force_jupyter=False
+        )
+        self._is_main, self._level, self._now = is_main, level, now
+        self._course: Course | None = None
+        self._view: LiveView | None = None
+        self._pace = Pace(1, now)
+        self._blocks: Sequence[BlockDecision] = ()
         self._log: Path | None = None
+        self._said_at = now()
 
     def log_to(self, file: Path) -> None:
         """Write every line to this file, too."""
@@ -78,31 +106,48 @@ class Screen:
             plain.print(table)
         self._to_log(text.get())
 
-    @contextmanager
-    def progress(self, total_steps: int, done_steps: int) -> Iterator[None]:
-        """A bar over the steps of a training, as wide as the terminal leaves it; only on a terminal."""
-        if self._level is Level.QUIET or not (self._is_main and self.console.is_terminal):
-            yield
-            return
-        whole = Column(no_wrap=True)  # what must be read is never cut; the bar takes what is left
-        columns = (
-            SpinnerColumn(),
-            TextColumn("{task.description}", table_column=whole),
-            BarColumn(bar_width=None, table_column=Column(ratio=1)),
-            TimeRemainingColumn(table_column=whole),
-            TextColumn("left", table_column=whole),
-        )
-        with Progress(*columns, console=self.console, transient=True, expand=True) as bar:
-            self._bar, self._task = bar, bar.add_task("starting", total=total_steps, completed=done_steps)
-            try:
-                yield
-            finally:
-                self._bar = None
+    @property
+    def is_live(self) -> bool:
+        """Whether there is a view that is drawn again and again: on a terminal, but for CI and --quiet."""
+        interactive = self.console.is_interactive and not os.environ.get("CI")
+        return self._is_main and self._level is not Level.QUIET and interactive
 
-    def advance(self, done_steps: int, text: str) -> None:
-        """Move the bar."""
-        if self._bar is not None:
-            self._bar.update(self._task, completed=done_steps, description=text)
+    def follow(self, course: Course) -> None:
+        """What the stage is going to do; known before its first training."""
+        self._course = course
+
+    @contextmanager
+    def progress(self, steps_per_epoch: int) -> Iterator[None]:
+        """Show how a training of the stage goes, from here to the end of the block."""
+        assert self._course is not None, "follow() comes first"
+        self._pace = Pace(steps_per_epoch, self._now)
+        self._view = LiveView(self._course, self._pace)
+        self._view.blocks = self._blocks
+        try:
+            if self.is_live:
+                with Live(self._view, console=self.console, transient=True, refresh_per_second=_FRAMES_PER_SECOND):
+                    yield
+            else:
+                yield
+        finally:
+            self._view = None
+
+    def advance(self, moment: Moment) -> None:
+        """Show how the training stands."""
+        if self._view is None or not self._is_main:
+            return
+        self._pace.mark(moment.step)
+        self._view.moment = moment
+        if self.is_live:
+            return
+        if self._now() - self._said_at >= SECONDS_BETWEEN_LINES:
+            self.say(self._view.said())
+
+    def show_blocks(self, blocks: Sequence[BlockDecision]) -> None:
+        """What a mask update has decided, a bar for each block."""
+        self._blocks = blocks
+        if self._view is not None:
+            self._view.blocks = blocks
 
     @contextmanager
     def library_messages(self) -> Iterator[None]:
@@ -120,14 +165,26 @@ class Screen:
                 handler.close()
 
     def _show(self, line: str, level: Level) -> None:
+        if level <= Level.NORMAL:
+            self._said_at = self._now()
         if level <= self._level:
-            self.console.print(line, markup=False, soft_wrap=True)
+            shown = wrapped(line, self.console.width) if self.console.is_terminal else line
+            self.console.print(shown, markup=False, soft_wrap=True)
         self._to_log(line)
 
     def _to_log(self, text: str) -> None:
         if self._log is not None:
             with self._log.open("a") as file:
                 file.write(text.rstrip("\n") + "\n")
+
+
+def wrapped(line: str, width: int) -> str:
+    """A line broken between words where it is longer than a terminal is wide; what is broken off is indented.
+
+    A word that is longer, such as a path, stays whole.
+    """
+    fill = textwrap.TextWrapper(width, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False).fill
+    return "\n".join(map(fill, line.split("\n")))
 
 
 def open_screen(run: MachineOptions, is_main: bool) -> Screen:

@@ -254,10 +254,12 @@ def open_series(
             folder.release()
 
 
-def open_inputs(config: CompareConfig, processes: Processes) -> tuple[DataSplits, VisionTransformer]:
+def open_inputs(
+    config: CompareConfig, processes: Processes, splits: DataSplits | None = None
+) -> tuple[DataSplits, VisionTransformer]:
     """Open data and model once, so that a mistake in what all rows share is refused and not met with by each of them."""
     seed = config.compare.seeds[0]
-    splits = open_splits(config.data, seed, processes)
+    splits = splits or open_splits(config.data, seed, processes)
     model = open_model(config.model, len(splits.class_names), seed).model
     read_layout(model)
     artifact.model_config(model)

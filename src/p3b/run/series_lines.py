@@ -53,6 +53,7 @@ def results(summary: Mapping[str, Any], stage: Path) -> dict[str, Any]:
         "train_seconds": sum(epoch["train_seconds"] for epoch in epochs),
         **_processor_seconds(epochs),
         "data": provenance["data"],
+        "network": provenance["model"],
         "device": provenance["device"],
         "processes": provenance["processes"],
         "precision": provenance["precision"],

@@ -43,11 +43,13 @@ from p3b.run.recipe_choice import recipe_lines
 from p3b.run.records import Records
 from p3b.run.same_settings import Settings, require_finished_as_asked
 from p3b.run.screen import Screen, open_screen
+from p3b.run.trackers import trackers_asked_for
+from p3b.run.tracking import Tracking
 from p3b.run.trained_images import remember, said_of_part, trained_on
 from p3b.storage import artifact
 from p3b.train.checkpoint import Checkpoint, Checkpoints, newest_for_all, seed_everything
 from p3b.train.compiled import require_compiler
-from p3b.train.distributed import wait_for_all
+from p3b.train.distributed import gather, wait_for_all
 from p3b.train.evaluate import Accuracy
 from p3b.train.optim import scaled_lr
 from p3b.vit.cost import count_parameters
@@ -113,9 +115,11 @@ class Stage:
             self.settings.require_same(self.folder.read_json("config.json"))
             found = newest_for_all(self.checkpoints)
         wait_for_all()  # no rank may still be looking when the main one begins to write
+        self._open_tracking(goes_on=found is not None)
         self.folder.in_use = True
         self.machine.on_main(lambda: self._prepare_folder(found))
         wait_for_all()
+        self.records.tracking.catch_up()
         for line in self.opening:
             self.screen.say(line)
         if found is None:
@@ -124,7 +128,18 @@ class Stage:
             self.screen.warn(f"skipped a damaged checkpoint: {damaged}")
         place = found.content["progress"]["place"]
         self.screen.say(f"resumed after {place['epoch']} epochs, at step {place['step']}, from {found.file.name}")
+        self.records.show_last_update()
         return found.content
+
+    def _open_tracking(self, *, goes_on: bool) -> None:
+        """Open the trackers on the main process; what it meets with is raised on every one."""
+        refusal: ConfigError | None = None
+        try:
+            self.records.tracking.open(goes_on=goes_on)
+        except ConfigError as error:
+            refusal = error
+        if (refused := gather(refusal)[0]) is not None:
+            raise refused
 
     def warn_of_little(self, epochs: int, schedule: Schedule | None = None, asked_interval: int | None = None) -> None:
         """Say what of a training that is about to start can hardly work.
@@ -227,8 +242,13 @@ def finished_summary(config: TrainConfig, name: str) -> dict[str, Any] | None:
 
 
 @contextmanager
-def open_stage(config: TrainConfig, name: str) -> Iterator[Stage]:
+def open_stage(config: TrainConfig, name: str, splits: DataSplits | None = None) -> Iterator[Stage]:
     """Check the config, join the processes, open data, model and folder; at the end let go of them.
+
+    Args:
+        config: settings.
+        name: of the stage.
+        splits: the data where they are open already.
 
     Raises:
         UserError: whatever the user can mend, also where it shows itself as some library's error in the middle of a run.
@@ -240,13 +260,17 @@ def open_stage(config: TrainConfig, name: str) -> Iterator[Stage]:
         open_machine(config.run.device, config.run.timeout_minutes, config.training.precision) as machine,
         explained(machine.processes, folder.root, lambda: folder.in_use),
     ):
+        stage: Stage | None = None
         try:
-            yield _open(config, name, machine, folder)
+            stage = _open(config, name, machine, folder, splits)
+            yield stage
         finally:
+            if stage is not None:
+                stage.records.tracking.close()
             folder.release()
 
 
-def _open(config: TrainConfig, name: str, machine: Machine, folder: StageFolder) -> Stage:
+def _open(config: TrainConfig, name: str, machine: Machine, folder: StageFolder, splits: DataSplits | None) -> Stage:
     """Put a stage together. What can refuse quickly comes first; what draws random numbers keeps its order."""
     opened_at = time.time()
     run, training = config.run, config.training
@@ -259,7 +283,7 @@ def _open(config: TrainConfig, name: str, machine: Machine, folder: StageFolder)
         require_compiler(machine.device)
 
     seed_everything(run.seed, machine.processes.rank)
-    splits = open_splits(config.data, run.seed, machine.processes)
+    splits = splits or open_splits(config.data, run.seed, machine.processes)
     evaluated = {part: images for part, images in (("val", splits.val), ("test", splits.test)) if images is not None}
     if not evaluated:
         raise ConfigError("There is nothing to evaluate on: give --val-path, --test-path or a --val-share above 0.")
@@ -293,7 +317,7 @@ def _open(config: TrainConfig, name: str, machine: Machine, folder: StageFolder)
             num_workers=workers,
             shared=run.dist_eval,
         ),
-        records=Records(folder, screen, machine, recipe.steps_per_epoch),
+        records=Records(folder, screen, machine, recipe.steps_per_epoch, _tracking(config, folder, screen, machine)),
         products=Products(folder.root, name, _description(splits, opened, origin, machine), machine),
         provenance=origin,
         opening=(
@@ -330,6 +354,13 @@ def _settings(
         "precision": machine.number_format,
     }
     return Settings(given=to_plain(config), defaults=to_plain(type(config)()), resolved=resolved)
+
+
+def _tracking(config: TrainConfig, folder: StageFolder, screen: Screen, machine: Machine) -> Tracking:
+    """Of the process that writes; the others track nothing."""
+    given = config.run.track
+    names = trackers_asked_for(given) if machine.is_main else ()
+    return Tracking(folder, names, to_plain(config), asked=bool(given), say=screen.say, warn=screen.warn)
 
 
 def _description(splits: DataSplits, opened: OpenedModel, origin: Mapping[str, Any], machine: Machine) -> dict[str, Any]:

@@ -19,8 +19,8 @@ from p3b.methods.base import Decision
 from p3b.run.distillation import SelfDistillation
 from p3b.run.interruption import Wish
 from p3b.run.machine import Machine
+from p3b.run.pace import Moment
 from p3b.run.recipe import Recipe
-from p3b.run.records import short_count
 from p3b.run.stage import Stage
 from p3b.train.checkpoint import restore, save_checkpoint
 from p3b.train.compiled import compiled
@@ -115,6 +115,7 @@ class Training:
         self._place = _Place(epochs.name, epochs.first, self._first_step)
         ema = self._learner.ema
         self._watched: nn.Module = model if ema is None else ema.module
+        self._accuracy: tuple[str, float] | None = None
 
     def run(self, checkpoint: Mapping[str, Any] | None) -> None:
         """Train, from the checkpoint on where there is one."""
@@ -126,21 +127,21 @@ class Training:
                 self._distillation.expect(checkpoint["progress"].get("teacher"))
         self._distil()
         self._begin_epoch(self._place.within_epoch)
-        self._shown_loss = ""
+        self._shown_loss: float | None = None
         self._started, self._compiles = time.monotonic(), stage.recipe.options.compile
         with (
             suppress(_Reached),
-            stage.screen.progress(self._until - self._first_step, self._learner.steps_done),
+            stage.screen.progress(self._steps_per_epoch),
             stage.screen.library_messages(),
             stage.interruption.listening(),
         ):
-            self._move_bar()
+            self._show_moment()
             while self._place.epoch * self._steps_per_epoch < self._until and not self._reached():
                 batches.set_epoch(self._place.epoch, start=self._progress.micro_steps)
                 loss = train_epoch(self._learner, batches, self._progress, self._log_decision, self._after_step)
                 self._end_epoch(loss)
                 self._begin_epoch(None)
-                self._move_bar()
+                self._show_moment()
                 if stage.interruption.agreed_now() is Wish.STOP:
                     self._stop()
         wait_for_all()
@@ -189,15 +190,21 @@ class Training:
             self._compiles = False
             screen.say(f"compiled: the first step took {time.monotonic() - self._started:.1f} s")
         if learner.steps_done % CHECK_LOSS_EVERY == 0:
-            self._shown_loss = f", loss {self._progress.mean_loss():.3f}"
-            self._move_bar()
+            self._shown_loss = self._progress.mean_loss()
+            self._show_moment()
 
-    def _move_bar(self) -> None:
-        """Show where the training is, without waiting for the device."""
-        learner = self._learner
-        place = f"{self._progress.phase} epoch {self._place.epoch + 1}/{self._last_epoch}"
-        kept = short_count(learner.pruner.kept_params())
-        self._stage.screen.advance(learner.steps_done, f"{place}{self._shown_loss}, {kept} params")
+    def _show_moment(self) -> None:
+        """Show how the training stands, without waiting for the device."""
+        self._stage.screen.advance(
+            Moment(
+                step=self._steps_done(),
+                epoch=min(self._place.epoch + 1, self._last_epoch),
+                epochs=self._last_epoch,
+                loss=self._shown_loss,
+                accuracy=self._accuracy,
+                kept_params=self._learner.pruner.kept_params(),
+            )
+        )
 
     def _reached(self) -> bool:
         """Whether the last step that was asked for is done and lies within an epoch; at the end of one there is more to do."""
@@ -228,6 +235,7 @@ class Training:
             "seconds": time.time() - self._began,
         }
         stage.records.log_epoch(line, self._last_epoch, name, accuracy)
+        self._accuracy = name, accuracy.top1
         if not self._prunes and stage.splits.val is not None and accuracy.top1 > place.best:
             place.best = accuracy.top1
             stage.products.save_best(self._watched)
@@ -266,7 +274,7 @@ def _learner(recipe: Recipe, machine: Machine, model: VisionTransformer, epochs:
     """What moves in training, after a recipe."""
     options = recipe.options
     rate = scaled_lr(epochs.lr, recipe.global_batch)
-    optimizer = build_optimizer(model, options.opt, rate, options.weight_decay)
+    optimizer = build_optimizer(model, options.opt, rate, options.weight_decay, options.layer_decay)
     quick = options.small_form == "quick" and pruner is None and machine.device.type == "cpu" and not options.compile
     wrapped: nn.Module = compiled(model) if options.compile else trainable_form(model) if quick else model
     if machine.processes.world_size > 1:

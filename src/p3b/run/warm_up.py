@@ -28,10 +28,12 @@ from p3b.run.folder import StageFolder
 from p3b.run.method_options import method_options_of
 from p3b.run.option_checks import check
 from p3b.run.options import PruneConfig, to_plain
+from p3b.run.pace import Course, Phase
 from p3b.run.prune_plan import plan_pruning
 from p3b.run.stage import Stage, finished_summary, open_stage
 from p3b.run.training import Epochs, train_epochs
 from p3b.train.checkpoint import Checkpoints, newest_for_all
+from p3b.vit.cost import count_parameters
 
 WARM_UP = "warm-up"
 """Name of the stage."""
@@ -61,6 +63,7 @@ def train_warm_up(config: PruneConfig) -> dict[str, Any]:
         terms = depends_on(stage, config.prune.prune_method, options, plan.schedule)
         checkpoint = stage.begin()
         before_pruning = Epochs("prune", plan.epochs, config.training.lr, until=plan.schedule.start)
+        stage.screen.follow(Course((Phase(WARM_UP, plan.schedule.start),), count_parameters(stage.model)))
         train_epochs(stage, stage.model, before_pruning, pruner=pruner, checkpoint=checkpoint)
         return stage.write_summary({"steps": plan.schedule.start, DEPENDS_ON: terms})
 
@@ -175,6 +178,7 @@ class WarmUp:
         content = found.content
         lines = content["progress"]["lines"]
         stage.machine.on_main(lambda: stage.folder.take_lines(self._stage, lines))
+        stage.records.tracking.catch_up()
         if not keeps_method:
             content["pruner"] = {**content["pruner"], "method": pruner.state_dict()["method"]}
         stage.screen.say(f"the warm-up of {content['progress']['place']['step']} steps is taken from {self._stage.path}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,13 +14,41 @@ from torch.nn import functional as F
 from p3b.errors import ConfigError, unknown_name
 
 DISTILLATIONS = ("none", "soft", "hard")
+CLASS_BALANCES = ("none", "sqrt", "inverse")
 
 
-def task_loss(soft_targets: bool, smoothing: float) -> nn.Module:
-    """Cross-entropy: with soft targets where mixup makes them (smoothing is in them already), else with label smoothing."""
+def task_loss(soft_targets: bool, smoothing: float, class_weights: Tensor | None = None) -> nn.Module:
+    """Cross-entropy: with soft targets where mixup makes them (smoothing is in them already), else with label smoothing.
+
+    Args:
+        soft_targets: whether targets are probabilities.
+        smoothing: of labels, in [0, 1).
+        class_weights: (C,) weight of each class, on the device; None: all alike.
+    """
+    if class_weights is not None:
+        return nn.CrossEntropyLoss(class_weights, label_smoothing=0.0 if soft_targets else smoothing)
     if soft_targets:
         return SoftTargetCrossEntropy()
     return LabelSmoothingCrossEntropy(smoothing) if smoothing > 0 else nn.CrossEntropyLoss()
+
+
+def class_weights(images: Sequence[int], balance: str) -> Tensor | None:
+    """Weights that bring rare classes up, 1 in the mean over the images; None where all are alike.
+
+    Args:
+        images: (C,) of each class; one that has none gets no weight.
+        balance: "none"; "sqrt": as 1 / sqrt(images); "inverse": as 1 / images, so that classes count alike.
+
+    Raises:
+        ConfigError: unknown balance.
+    """
+    if balance not in CLASS_BALANCES:
+        raise ConfigError(unknown_name("class balance", balance, CLASS_BALANCES))
+    if balance == "none":
+        return None
+    counts_C = torch.tensor(images, dtype=torch.float32)
+    weights_C = torch.where(counts_C > 0, counts_C.clamp(min=1) ** (-0.5 if balance == "sqrt" else -1.0), 0.0)
+    return weights_C * counts_C.sum() / (weights_C * counts_C).sum()
 
 
 def check_distillation(kind: str, alpha: float, temperature: float) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
-from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
+from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers, param_groups_layer_decay
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
@@ -24,8 +24,17 @@ def scaled_lr(lr: float, global_batch: int) -> float:
     return lr * global_batch / 512
 
 
-def build_optimizer(model: VisionTransformer, name: str, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+def build_optimizer(
+    model: VisionTransformer, name: str, lr: float, weight_decay: float, layer_decay: float | None = None
+) -> torch.optim.Optimizer:
     """timm's optimizer by name. Weight decay acts on matrices only: not on biases, norms, tokens and position embeddings.
+
+    Args:
+        model: whose trainable parameters are moved.
+        name: timm's, of the optimizer.
+        lr: learning rate of a step; of the head, where layers differ.
+        weight_decay: of matrices.
+        layer_decay: the rate of a layer is that of the next one towards the head times this, in (0, 1]; None: all are alike.
 
     Raises:
         ConfigError: the optimizer is unknown, needs a library that is missing, or second derivatives.
@@ -36,7 +45,10 @@ def build_optimizer(model: VisionTransformer, name: str, lr: float, weight_decay
         raise ConfigError(unknown_name("optimizer", name, known))
     if get_optimizer_info(base).second_order:
         raise ConfigError(f"Optimizer '{name}' needs second derivatives, which training here does not compute. Try adamw.")
-    groups = decay_groups(model, weight_decay, model.no_weight_decay())
+    if layer_decay is None:
+        groups = decay_groups(model, weight_decay, model.no_weight_decay())
+    else:
+        groups = layer_groups(model, lr, weight_decay, layer_decay)
     # torch's fused kernels take about a third of the time on a CPU, too, and can leave a step out without asking the host.
     fused: dict[str, Any] = {"fused": True} if get_optimizer_info(base).opt_class in _FUSED else {}
     try:
@@ -51,6 +63,15 @@ def decay_groups(model: nn.Module, weight_decay: float, no_decay: Any = ()) -> l
     plain = [p for name, p in trainable if p.ndim <= 1 or name in no_decay]
     decaying = [p for name, p in trainable if not (p.ndim <= 1 or name in no_decay)]
     return [{"params": plain, "weight_decay": 0.0}, {"params": decaying, "weight_decay": weight_decay}]
+
+
+def layer_groups(model: VisionTransformer, lr: float, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:
+    """Groups of `decay_groups` for each layer, with a rate that falls from the head to the patch embedding (BEiT)."""
+    groups: list[dict[str, Any]] = param_groups_layer_decay(
+        model, weight_decay, model.no_weight_decay(), layer_decay=layer_decay
+    )
+    # timm's schedulers scale the rate that a group began with; without a scheduler the rate itself has to be scaled.
+    return [{**group, "lr": lr * group["lr_scale"], "initial_lr": lr} for group in groups]
 
 
 def cosine_schedule(
