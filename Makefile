@@ -55,9 +55,10 @@ $(SITE_READY): $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements.lock -e '.[docs]'
 	touch $@
 
-lock:  ## resolve requirements.lock anew, for every Python that is supported
+lock:  ## resolve requirements.lock anew, for every Python that is supported; trackers stay open: they would pin Pillow back
 	$(PYTHON) -m venv .make/lock && .make/lock/bin/pip install --quiet uv
-	.make/lock/bin/uv pip compile --quiet --universal --python-version 3.10 --no-emit-index-url --no-annotate --all-extras \
+	.make/lock/bin/uv pip compile --quiet --universal --python-version 3.10 --no-emit-index-url --no-annotate \
+	  --extra demo --extra onnx --extra serve --extra docs --extra dev \
 	  --custom-compile-command "make lock" --output-file requirements.lock pyproject.toml
 
 clean:
