@@ -22,6 +22,8 @@ def plain_call(config: Mapping[str, Any]) -> str | None:
         config: of the saved model (`p3b.storage.artifact.read_config`).
     """
     arguments = dict(config["architecture"]["arguments"])
+    if config["architecture"]["class"] not in _NAMES:
+        return None
     width = config.get("stream", arguments["embed_dim"])
     sizes = [_size(block, arguments, width) for block in config["blocks"]]
     attention, mlp = set(sizes[0::2]), set(sizes[1::2])

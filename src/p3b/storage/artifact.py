@@ -54,6 +54,7 @@ from p3b.vit.coverage import require_saveable_layers
 from p3b.vit.deployment import compact_of
 from p3b.vit.described import require_described
 from p3b.vit.families.family import classes_of
+from p3b.vit.fresh import fill_buffers
 from p3b.vit.shapes import branch_shapes, plain_shape
 from p3b.vit.wrappers import require_vision_transformer
 
@@ -135,10 +136,13 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> VisionTransfor
     """
     path = Path(path)
     _, model, tensors = _read_folder(path) if path.is_dir() else _read_checkpoint(path)
+    model.load_state_dict(tensors, assign=True)
+    fill_buffers(model)
     dtypes = {tensor.dtype for tensor in tensors.values()}
     if len(dtypes) == 1:
-        model.to(dtypes.pop())
-    model.load_state_dict(tensors, assign=True)
+        model.to(
+            dtypes.pop()
+        )  # what is not in the file is computed in float32, and brought to the dtype like the dense model's
     for parameter in model.parameters():
         parameter.requires_grad_(True)
     return model.to(device).eval()

@@ -14,7 +14,6 @@ from functools import cache
 
 import timm
 from timm.models import split_model_name_tag
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from p3b.core.allocation import largest_prune_ratio
@@ -113,7 +112,6 @@ def entry(name: str, num_classes: int = 1000, built: bool = True) -> Entry:
         layout = require_prunable(model)
     except ModelError as error:
         return Entry(name, family_of(name), kind, tags, count_parameters(model), 0, attends, _in_short(model, error))
-    assert isinstance(model, VisionTransformer)
     model.reset_classifier(num_classes)
     inside = sum(map(dense_params, layout.blocks))
     return Entry(name, family_of(name), kind, tags, count_parameters(model), inside, attends, "")

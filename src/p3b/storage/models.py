@@ -20,8 +20,9 @@ from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hin
 
 import timm
 import torch
-from timm.layers import Attention, DropPath, PatchEmbed, calculate_drop_path_rates, to_2tuple
+from timm.layers import Attention, AttentionRope, DropPath, PatchEmbed, calculate_drop_path_rates, to_2tuple
 from timm.models import get_pretrained_cfg, split_model_name_tag
+from timm.models.eva import EvaAttention
 from timm.models.vision_transformer import VisionTransformer, init_weights_vit_timm
 from torch import nn
 
@@ -35,7 +36,7 @@ from p3b.storage.suggestions import unknown_model
 from p3b.storage.untrusted import first_line
 from p3b.storage.weights import load_weights
 from p3b.storage.weights_file import Weights, open_weights
-from p3b.vit.families import family_of
+from p3b.vit.families import CLASSES, family_of
 from p3b.vit.fresh import initialise
 from p3b.vit.parts import ConstantBranch, NoBlock, NoBranch
 
@@ -172,22 +173,23 @@ def _without_own_arguments(kwargs: Mapping[str, object], **own: object) -> dict[
 def _check_kwargs(name: str, kwargs: Mapping[str, Any]) -> None:
     """Refuse names and types that do not fit, and what timm would take without a word and compute nonsense from."""
     plain = _outline(name)
-    if not isinstance(plain, VisionTransformer):
+    kind = next((kind for kind in CLASSES.values() if isinstance(plain, kind)), None)
+    if kind is None:
         raise ModelError(
-            f"'{name}' is a {type(plain).__name__}; only models that timm builds as VisionTransformer can be pruned, "
+            f"'{name}' is a {type(plain).__name__}; only models that timm builds as {', '.join(CLASSES)} can be pruned, "
             "such as vit_tiny_patch16_224, deit_small_patch16_224 or deit_tiny_distilled_patch16_224."
         )
-    hints = get_type_hints(VisionTransformer.__init__)
+    hints = get_type_hints(kind.__init__)
     own = {"self", "num_classes", "drop_path_rate", "device", "dtype"}
-    known = [key for key in inspect.signature(VisionTransformer.__init__).parameters if key not in own]
+    known = [key for key in inspect.signature(kind.__init__).parameters if key not in own]
     for key, value in kwargs.items():
         if key not in known:
             raise ModelError(unknown_name("model argument", key, known))
         if value is None:
             raise ModelError(f"The model argument {key}=None means the model's default to timm: leave it out.")
         if not _fits_type(value, hints[key]):
-            kind = hints[key].__name__ if isinstance(hints[key], type) else str(hints[key]).replace("typing.", "")
-            raise ModelError(f"The model argument {key}={value!r} is a {type(value).__name__}; expected {kind}.")
+            wanted = hints[key].__name__ if isinstance(hints[key], type) else str(hints[key]).replace("typing.", "")
+            raise ModelError(f"The model argument {key}={value!r} is a {type(value).__name__}; expected {wanted}.")
         if key.endswith("_rate") and not 0.0 <= value < 1.0:
             raise ModelError(f"The model argument {key}={value!r} must lie in [0, 1).")
     for key in ("img_size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads", "mlp_ratio"):
@@ -195,8 +197,8 @@ def _check_kwargs(name: str, kwargs: Mapping[str, Any]) -> None:
             raise ModelError(f"The model argument {key}={kwargs[key]!r} must be positive.")
     if kwargs.get("weight_init") == "skip":
         raise ModelError("weight_init='skip' leaves memory as it was found in place of weights: leave it out.")
-    _check_sizes(name, plain, kwargs)
-    _check_pooling(name, plain, kwargs)
+    _check_sizes(name, cast("VisionTransformer", plain), kwargs)
+    _check_pooling(name, cast("VisionTransformer", plain), kwargs)
 
 
 @lru_cache(maxsize=16)
@@ -222,7 +224,7 @@ def _check_sizes(name: str, plain: VisionTransformer, kwargs: Mapping[str, Any])
                 f"{patch_size[0]}x{patch_size[1]}; choose an img_size that is a multiple of patch_size, or another patch_size."
             )
     embed_dim = kwargs.get("embed_dim", plain.embed_dim)
-    heads = [module.num_heads for module in plain.modules() if isinstance(module, Attention)]
+    heads = [module.num_heads for module in plain.modules() if isinstance(module, (Attention, AttentionRope, EvaAttention))]
     num_heads = kwargs.get("num_heads", heads[0] if heads else 1)
     if embed_dim % num_heads:
         raise ModelError(
@@ -233,7 +235,7 @@ def _check_sizes(name: str, plain: VisionTransformer, kwargs: Mapping[str, Any])
 
 def _check_pooling(name: str, plain: VisionTransformer, kwargs: Mapping[str, Any]) -> None:
     pooling = kwargs.get("global_pool", plain.global_pool)
-    if pooling == "token" and not kwargs.get("class_token", plain.has_class_token):
+    if pooling == "token" and not kwargs.get("class_token", plain.cls_token is not None):
         raise ModelError(f"{name}: without a class token (class_token=False) it cannot be pooled: add global_pool=avg.")
     if pooling == "":
         raise ModelError(f"{name}: global_pool='' gives no class scores; use 'token', 'avg' or another pooling.")

@@ -14,9 +14,11 @@ Pickles are opened in weights-only mode alone, which runs no code.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from timm.models import eva
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
@@ -29,6 +31,7 @@ from p3b.storage.load_report import LoadReport, first, shapes
 from p3b.storage.naming import Renamed, to_timm_names
 from p3b.storage.untrusted import READ_ERRORS, first_line
 from p3b.storage.weights_file import open_weights
+from p3b.vit.families import CLASSES
 
 __all__ = ["LoadReport", "load_weights", "read_weights"]
 
@@ -70,7 +73,7 @@ def load_weights(
         WeightsError: the weights belong to another architecture: they do not cover everything but the heads, or hold what
             the model would leave out of its computation (a layer scale, a norm, further blocks), or compute otherwise.
     """
-    if not isinstance(model, VisionTransformer):
+    if not isinstance(model, tuple(CLASSES.values())):
         raise ModelError(f"Weights can be loaded into a VisionTransformer of timm; this is a {type(model).__name__}.")
     label = f"Weights '{source}'" if source else "The weights"
     renamed = _renamed(state_dict, model, label, facts, source)
@@ -104,7 +107,9 @@ def load_weights(
 
 
 def _renamed(state: Mapping[str, Tensor], model: VisionTransformer, label: str, facts: Facts, source: str) -> Renamed:
-    """By timm's names, and of a plain Vision Transformer as far as names can tell."""
+    """By timm's names, and of a plain Vision Transformer as far as names can tell; those of an Eva as timm reads them."""
+    if isinstance(model, Eva):
+        return _as_timm_reads(state, lambda: eva.checkpoint_filter_fn(dict(state), model), label)
     try:
         renamed = to_timm_names(state)
     except WeightsError as error:
@@ -117,8 +122,13 @@ def _renamed(state: Mapping[str, Tensor], model: VisionTransformer, label: str, 
     if renamed.tower is not None:
         return renamed
     # Layouts that only timm's own reader knows (AIMv2, BEiT-3, RADIO, TIPS).
+    return _as_timm_reads(state, lambda: checkpoint_filter_fn(dict(state), model, adapt_layer_scale=True), label)
+
+
+def _as_timm_reads(state: Mapping[str, Tensor], read: Callable[[], dict[str, Tensor]], label: str) -> Renamed:
+    """The names that timm's own reader of a model makes of a state dict's."""
     try:
-        return Renamed(checkpoint_filter_fn(dict(state), model, adapt_layer_scale=True), None)
+        return Renamed(read(), None)
     except READ_ERRORS as error:
         raise WeightsError(
             f"{label} belong to another architecture (timm: {first_line(error)}). The checkpoint looks like {anatomy(state)}."

@@ -8,7 +8,8 @@ the plain form holds the attention weights of every layer until its backward pas
 from __future__ import annotations
 
 import torch
-from timm.layers import Attention, use_fused_attn
+from timm.layers import Attention, AttentionRope, use_fused_attn
+from timm.models.eva import EvaAttention
 from timm.models.vision_transformer import VisionTransformer
 
 MOST_TOKENS = 600
@@ -28,6 +29,6 @@ def choose_attention(model: VisionTransformer, device: torch.device, dtype: torc
     tokens = model.patch_embed.num_patches + model.num_prefix_tokens
     plain = device.type == "cpu" and dtype is torch.bfloat16 and tokens <= MOST_TOKENS
     for module in model.modules():
-        if isinstance(module, Attention):
+        if isinstance(module, (Attention, AttentionRope, EvaAttention)):
             module.fused_attn = use_fused_attn() and not plain
     return model

@@ -35,6 +35,8 @@ _IN_TRAINING = {
     "fix_init",
     "weight_init_mode",
     "distilled_training",
+    "drop_prob",
+    "aug_active",
 }
 _OF_NO_MATTER = _IN_TRAINING | {"num_classes", "init_values"}
 """Settings that may differ: they act in training or at the start alone, or follow from something else."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from timm.layers import LayerScale
 from timm.models.vision_transformer import VisionTransformer, init_weights_vit_timm
 from torch import nn
@@ -32,3 +33,17 @@ def initialise(model: VisionTransformer) -> VisionTransformer:
         elif isinstance(module, ConstantBranch):
             nn.init.zeros_(module.value)
     return model
+
+
+def fill_buffers(model: nn.Module) -> None:
+    """Compute what no file holds since it follows from the architecture, such as the angles of rotary positions.
+
+    Args:
+        model: built on the meta device; its buffers there get memory and values, in place. Parameters are left alone.
+    """
+    for module in model.modules():
+        empty = {name: buffer for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta}
+        for name, buffer in empty.items():
+            module._buffers[name] = torch.empty_like(buffer, device="cpu")
+        if empty:
+            module.init_non_persistent_buffers()

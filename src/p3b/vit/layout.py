@@ -206,6 +206,12 @@ def _block_layouts(vit: nn.Module, dims: Collection[str]) -> tuple[BlockLayout, 
 def _branch_layout(depth: int, block: Block, half: Half, dims: Collection[str]) -> BlockLayout:
     """One of a block's residual branches."""
     body, module = half.body, block.module.get_submodule(half.name)
+    for dim, reason in body.dims_refused(module).items():
+        if dim in dims:
+            raise ModelError(
+                f"{block.branch(half)}: the dimension '{dim}' cannot be pruned here, since {reason}. Choose a method that "
+                "prunes other dimensions."
+            )
     sizes = {**body.sizes(module), STREAM: block.width}
     without_input, without_inner = body.constant_without(module)
     return BlockLayout(

@@ -118,9 +118,8 @@ class PairsAttention(AttentionRope):
 
     def __init__(self, like: nn.Module, heads: int, width: int, angles: Sequence[int] | None, example: Tensor) -> None:
         groups = getattr(like, "num_kv_groups", 1)
-        super().__init__(
-            1, heads * groups, attn_head_dim=width, num_kv_heads=heads, qkv_fused=groups == 1, device=torch.device("meta")
-        )
+        fused, nowhere = like.qkv is not None, torch.device("meta")
+        super().__init__(1, heads * groups, attn_head_dim=width, num_kv_heads=heads, qkv_fused=fused, device=nowhere)
         for name in ("qkv", "q_proj", "k_proj", "v_proj", "q_norm", "k_norm", "attn_drop", "norm", "proj", "proj_drop"):
             setattr(self, name, getattr(like, name))
         self.num_prefix_tokens, self.rotate_half = like.num_prefix_tokens, like.rotate_half

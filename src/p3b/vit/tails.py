@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 from timm.models.deit import VisionTransformerDistilled
@@ -17,7 +18,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-_BEFORE_THE_END = ("patch_embed", "pos_drop", "patch_drop", "norm_pre", "blocks")
+_BEFORE_THE_END = ("patch_embed", "pos_drop", "patch_drop", "rope", "norm_pre", "blocks")
 
 
 class MiddleClassifiers:
@@ -73,8 +74,7 @@ def _tail_of(model: VisionTransformer) -> VisionTransformer:
 
 
 def _answer(tail: nn.Module, x_SND: Tensor) -> Tensor:
-    assert isinstance(tail, VisionTransformer)
-    logits: Tensor = tail.forward_head(tail.norm(x_SND))
+    logits: Tensor = cast("VisionTransformer", tail).forward_head(tail.norm(x_SND))
     return logits
 
 

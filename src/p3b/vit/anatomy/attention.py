@@ -66,6 +66,9 @@ class SelfAttention:
         """Factors of the channels of one head."""
         return ("head",)
 
+    def dims_refused(self, body: Any) -> dict[str, str]:
+        return {}
+
     def inner(self, body: Any) -> Axis:
         return ("heads", *self.head_axis(body))
 
@@ -183,6 +186,11 @@ class RotaryAttention(SelfAttention):
     any_input_width: bool = False  # EvaAttention takes the number of its inputs for that of its heads' channels
     turned: bool = True
     """Whether positions turn its channels."""
+    by_head: bool = False
+    """Whether each head has angles of its own (mixed rotary positions)."""
+
+    def dims_refused(self, body: Any) -> dict[str, str]:
+        return {"heads": "each of its heads has angles of its own (mixed rotary positions)"} if self.by_head else {}
 
     def readers(self, body: Any) -> tuple[str, ...]:
         return ("qkv",) if body.qkv is not None else _PROJECTIONS

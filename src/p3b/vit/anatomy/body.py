@@ -32,6 +32,9 @@ class Body(Protocol):
     kind: str
     any_input_width: bool
 
+    def dims_refused(self, body: nn.Module) -> dict[str, str]:
+        """Dimensions that cannot be pruned in such a module, each with the reason why; the beginning of it is its name."""
+
     def inner(self, body: nn.Module) -> Axis:
         """Factors of the channels that the last layer reads, the gates' dimensions by name: ("heads", "head"), ("hidden",)."""
 

@@ -41,6 +41,9 @@ class PlainMlp:
         if body.fc2.out_features != self.first(body).in_features:
             raise ModelError(f"{name}: its widths show that it has been pruned already; prune the dense model instead.")
 
+    def dims_refused(self, body: Any) -> dict[str, str]:
+        return {}
+
     def inner(self, body: Any) -> Axis:
         return ("hidden",)
 

@@ -1,16 +1,18 @@
 """The families of models that can be pruned: a file for each.
 
 vision_transformer  timm's VisionTransformer and DeiT's distilled kind
+    eva                 timm's Eva: EVA, DINOv3, Perception Encoder, RoPE-ViT
 """
 
 from __future__ import annotations
 
 from torch import nn
 
+from p3b.vit.families.eva import EVA
 from p3b.vit.families.family import Family
 from p3b.vit.families.vision_transformer import VISION_TRANSFORMER
 
-FAMILIES: tuple[Family, ...] = (VISION_TRANSFORMER,)
+FAMILIES: tuple[Family, ...] = (VISION_TRANSFORMER, EVA)
 CLASSES: dict[str, type[nn.Module]] = {name: kind for family in FAMILIES for name, kind in family.classes.items()}
 """All classes that are covered, by name. A subclass may compute something else, and is not."""
 

@@ -125,9 +125,9 @@ def classes_of(model: nn.Module) -> int:
     return model.head.out_features if isinstance(model.head, nn.Linear) else model.num_classes
 
 
-def ratio_of(layer: nn.Module, width: int) -> float:
-    """The ratio of hidden channels to a width that timm, which truncates, makes the outputs of a layer of."""
-    hidden = layer.out_features
+def ratio_of(layer: nn.Module, width: int, of: str = "out_features") -> float:
+    """The ratio to a width that timm, which truncates, makes the outputs (or the inputs) of a layer of."""
+    hidden = getattr(layer, of)
     return hidden / width if int(width * (hidden / width)) == hidden else (hidden + 0.5) / width
 
 

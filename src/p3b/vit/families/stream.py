@@ -14,7 +14,9 @@ from p3b.vit.families.family import Outside
 _REFUSED = "is not covered where the residual stream itself is pruned; prune this model by other dimensions, or with another"
 
 
-def read_outside(model: nn.Module, *, tokens: Sequence[str], norms: Sequence[str], heads: Sequence[str]) -> Outside:
+def read_outside(
+    model: nn.Module, *, tokens: Sequence[str], norms: Sequence[str], heads: Sequence[str], others: Sequence[str] = ()
+) -> Outside:
     """What reads and writes the stream outside of the blocks, in a model built like timm's VisionTransformer.
 
     Args:
@@ -22,6 +24,7 @@ def read_outside(model: nn.Module, *, tokens: Sequence[str], norms: Sequence[str
         tokens: names of parameters that are added to the stream or put in front of it, channels last.
         norms: names of norms over the stream.
         heads: names of linear layers that read it.
+        others: names of parameters that it does not lie along.
 
     Raises:
         ModelError: something reads or writes the stream in another way.
@@ -43,7 +46,7 @@ def read_outside(model: nn.Module, *, tokens: Sequence[str], norms: Sequence[str
     for key, parameter in model.named_parameters():
         if key.startswith("blocks."):
             continue
-        if key not in places and key not in [f"{name}.bias" for name in heads]:
+        if key not in places and key not in [*others, *(f"{name}.bias" for name in heads)]:
             raise ModelError(f"{key}: this parameter {_REFUSED} model.")
         axes: list[Axis] = [(size,) for size in parameter.shape]
         if key in places:
