@@ -23,14 +23,20 @@ COVERED = (
     "vit_base_patch16_clip_224",
     "vit_base_patch16_siglip_224",
     "vit_medium_patch16_gap_240",
+    "vit_giant_patch14_dinov2",
+    "aimv2_large_patch14_224",
+    "test_vit4",
+    "vit_small_patch16_dinov3",
+    "eva02_base_patch14_224",
+    "vit_pe_core_small_patch16_384",
+    "vit_small_patch16_rope_mixed_224",
 )
 REFUSED = {
-    "vit_giant_patch14_dinov2": "blocks.0.mlp: GluMlp",
     "vit_small_patch16_18x2_224": "blocks.0: ParallelThingsBlock",
     "vit_pwee_patch16_reg1_gap_256": "blocks.0: ParallelScalingBlock",
     "vit_base_r50_s16_224": "patch_embed: HybridEmbed",
-    "test_vit4": "blocks.0.norm1: RmsNorm",
-    "vit_small_patch16_dinov3": "got Eva",
+    "eva02_enormous_patch14_clip_224": "blocks.0: EvaBlockPostNorm",
+    "beit_base_patch16_224": "got Beit",
     "resnet18": "got ResNet",
 }
 

@@ -400,8 +400,8 @@ def test_the_state_of_another_model_or_method_is_refused(options: dict[str, Any]
     ("build", "reason"),
     [
         (lambda: timm.create_model("resnet18"), "Only timm VisionTransformer"),
-        (lambda: tiny_vit(qk_norm=True), r"blocks\.0\.attn\.q_norm"),
-        (lambda: tiny_vit(mlp_layer=timm.layers.SwiGLU), r"blocks\.0\.mlp: SwiGLU"),
+        (lambda: tiny_vit(attn_layer="diff"), r"blocks\.0\.attn: DiffAttention"),
+        (lambda: tiny_vit(mlp_layer=timm.layers.GatedMlp), r"blocks\.0\.mlp: GatedMlp"),
         (lambda: tiny_vit(block_fn=ParallelScalingBlock), r"blocks\.0: ParallelScalingBlock"),
         (lambda: Run(tiny_vit()).to_the_end(), r"blocks\.0.*pruned already"),
     ],

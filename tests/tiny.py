@@ -8,6 +8,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.layers import GluMlp, SwiGLU, SwiGLUPacked
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -32,6 +33,45 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "unfused": {"fused": False},
 }
 """Every kind of model that the method has to treat alike, as arguments of `tiny_vit`."""
+
+_TWO_HEADS = {"embed_dim": 32, "num_heads": 2}
+ANATOMIES: dict[str, dict[str, Any]] = {
+    "gated MLP, packed": {"mlp_layer": SwiGLUPacked, "init_values": 0.1},
+    "gated MLP, gate last": {"mlp_layer": GluMlp},
+    "gated MLP, apart": {"mlp_layer": SwiGLU, "scale_mlp_norm": True},
+    "norms of queries and keys": {"qk_norm": True},
+    "norms inside": {"scale_attn_norm": True, "scale_mlp_norm": True},
+    "RMSNorm": {
+        "norm_layer": "rmsnorm",
+        "embed_norm_layer": "rmsnorm",
+        "mlp_layer": SwiGLU,
+        "qkv_bias": False,
+        "proj_bias": False,
+        "class_token": False,
+        "global_pool": "avg",
+    },
+    "RMSNorm inside": {"norm_layer": "rmsnorm", "qk_norm": True, "scale_attn_norm": True, "scale_mlp_norm": True},
+    "DINOv3": {"name": "vit_small_patch16_dinov3", **_TWO_HEADS},
+    "EVA": {"name": "eva_giant_patch14_224", "embed_dim": 33},
+    "EVA-02": {"name": "eva02_tiny_patch14_224", **_TWO_HEADS},
+    "EVA-02, apart": {"name": "eva02_base_patch16_clip_224", **_TWO_HEADS},
+    "RoPE": {"name": "vit_small_patch16_rope_224", "embed_dim": 48},
+    "RoPE, mixed": {"name": "vit_small_patch16_rope_mixed_ape_224", "embed_dim": 48},
+    "Perception Encoder": {"name": "vit_pe_core_tiny_patch16_384", **_TWO_HEADS, "attn_pool_num_heads": 2},
+    "grouped keys": {
+        "name": "vit_small_patch16_rope_224",
+        "embed_dim": 32,
+        "num_heads": 4,
+        "num_kv_heads": (2, 4),
+        "qkv_fused": False,
+        "qk_norm": True,
+        "rope_rotate_half": True,
+        "swiglu_mlp": True,
+        "swiglu_align_to": 8,
+        "dynamic_img_size": True,
+    },
+}
+"""Models whose blocks consist of other parts than timm's plain Block, as arguments of `tiny_vit`."""
 
 
 def tiny_vit(

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from timm.layers import GluMlp, LayerNorm, SwiGLU
+from timm.layers import GatedMlp, LayerNorm, SimpleNorm
 from timm.models.vision_transformer import ParallelScalingBlock, ResPostBlock
 from torch import nn
 
@@ -69,14 +69,11 @@ def test_a_vector_along_an_axis_and_the_axis_in_factors_agree() -> None:
 @pytest.mark.parametrize(
     ("changed", "reason"),
     [
-        ({"qk_norm": True}, "blocks.0.attn.q_norm"),
-        ({"mlp_layer": SwiGLU}, "blocks.0.mlp: SwiGLU"),
-        ({"mlp_layer": GluMlp}, "blocks.0.mlp: GluMlp"),
         ({"block_fn": ParallelScalingBlock}, "blocks.0: ParallelScalingBlock"),
         ({"block_fn": ResPostBlock}, "blocks.0: ResPostBlock"),
-        ({"scale_attn_norm": True}, "blocks.0.attn.norm"),
-        ({"scale_mlp_norm": True}, "blocks.0.mlp.norm"),
-        ({"norm_layer": "rmsnorm"}, "blocks.0.norm1: RmsNorm"),
+        ({"mlp_layer": GatedMlp}, "blocks.0.mlp: GatedMlp"),
+        ({"attn_layer": "diff"}, "blocks.0.attn: DiffAttention"),
+        ({"norm_layer": SimpleNorm}, "blocks.0.norm1: SimpleNorm"),
     ],
 )
 def test_a_block_of_another_kind_is_refused_by_its_name(changed: dict[str, Any], reason: str) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
-from timm.layers import LayerScale
+from timm.layers import LayerScale, trunc_normal_
 from timm.models.vision_transformer import VisionTransformer, init_weights_vit_timm
 from torch import nn
 
+from p3b.vit.anatomy.norms import has_shift, is_norm
 from p3b.vit.parts import ConstantBranch, ReadChannels, WriteChannels
 
 _LAYER_SCALE = 1e-5
@@ -18,14 +19,24 @@ def initialise(model: VisionTransformer) -> VisionTransformer:
 
     A norm begins as the identity, a block that only adds a constant with nothing.
     """
-    model.init_weights()  # positions and tokens; layers as timm was told when the model was built, which is not at all
+    if isinstance(model, VisionTransformer):
+        model.init_weights()  # positions and tokens; layers as timm was told when the model was built, which is not at all
+    else:
+        for name in ("pos_embed", "cls_token", "reg_token"):
+            if (parameter := getattr(model, name)) is not None:
+                trunc_normal_(parameter, std=0.02)
+    for name, parameter in model.named_parameters():
+        if name.endswith((".gamma_1", ".gamma_2")):
+            nn.init.constant_(parameter, _LAYER_SCALE)
+        elif name.endswith((".q_bias", ".v_bias")):
+            nn.init.zeros_(parameter)
     for module in model.modules():
         if isinstance(module, nn.Linear):
             init_weights_vit_timm(module)
-        elif isinstance(module, nn.LayerNorm | ReadChannels):
+        elif is_norm(module) or isinstance(module, ReadChannels):
             if module.weight is not None:
                 nn.init.ones_(module.weight)
-            if module.bias is not None:
+            if has_shift(module):
                 nn.init.zeros_(module.bias)
         elif isinstance(module, LayerScale | WriteChannels):
             if module.gamma is not None:
