@@ -58,6 +58,7 @@ ANATOMIES: dict[str, dict[str, Any]] = {
     "RoPE": {"name": "vit_small_patch16_rope_224", "embed_dim": 48},
     "RoPE, mixed": {"name": "vit_small_patch16_rope_mixed_ape_224", "embed_dim": 48},
     "Perception Encoder": {"name": "vit_pe_core_tiny_patch16_384", **_TWO_HEADS, "attn_pool_num_heads": 2},
+    "Qwen3": {"name": "qwen3_vit_88m_merge", **_TWO_HEADS, "pos_embed_grid_size": 3, "out_features": 6},
     "grouped keys": {
         "name": "vit_small_patch16_rope_224",
         "embed_dim": 32,
@@ -93,8 +94,8 @@ def tiny_vit(
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(0.1 * torch.randn(parameter.shape))
-    for block in model.blocks:
-        if not fused:
+    if not fused:
+        for block in model.blocks:
             block.attn.fused_attn = False
     return model.eval().to(dtype)
 

@@ -25,7 +25,7 @@ from p3b.storage.weights import load_weights
 from p3b.vit.anatomy.norms import narrow_norm, norm_of_kept
 from p3b.vit.compact import apply_cuts, plan_cuts
 from p3b.vit.cost import block_macs, block_params, count_macs, count_parameters, kept_channels
-from p3b.vit.families import family_of
+from p3b.vit.families import family_of, patch_embed_of
 from p3b.vit.gates import Gates
 from p3b.vit.layout import DEFAULT_DIMS, DIMS, ModelLayout, read_layout
 from p3b.vit.parts import ConstantBranch, DropAndWrite, NoBranch
@@ -34,7 +34,7 @@ from tiny import ANATOMIES, parameters_of, tiny_vit
 
 Masks = dict[str, Tensor]
 STREAMS = ("heads", "hidden", "stream")
-WITHOUT_STREAM = {"RoPE, mixed", "Perception Encoder"}
+WITHOUT_STREAM = {"RoPE, mixed", "Perception Encoder", "Qwen3"}
 """Refused where heads, or the stream, are to be pruned."""
 
 
@@ -43,7 +43,7 @@ def _tiny(anatomy: str) -> VisionTransformer:
 
 
 def _batch(model: VisionTransformer) -> Tensor:
-    shape = (2, 3, *model.patch_embed.img_size)
+    shape = (2, 3, *patch_embed_of(model).img_size)
     return torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
 
@@ -71,7 +71,7 @@ def test_every_parameter_of_a_block_is_mapped_once_and_a_dense_block_costs_what_
     model = _tiny(anatomy)
     layout = read_layout(model)
     keys = [weight.key for block in layout.blocks for weight in block.weights]
-    assert sorted(keys) == sorted(key for key, _ in model.named_parameters() if key.startswith("blocks."))
+    assert sorted(keys) == sorted(key for key, _ in model.named_parameters() if "blocks." in key)
     assert layout.other_params + sum(int(block_params(block, {})) for block in layout.blocks) == parameters_of(model)
 
 
@@ -122,7 +122,7 @@ def test_small_equals_masked_and_costs_what_was_planned(anatomy: str) -> None:
         kept = [{dim: int(n) for dim, n in kept_channels(block, masks).items()} for block in layout.blocks]
         dense_macs = sum(block_macs(block, {}, layout.tokens) for block in layout.blocks)
         small_macs = sum(block_macs(block, one, layout.tokens) for block, one in zip(layout.blocks, kept, strict=True))
-        sides = dense.patch_embed.img_size
+        sides = patch_embed_of(dense).img_size
         assert dense_macs - small_macs == count_macs(dense, sides) - count_macs(small, sides), kind
 
 
@@ -266,6 +266,7 @@ def test_a_constant_that_is_left_of_a_block_holds_its_scale() -> None:
     [
         ("eva02_enormous_patch14_clip_224", DEFAULT_DIMS, "blocks.0: EvaBlockPostNorm is not covered"),
         ("vit_small_patch16_rope_mixed_224", STREAMS, "blocks.0.attn: the dimension 'heads' cannot be pruned here"),
+        ("qwen3_vit_88m", STREAMS, "encoder: the residual stream"),
         ("vit_pe_core_tiny_patch16_384", STREAMS, "attn_pool: attention pooling is not covered"),
     ],
 )
@@ -306,8 +307,9 @@ def test_arguments_of_a_file_are_checked(argument: str, value: Any, tmp_path: Pa
         load(folder)
 
 
-def test_weights_of_an_eva_are_loaded_by_its_own_names() -> None:
-    source, target = (tiny_vit(seed=seed, **ANATOMIES["EVA-02"]) for seed in (1, 2))
+@pytest.mark.parametrize("anatomy", ["EVA-02", "Qwen3"])
+def test_weights_of_other_classes_are_loaded_by_their_own_names(anatomy: str) -> None:
+    source, target = (tiny_vit(seed=seed, **ANATOMIES[anatomy]) for seed in (1, 2))
     report = load_weights(target, source.state_dict(), "file")
     assert report.missing == report.unexpected == ()
     assert all(torch.equal(value, target.state_dict()[key]) for key, value in source.state_dict().items())

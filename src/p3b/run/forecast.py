@@ -26,6 +26,7 @@ from p3b.run.options import TrainingOptions
 from p3b.train.losses import task_loss
 from p3b.train.optim import build_optimizer
 from p3b.vit.cost import count_macs, count_parameters
+from p3b.vit.families import patch_embed_of
 from p3b.vit.layout import read_layout
 
 
@@ -73,7 +74,7 @@ def budget_forecasts(model: VisionTransformer, ratios: Sequence[float], machine:
         ratios: that are asked for.
         machine: that it runs on.
     """
-    height, width = model.patch_embed.img_size
+    height, width = patch_embed_of(model).img_size
     models, kept = [copy.deepcopy(model).eval()], [0.0]
     for ratio in ratios:
         try:
@@ -82,7 +83,7 @@ def budget_forecasts(model: VisionTransformer, ratios: Sequence[float], machine:
             continue
         kept.append(ratio)
     sizes = [(count_parameters(each), count_macs(each, (height, width))) for each in models]
-    shape = (model.patch_embed.proj.in_channels, height, width)
+    shape = (patch_embed_of(model).proj.in_channels, height, width)
     speeds = {}
     for batch_size in (1, 32):
         laid_out = [models[0], *(with_layout(each, batch_size=batch_size) for each in models[1:])]
@@ -170,4 +171,4 @@ def _seconds_a_step(
 
 
 def _images(model: VisionTransformer, count: int, machine: Machine) -> Tensor:
-    return torch.rand(count, model.patch_embed.proj.in_channels, *model.patch_embed.img_size, device=machine.device)
+    return torch.rand(count, patch_embed_of(model).proj.in_channels, *patch_embed_of(model).img_size, device=machine.device)

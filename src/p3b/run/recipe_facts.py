@@ -22,6 +22,7 @@ from p3b.run.recipes import Facts
 from p3b.storage import artifact
 from p3b.storage.models import parse_model_kwargs
 from p3b.train.distributed import Processes
+from p3b.vit.families import family_of, patch_embed_of
 
 LOOKED_AT = 48
 """Images whose size is looked up."""
@@ -50,13 +51,13 @@ def read_facts(
         classes=len(splits.class_names),
         smallest=int(counts.min()),
         largest=int(counts.max()),
-        side=int(np.median(sides)) if sides else model.patch_embed.img_size[0],
+        side=int(np.median(sides)) if sides else patch_embed_of(model).img_size[0],
         symbols=all(len(name) == 1 for name in splits.class_names),
-        input_size=model.patch_embed.img_size[0],
+        input_size=patch_embed_of(model).img_size[0],
         resizable=_is_resizable(options, model),
-        patch_size=model.patch_embed.patch_size[0],
+        patch_size=patch_embed_of(model).patch_size[0],
         width=model.embed_dim,
-        depth=len(model.blocks),
+        depth=len(family_of(model).blocks(model)),
         pretrained=options.model_pretrained or options.model_path is not None,
         on_gpu=device.type == "cuda",
         memory=_memory(device) // (1 if device.type == "cuda" else processes.local_world_size),
@@ -109,7 +110,7 @@ _RESAMPLED = ("pos_embed", "patch_embed.proj.weight")
 
 
 def _is_resizable(options: ModelOptions, model: VisionTransformer) -> bool:
-    height, width = model.patch_embed.img_size
+    height, width = patch_embed_of(model).img_size
     is_given = "img_size" in parse_model_kwargs(options.model_kwargs) or options.input_size is not None
     is_saved = options.model_path is not None and artifact.is_artifact(options.model_path)
     return height == width and not is_given and not is_saved

@@ -9,6 +9,7 @@ from torch import nn
 
 from p3b.errors import WeightsError
 from p3b.storage.hub_folder import Facts
+from p3b.vit.families import family_of
 
 
 def require_same_arithmetic(model: VisionTransformer, label: str, facts: Facts) -> None:
@@ -17,7 +18,7 @@ def require_same_arithmetic(model: VisionTransformer, label: str, facts: Facts) 
     Raises:
         WeightsError: the model has other heads or another activation than the weights were trained with.
     """
-    block = model.blocks[0]
+    block = family_of(model).blocks(model)[0].module
     if isinstance(block, Block) and facts.num_heads not in (None, block.attn.num_heads):
         raise WeightsError(
             f"{label} are of a model with {facts.num_heads} attention heads ({facts.said_by}), this one has "
@@ -44,7 +45,7 @@ def is_known_activation(name: str) -> bool:
 
 def same_activation(model: VisionTransformer, name: str) -> bool:
     """Whether the MLPs of a model compute an activation; true of blocks that are built otherwise, which say it themselves."""
-    block = model.blocks[0]
+    block = family_of(model).blocks(model)[0].module
     if not isinstance(block, Block) or not isinstance(block.mlp, Mlp):
         return True
     points = torch.linspace(-4, 4, 65, device="cpu")

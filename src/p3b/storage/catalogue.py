@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache
+from typing import TYPE_CHECKING, cast
 
 import timm
 from timm.models import split_model_name_tag
@@ -23,6 +24,9 @@ from p3b.storage.suggestions import unknown_model
 from p3b.storage.untrusted import first_line
 from p3b.vit.cost import count_parameters, dense_params
 from p3b.vit.wrappers import COVERED
+
+if TYPE_CHECKING:
+    from timm.models.vision_transformer import VisionTransformer
 
 _SIZE = re.compile(
     r"\d.*|(patch|window|win|reg|r|s|p|h|so|nb|resnet)\d.*|x*(xs|small|large)|tiny|base|huge|giant|gigantic|medium|nano|pico|"
@@ -112,7 +116,7 @@ def entry(name: str, num_classes: int = 1000, built: bool = True) -> Entry:
         layout = require_prunable(model)
     except ModelError as error:
         return Entry(name, family_of(name), kind, tags, count_parameters(model), 0, attends, _in_short(model, error))
-    model.reset_classifier(num_classes)
+    cast("VisionTransformer", model).reset_classifier(num_classes)
     inside = sum(map(dense_params, layout.blocks))
     return Entry(name, family_of(name), kind, tags, count_parameters(model), inside, attends, "")
 

@@ -212,7 +212,7 @@ def _outline(name: str) -> nn.Module:
 
 
 def _check_sizes(name: str, plain: VisionTransformer, kwargs: Mapping[str, Any]) -> None:
-    embed = plain.patch_embed
+    embed = getattr(plain, "encoder", plain).patch_embed
     padded = kwargs.get("dynamic_img_pad", False)
     # Sizes that a model comes with are timm's choice (some crop a few pixels); the ones given here should divide.
     if isinstance(embed, PatchEmbed) and ("img_size" in kwargs or "patch_size" in kwargs) and not padded:
@@ -235,7 +235,7 @@ def _check_sizes(name: str, plain: VisionTransformer, kwargs: Mapping[str, Any])
 
 def _check_pooling(name: str, plain: VisionTransformer, kwargs: Mapping[str, Any]) -> None:
     pooling = kwargs.get("global_pool", plain.global_pool)
-    if pooling == "token" and not kwargs.get("class_token", plain.cls_token is not None):
+    if pooling == "token" and not kwargs.get("class_token", getattr(plain, "cls_token", None) is not None):
         raise ModelError(f"{name}: without a class token (class_token=False) it cannot be pooled: add global_pool=avg.")
     if pooling == "":
         raise ModelError(f"{name}: global_pool='' gives no class scores; use 'token', 'avg' or another pooling.")

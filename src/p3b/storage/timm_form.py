@@ -47,13 +47,14 @@ def pretrained_cfg(config: Mapping[str, Any]) -> dict[str, Any]:
     arguments = config["architecture"]["arguments"]
     said = config["preprocessing"] or {}
     names = config["class_names"]
+    in_encoder = config["architecture"]["class"] == "Qwen3VitClassifier"
     has_two_heads = config["architecture"]["class"] == "VisionTransformerDistilled"
     return {
         "input_size": [arguments["in_chans"], *arguments["img_size"]],
         **{key: said[key] for key in _PREPROCESSING if key in said},
-        "fixed_input_size": not arguments["dynamic_img_size"],
+        "fixed_input_size": not arguments.get("dynamic_img_size", True),
         "num_classes": arguments["num_classes"],
         **({} if names is None else {"label_names": list(names)}),
-        "first_conv": "patch_embed.proj",
+        "first_conv": "encoder.patch_embed.proj" if in_encoder else "patch_embed.proj",
         "classifier": ["head", "head_dist"] if has_two_heads else "head",
     }

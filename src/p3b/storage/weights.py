@@ -16,9 +16,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import cast
 
-from timm.models import eva
+from timm.models import eva, qwen3_vit
 from timm.models.eva import Eva
+from timm.models.qwen3_vit import Qwen3VitClassifier
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
@@ -75,6 +77,7 @@ def load_weights(
     """
     if not isinstance(model, tuple(CLASSES.values())):
         raise ModelError(f"Weights can be loaded into a VisionTransformer of timm; this is a {type(model).__name__}.")
+    model = cast("VisionTransformer", model)  # whatever its family, it is used as one
     label = f"Weights '{source}'" if source else "The weights"
     renamed = _renamed(state_dict, model, label, facts, source)
     require_same_arithmetic(model, label, facts)
@@ -107,7 +110,9 @@ def load_weights(
 
 
 def _renamed(state: Mapping[str, Tensor], model: VisionTransformer, label: str, facts: Facts, source: str) -> Renamed:
-    """By timm's names, and of a plain Vision Transformer as far as names can tell; those of an Eva as timm reads them."""
+    """By timm's names, and of a plain Vision Transformer as far as names can tell; those of others as timm reads them."""
+    if isinstance(model, Qwen3VitClassifier):
+        return _as_timm_reads(state, lambda: qwen3_vit.checkpoint_filter_fn_classifier(dict(state), model), label)
     if isinstance(model, Eva):
         return _as_timm_reads(state, lambda: eva.checkpoint_filter_fn(dict(state), model), label)
     try:

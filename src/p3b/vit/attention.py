@@ -12,6 +12,8 @@ from timm.layers import Attention, AttentionRope, use_fused_attn
 from timm.models.eva import EvaAttention
 from timm.models.vision_transformer import VisionTransformer
 
+from p3b.vit.families import patch_embed_of
+
 MOST_TOKENS = 600
 """Longest sequence whose attention weights are held: 577 tokens are 384 pixels in patches of 16."""
 
@@ -26,7 +28,7 @@ def choose_attention(model: VisionTransformer, device: torch.device, dtype: torc
         device: that it will compute on.
         dtype: that products are computed in: that of autocast, or of the weights; None for float32.
     """
-    tokens = model.patch_embed.num_patches + model.num_prefix_tokens
+    tokens = patch_embed_of(model).num_patches + model.num_prefix_tokens
     plain = device.type == "cpu" and dtype is torch.bfloat16 and tokens <= MOST_TOKENS
     for module in model.modules():
         if isinstance(module, (Attention, AttentionRope, EvaAttention)):

@@ -24,7 +24,9 @@ _CALLED = {
 }
 _TRUSTED = ("torch", "timm", "p3b")
 _FORWARD = tuple(_CALLED)[:2]
-_MAY_BE_HEARD = re.compile(r"|patch_embed|norm_pre|blocks|blocks\.\d+|norm|fc_norm|head_drop|head|head_dist")
+_MAY_BE_HEARD = re.compile(
+    r"|encoder|(encoder\.)?(patch_embed|blocks|blocks\.\d+)|norm_pre|norm|fc_norm|head_drop|head|head_dist"
+)
 """Modules that stay, and whose inputs and outputs mean the same after the cut: hooks on them stay and are right."""
 
 

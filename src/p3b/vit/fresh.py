@@ -23,7 +23,7 @@ def initialise(model: VisionTransformer) -> VisionTransformer:
         model.init_weights()  # positions and tokens; layers as timm was told when the model was built, which is not at all
     else:
         for name in ("pos_embed", "cls_token", "reg_token"):
-            if (parameter := getattr(model, name)) is not None:
+            if (parameter := getattr(model, name, None)) is not None:
                 trunc_normal_(parameter, std=0.02)
     for name, parameter in model.named_parameters():
         if name.endswith((".gamma_1", ".gamma_2")):

@@ -30,7 +30,7 @@ from p3b.errors import ConfigError, ModelError, unknown_name
 from p3b.vit.anatomy.half import Half
 from p3b.vit.anatomy.weights import STREAM, Axis, Moments, Weight
 from p3b.vit.architecture import BLOCK_ARGUMENTS
-from p3b.vit.families import family_of
+from p3b.vit.families import family_of, patch_embed_of
 from p3b.vit.families.family import Block, classes_of
 from p3b.vit.wrappers import require_vision_transformer
 
@@ -167,8 +167,8 @@ def read_layout(model: nn.Module, dims: Collection[str] = DEFAULT_DIMS) -> Model
         other_params=sum(shapes.values()) - in_blocks,
         width=vit.embed_dim,
         prefix_tokens=vit.num_prefix_tokens,
-        has_class_token=vit.cls_token is not None,
-        grid=tuple(vit.patch_embed.grid_size),
+        has_class_token=getattr(vit, "cls_token", None) is not None,
+        grid=tuple(patch_embed_of(vit).grid_size),
         num_classes=classes_of(vit),
         stream=_stream_layout(vit) if STREAM in dims else None,
     )
@@ -281,5 +281,5 @@ def _stream_layout(vit: nn.Module) -> StreamLayout:
         weights=tuple(along),
         outside=outside.weights,
         norms=(*outside.norms, *norms),
-        patches=math.prod(vit.patch_embed.grid_size),
+        patches=math.prod(patch_embed_of(vit).grid_size),
     )

@@ -14,9 +14,12 @@ from typing import cast
 
 import torch
 from timm.models.deit import VisionTransformerDistilled
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+
+from p3b.errors import ModelError
 
 _BEFORE_THE_END = ("patch_embed", "pos_drop", "patch_drop", "rope", "norm_pre", "blocks")
 
@@ -30,6 +33,8 @@ class MiddleClassifiers:
     """
 
     def __init__(self, model: VisionTransformer, after: Sequence[int]) -> None:
+        if not isinstance(model, (VisionTransformer, Eva)):
+            raise ModelError(f"Classifiers behind blocks in the middle are not covered for a {type(model).__name__}.")
         self.tails = nn.ModuleDict({str(number): _tail_of(model) for number in after})
         self._features_SND: dict[str, Tensor] = {}
         self._handles: list[RemovableHandle] = [

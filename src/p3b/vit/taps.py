@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from p3b.errors import TrainingError
-from p3b.vit.families import family_of
+from p3b.vit.families import family_of, patch_embed_of
 
 
 class Taps:
@@ -36,7 +36,7 @@ class Taps:
         """Begin to record."""
         blocks = family_of(model).blocks(model)
         self._blocks = sum(len(block.halves) for block in blocks)
-        self._handles.append(model.patch_embed.register_forward_hook(self._record_grid))
+        self._handles.append(patch_embed_of(model).register_forward_hook(self._record_grid))
         for block in blocks:
             self._handles.append(block.module.register_forward_pre_hook(self._record_input))
             for half in block.halves[1:]:

@@ -2,17 +2,21 @@
 
 vision_transformer  timm's VisionTransformer and DeiT's distilled kind
     eva                 timm's Eva: EVA, DINOv3, Perception Encoder, RoPE-ViT
+    qwen3               timm's Qwen3VitClassifier
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 from torch import nn
 
 from p3b.vit.families.eva import EVA
 from p3b.vit.families.family import Family
+from p3b.vit.families.qwen3 import QWEN3
 from p3b.vit.families.vision_transformer import VISION_TRANSFORMER
 
-FAMILIES: tuple[Family, ...] = (VISION_TRANSFORMER, EVA)
+FAMILIES: tuple[Family, ...] = (VISION_TRANSFORMER, EVA, QWEN3)
 CLASSES: dict[str, type[nn.Module]] = {name: kind for family in FAMILIES for name, kind in family.classes.items()}
 """All classes that are covered, by name. A subclass may compute something else, and is not."""
 
@@ -25,3 +29,8 @@ def family_of(model: nn.Module) -> Family:
 def family_of_class(kind: type[nn.Module]) -> Family:
     """The family that a covered class belongs to."""
     return next(family for family in FAMILIES if kind in family.classes.values())
+
+
+def patch_embed_of(model: nn.Module) -> Any:
+    """What makes patches of a model's images, timm's PatchEmbed: it knows the size of images, of patches and of the grid."""
+    return family_of(model).patch_embed(model)

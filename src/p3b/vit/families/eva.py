@@ -98,27 +98,19 @@ class EvaFamily:
     }
     more_rules: Mapping[str, tuple[Rule, Any]] = {}
 
+    def patch_embed(self, model: Eva) -> nn.Module:
+        return model.patch_embed
+
     def blocks(self, model: Eva) -> Sequence[Block]:
-        attention = RotaryAttention(turned=model.rope is not None, by_head=model.rope_mixed)
-        attn = GammaPreNorm("attn", attention, norm="norm1", gamma="gamma_1", drop_path="drop_path1")
-        mlp = partial(GammaPreNorm, "mlp", norm="norm2", gamma="gamma_2", drop_path="drop_path2")
-        return [
-            Block(f"blocks.{depth}", block, (attn, mlp(mlp_of(getattr(block, "mlp", None)))), model.embed_dim)
-            for depth, block in enumerate(model.blocks)
-        ]
+        return eva_blocks(model, "blocks", by_head=model.rope_mixed)
 
     def require_covered(self, model: Eva, purpose: str) -> None:
-        require_patch_embed(model)
+        require_patch_embed(model.patch_embed)
         if model.rope is not None and type(model.rope) not in ROPES.values():
             raise ModelError(f"rope: {type(model.rope).__name__} is not covered; of timm's rotary positions {list(ROPES)} are.")
 
     def require_blocks_covered(self, model: Eva) -> None:
-        for depth, block in enumerate(model.blocks):
-            if type(block) is not EvaBlock:
-                raise ModelError(
-                    f"blocks.{depth}: {type(block).__name__} is not covered; of timm's blocks for Eva EvaBlock is, whose norms "
-                    "come first."
-                )
+        require_eva_blocks(model, "blocks")
 
     def outside(self, model: Eva) -> Outside:
         return read_outside(
@@ -217,6 +209,33 @@ class EvaFamily:
         norm = partial(NORMS[given.pop("norm_layer")], eps=given.pop("norm_eps"))
         align_to = int(given.pop("swiglu_apart"))  # to a multiple of 1: gate and value in layers of their own, no more
         return kind(**given, swiglu_align_to=align_to, norm_layer=norm)
+
+
+def eva_blocks(tower: nn.Module, name: str, *, by_head: bool) -> list[Block]:
+    """Blocks of timm's EvaBlock.
+
+    Args:
+        tower: holds `blocks`, `rope` and `embed_dim`.
+        name: of the blocks in the model.
+        by_head: whether each head has angles of its own.
+    """
+    attention = RotaryAttention(turned=tower.rope is not None, by_head=by_head)
+    attn = GammaPreNorm("attn", attention, norm="norm1", gamma="gamma_1", drop_path="drop_path1")
+    mlp = partial(GammaPreNorm, "mlp", norm="norm2", gamma="gamma_2", drop_path="drop_path2")
+    return [
+        Block(f"{name}.{depth}", block, (attn, mlp(mlp_of(getattr(block, "mlp", None)))), tower.embed_dim)
+        for depth, block in enumerate(tower.blocks)
+    ]
+
+
+def require_eva_blocks(tower: nn.Module, name: str) -> None:
+    """ModelError where a block is another one."""
+    for depth, block in enumerate(tower.blocks):
+        if type(block) is not EvaBlock:
+            raise ModelError(
+                f"{name}.{depth}: {type(block).__name__} is not covered; of timm's blocks for Eva EvaBlock is, whose norms "
+                "come first."
+            )
 
 
 def _describe_rope(rope: nn.Module | None) -> dict[str, Any]:

@@ -88,6 +88,9 @@ class Family(Protocol):
     @property
     def more_rules(self) -> Mapping[str, tuple[Rule, Any]]: ...
 
+    def patch_embed(self, model: nn.Module) -> nn.Module:
+        """What makes patches of images: it knows the size of both."""
+
     def blocks(self, model: nn.Module) -> Sequence[Block]:
         """All blocks of a dense or small model, in the order in which they compute."""
 

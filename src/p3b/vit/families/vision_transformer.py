@@ -74,6 +74,9 @@ class VisionTransformerFamily:
         "embed_norm": (FLAG, False),
     }
 
+    def patch_embed(self, model: VisionTransformer) -> nn.Module:
+        return model.patch_embed
+
     def blocks(self, model: VisionTransformer) -> Sequence[Block]:
         attn = PreNorm("attn", SelfAttention(), norm="norm1", layer_scale="ls1", drop_path="drop_path1")
         mlp = partial(PreNorm, "mlp", norm="norm2", layer_scale="ls2", drop_path="drop_path2")
@@ -83,7 +86,7 @@ class VisionTransformerFamily:
         ]
 
     def require_covered(self, model: VisionTransformer, purpose: str) -> None:
-        require_patch_embed(model)
+        require_patch_embed(model.patch_embed)
 
     def require_blocks_covered(self, model: VisionTransformer) -> None:
         for depth, block in enumerate(model.blocks):
@@ -165,12 +168,12 @@ def _mlp_name(mlp: nn.Module) -> str:
     return type(mlp).__name__
 
 
-def require_patch_embed(model: nn.Module) -> None:
+def require_patch_embed(embed: nn.Module, name: str = "patch_embed") -> None:
     """ModelError for another patch embedding than a convolution."""
-    if type(model.patch_embed) is not PatchEmbed:
-        raise ModelError(f"patch_embed: {type(model.patch_embed).__name__} is not covered, only timm's PatchEmbed is.")
-    if type(projection := model.patch_embed.proj) is not nn.Conv2d:
-        raise ModelError(f"patch_embed.proj: {type(projection).__name__} is not covered, only torch.nn.Conv2d is.")
+    if type(embed) is not PatchEmbed:
+        raise ModelError(f"{name}: {type(embed).__name__} is not covered, only timm's PatchEmbed is.")
+    if type(projection := embed.proj) is not nn.Conv2d:
+        raise ModelError(f"{name}.proj: {type(projection).__name__} is not covered, only torch.nn.Conv2d is.")
 
 
 def require_describable(model: nn.Module, norms: Sequence[str]) -> None:
