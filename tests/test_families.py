@@ -36,9 +36,9 @@ COVERED = (
 REFUSED = {
     "vit_small_patch16_18x2_224": "blocks.0: ParallelThingsBlock",
     "vit_pwee_patch16_reg1_gap_256": "blocks.0: ParallelScalingBlock",
-    "vit_base_r50_s16_224": "patch_embed: HybridEmbed",
+    "vit_base_resnet26d_224": "patch_embed.backbone: FeatureListNet",
     "eva02_enormous_patch14_clip_224": "blocks.0: EvaBlockPostNorm",
-    "beit_base_patch16_224": "got Beit",
+    "cait_xxs24_224": "got Cait",
     "resnet18": "got ResNet",
 }
 

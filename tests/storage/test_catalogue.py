@@ -38,7 +38,7 @@ def test_the_largest_ratio_can_be_met_and_a_larger_one_cannot(params: tuple[int,
     [
         ("beit_base_patch16_224", "built as Beit"),
         ("eva02_enormous_patch14_clip_224", "blocks.0: EvaBlockPostNorm is not covered"),
-        ("vit_base_r50_s16_224", "patch_embed: HybridEmbed"),
+        ("vit_base_resnet26d_224", "patch_embed.backbone: FeatureListNet"),
         ("resnet18", "built as ResNet"),
     ],
 )

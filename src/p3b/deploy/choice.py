@@ -16,7 +16,7 @@ from p3b.errors import ConfigError
 from p3b.storage import artifact
 from p3b.vit.attention import choose_attention
 from p3b.vit.deployment import compact_of, layout_of
-from p3b.vit.families import patch_embed_of
+from p3b.vit.families import images_of
 from p3b.vit.wrappers import require_vision_transformer
 
 AUTO = "auto"
@@ -111,12 +111,11 @@ def choose_layout(model: nn.Module, *, batch_size: int = 1, seconds: float = 4.0
         plan = plan_layout(compact, name)
         plans.setdefault(plan.branches, plan)  # those that come to the same are measured once
     models = {plan.name: _laid_out(compact, plan) for plan in plans.values()}
-    patches = patch_embed_of(compact)
     speeds = [0.0] * len(models)
     if len(models) > 1:
         speeds = images_per_second(
             list(models.values()),
-            (patches.proj.in_channels, *patches.img_size),
+            images_of(compact).shape,
             batch_size=batch_size,
             device=next(compact.parameters()).device,
             rounds=11,

@@ -22,7 +22,7 @@ from p3b.deploy.agreement import Logits
 from p3b.deploy.metadata import Metadata
 from p3b.deploy.runners import Runner
 from p3b.errors import DataError
-from p3b.vit.families import patch_embed_of
+from p3b.vit.families import images_of
 
 
 def find_files(folder: Path) -> list[Path]:
@@ -72,9 +72,8 @@ def read(file: Path) -> Image.Image:
 
 def stand_in(model: VisionTransformer) -> Preprocessing:
     """How images are prepared where the model does not say: for checks and measurements alone."""
-    patches = patch_embed_of(model)
-    channels = patches.proj.in_channels
-    return Preprocessing((channels, *patches.img_size), IMAGENET_DEFAULT_MEAN[:channels], IMAGENET_DEFAULT_STD[:channels])
+    channels, *size = images_of(model).shape
+    return Preprocessing((channels, *size), IMAGENET_DEFAULT_MEAN[:channels], IMAGENET_DEFAULT_STD[:channels])
 
 
 class Preparation:

@@ -55,7 +55,6 @@ from p3b.methods.base import Criterion, Decision, decisions_by_kept, overall_kee
 from p3b.scoring.meter import Reduce, average
 from p3b.vit.anatomy.weights import dims_of
 from p3b.vit.cost import dense_params
-from p3b.vit.families import family_of
 from p3b.vit.gates import Gates
 from p3b.vit.layout import BlockLayout, ModelLayout
 from p3b.vit.tails import MiddleClassifiers
@@ -105,7 +104,7 @@ class WDPruning:
         lr: float | None = None,
         lambda_lr: float = LAMBDA_LR,
     ) -> None:
-        classifiers, depth = list(classifiers or ()), len(family_of(model).blocks(model))
+        classifiers, depth = list(classifiers or ()), len({block.depth for block in layout.blocks})
         _check_options(classifiers, classifier_choose, depth, classifier_lr=classifier_lr, lr=lr, lambda_lr=lambda_lr)
         if round_to < 1:
             raise ConfigError(f"round_to must be 1 or more, got {round_to}.")

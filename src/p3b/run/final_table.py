@@ -16,7 +16,7 @@ from p3b.run.screen import Screen
 from p3b.train.evaluate import Accuracy
 from p3b.vit.attention import choose_attention
 from p3b.vit.cost import count_macs, count_parameters
-from p3b.vit.families import patch_embed_of
+from p3b.vit.families import images_of
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def figures_of(
     model: VisionTransformer, top1: float | None = None, top5: float | None = None, speed: float | None = None
 ) -> Figures:
     """The column of a model; accuracies and speed as they were measured."""
-    macs = count_macs(model, tuple(patch_embed_of(model).img_size))
+    macs = count_macs(model, images_of(model).size)
     size = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
     return Figures(count_parameters(model), macs, size, top1, top5, speed)
 

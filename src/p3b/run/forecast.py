@@ -26,7 +26,7 @@ from p3b.run.options import TrainingOptions
 from p3b.train.losses import task_loss
 from p3b.train.optim import build_optimizer
 from p3b.vit.cost import count_macs, count_parameters
-from p3b.vit.families import patch_embed_of
+from p3b.vit.families import images_of
 from p3b.vit.layout import read_layout
 
 
@@ -74,7 +74,7 @@ def budget_forecasts(model: VisionTransformer, ratios: Sequence[float], machine:
         ratios: that are asked for.
         machine: that it runs on.
     """
-    height, width = patch_embed_of(model).img_size
+    shape = images_of(model).shape
     models, kept = [copy.deepcopy(model).eval()], [0.0]
     for ratio in ratios:
         try:
@@ -82,8 +82,7 @@ def budget_forecasts(model: VisionTransformer, ratios: Sequence[float], machine:
         except BudgetError:
             continue
         kept.append(ratio)
-    sizes = [(count_parameters(each), count_macs(each, (height, width))) for each in models]
-    shape = (patch_embed_of(model).proj.in_channels, height, width)
+    sizes = [(count_parameters(each), count_macs(each, shape[1:])) for each in models]
     speeds = {}
     for batch_size in (1, 32):
         laid_out = [models[0], *(with_layout(each, batch_size=batch_size) for each in models[1:])]
@@ -171,4 +170,4 @@ def _seconds_a_step(
 
 
 def _images(model: VisionTransformer, count: int, machine: Machine) -> Tensor:
-    return torch.rand(count, patch_embed_of(model).proj.in_channels, *patch_embed_of(model).img_size, device=machine.device)
+    return torch.rand(count, *images_of(model).shape, device=machine.device)

@@ -19,7 +19,7 @@ from p3b.storage.models import build_model, parse_model_kwargs
 from p3b.storage.preparation import decide_preparation
 from p3b.storage.weights_file import Weights, open_weights
 from p3b.train.distributed import Processes, gather, wait_for_all
-from p3b.vit.families import patch_embed_of
+from p3b.vit.families import images_of
 from p3b.vit.wrappers import require_vision_transformer
 
 
@@ -193,8 +193,7 @@ def _preprocessing(
     options: ModelOptions, model: VisionTransformer, saved: Mapping[str, Any] | None, weights: Weights | None
 ) -> tuple[Preprocessing, str]:
     """How images are prepared, and a line that says who says so, where that needs to be said."""
-    height, width = patch_embed_of(model).img_size
-    channels = patch_embed_of(model).proj.in_channels
+    channels, height, width = images_of(model).shape
     decided = decide_preparation(
         channels=channels,
         mean=options.mean,

@@ -17,7 +17,7 @@ from p3b.storage.models import build_model
 from p3b.train.loop import steps_per_epoch
 from p3b.train.losses import TrainingLoss, task_loss
 from p3b.train.optim import build_optimizer
-from p3b.vit.families import patch_embed_of
+from p3b.vit.families import images_of
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def training_loss(options: TrainingOptions, model: VisionTransformer, num_classe
         teacher, report = build_model(
             options.teacher_model,
             num_classes=num_classes,
-            model_kwargs={"img_size": tuple(patch_embed_of(model).img_size)},  # it sees the student's images
+            model_kwargs={"img_size": images_of(model).size},  # it sees the student's images
             pretrained=options.teacher_path is None,
             weights=options.teacher_path,
         )

@@ -22,7 +22,7 @@ from p3b.run.recipes import Facts
 from p3b.storage import artifact
 from p3b.storage.models import parse_model_kwargs
 from p3b.train.distributed import Processes
-from p3b.vit.families import family_of, patch_embed_of
+from p3b.vit.families import family_of, images_of
 
 LOOKED_AT = 48
 """Images whose size is looked up."""
@@ -51,11 +51,11 @@ def read_facts(
         classes=len(splits.class_names),
         smallest=int(counts.min()),
         largest=int(counts.max()),
-        side=int(np.median(sides)) if sides else patch_embed_of(model).img_size[0],
+        side=int(np.median(sides)) if sides else images_of(model).size[0],
         symbols=all(len(name) == 1 for name in splits.class_names),
-        input_size=patch_embed_of(model).img_size[0],
+        input_size=images_of(model).size[0],
         resizable=_is_resizable(options, model),
-        patch_size=patch_embed_of(model).patch_size[0],
+        patch_size=images_of(model).patch[0],
         width=model.embed_dim,
         depth=len(family_of(model).blocks(model)),
         pretrained=options.model_pretrained or options.model_path is not None,
@@ -110,7 +110,7 @@ _RESAMPLED = ("pos_embed", "patch_embed.proj.weight")
 
 
 def _is_resizable(options: ModelOptions, model: VisionTransformer) -> bool:
-    height, width = patch_embed_of(model).img_size
+    height, width = images_of(model).size
     is_given = "img_size" in parse_model_kwargs(options.model_kwargs) or options.input_size is not None
     is_saved = options.model_path is not None and artifact.is_artifact(options.model_path)
     return height == width and not is_given and not is_saved

@@ -14,7 +14,7 @@ from p3b.run.products import PRODUCTS
 from p3b.run.provenance import circumstances, device_name, versions
 from p3b.run.series_plan import is_pruned
 from p3b.storage import artifact
-from p3b.vit.families import patch_embed_of
+from p3b.vit.families import images_of
 
 SPEED_BATCHES = (1, 32)
 """Batch sizes that models are timed with."""
@@ -46,7 +46,7 @@ def speed_lines(
     """
     saved = [Path(run.get("model") or folder / run["name"] / _product(run["row"])) for run in runs]
     models = [artifact.load(path, device) for path in saved]
-    image_shape = patch_embed_of(models[0]).proj.in_channels, *patch_embed_of(models[0]).img_size
+    image_shape = images_of(models[0]).shape
     seconds = min(SECONDS_OF_SPEED * len(models), most_seconds)
     for batch_size in batch_sizes:
         speeds = images_per_second(models, image_shape, batch_size=batch_size, device=device, seconds=seconds)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -13,6 +13,7 @@ from p3b.scoring.estimator import BenefitEstimator, Probes
 from p3b.scoring.meter import Reduce
 from p3b.scoring.probes import BlockProbes
 from p3b.scoring.ridge import RidgeProbes
+from p3b.scoring.staged import Staged
 from p3b.scoring.subsampled import Subsampled
 from p3b.scoring.trained import TrainedProbes
 from p3b.vit.layout import ModelLayout
@@ -74,14 +75,19 @@ ESTIMATORS: dict[str, Callable[[ProbeSettings], BenefitEstimator]] = {
 
 
 def create_estimator(name: str, settings: ProbeSettings) -> BenefitEstimator:
-    """An estimator by name.
+    """An estimator by name; of a hierarchy one for each stage.
 
     Raises:
         ConfigError: unknown name.
     """
     if name not in ESTIMATORS:
         raise ConfigError(unknown_name("estimator of block benefit", name, ESTIMATORS))
-    return ESTIMATORS[name](settings)
+    stages = settings.layout.stages
+    if len(stages) == 1:
+        return ESTIMATORS[name](settings)
+    return Staged(
+        [ESTIMATORS[name](replace(settings, layout=stage)) for stage in stages], [len(stage.blocks) for stage in stages]
+    )
 
 
 def _trained(settings: ProbeSettings, build: Callable[[], Probes]) -> TrainedProbes:

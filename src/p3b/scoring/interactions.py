@@ -77,9 +77,11 @@ def interaction_matrix(
     sizes = layout.gates
     gates = {name: torch.ones(size, device=images.device, requires_grad=True) for name, size in sizes.items()}
     chosen = [[_gate(layout, kind, layer) for kind, layer in zip(KINDS, below, strict=True)] for _, below in layers]
-    was_training, checkpoints = model.training, model.grad_checkpointing
+    was_training = model.training
+    checkpointing = [module for module in model.modules() if getattr(module, "grad_checkpointing", False)]
     model.eval()
-    model.grad_checkpointing = False  # what is computed again in backward would not find these parameters
+    for module in checkpointing:
+        module.grad_checkpointing = False  # what is computed again in backward would not find these parameters
     assert layout.stream is not None
     reads = [model.get_submodule(name).register_forward_hook(_times(gates[STREAM])) for name in layout.stream.norms]
     try:
@@ -104,7 +106,8 @@ def interaction_matrix(
         for read in reads:
             read.remove()
         model.train(was_training)
-        model.grad_checkpointing = checkpoints
+        for module in checkpointing:
+            module.grad_checkpointing = True
     weights = kind_weights(layout).to(images.device)
     return torch.stack([torch.stack([second.double().sum() for second in row]) for row in rows]) / weights.outer(weights)
 

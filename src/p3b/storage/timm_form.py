@@ -15,6 +15,8 @@ from p3b.errors import ModelError
 
 ENTRY_POINT = "p3b_vit"
 _OURS, _THEIRS = "network", "pretrained_cfg"
+_ANY_SIZE = {"Qwen3VitClassifier", "Qwen3VitEncoder", "NaFlexVit"}
+"""Classes whose models take images of any size."""
 _PREPROCESSING = ("input_size", "mean", "std", "interpolation", "crop_pct")
 
 
@@ -46,15 +48,21 @@ def pretrained_cfg(config: Mapping[str, Any]) -> dict[str, Any]:
     """What timm is told of the head and of the images, by its names; plain JSON values."""
     arguments = config["architecture"]["arguments"]
     said = config["preprocessing"] or {}
-    names = config["class_names"]
-    in_encoder = config["architecture"]["class"] == "Qwen3VitClassifier"
+    names, resnet = config["class_names"], arguments.get("resnet")
     has_two_heads = config["architecture"]["class"] == "VisionTransformerDistilled"
     return {
         "input_size": [arguments["in_chans"], *arguments["img_size"]],
         **{key: said[key] for key in _PREPROCESSING if key in said},
-        "fixed_input_size": not arguments.get("dynamic_img_size", True),
+        "fixed_input_size": not arguments.get("dynamic_img_size", config["architecture"]["class"] in _ANY_SIZE),
         "num_classes": arguments["num_classes"],
         **({} if names is None else {"label_names": list(names)}),
-        "first_conv": "encoder.patch_embed.proj" if in_encoder else "patch_embed.proj",
+        "first_conv": _first_convolution(config["architecture"]["class"], resnet),
         "classifier": ["head", "head_dist"] if has_two_heads else "head",
     }
+
+
+def _first_convolution(kind: str, resnet: list[int] | None) -> str:
+    """Name of the layer that reads the image; `resnet` tells of the one in front of a hybrid's patches."""
+    if resnet is not None:
+        return "patch_embed.backbone.stem.conv" if resnet else "patch_embed.backbone.conv"
+    return {"Qwen3VitClassifier": "encoder.patch_embed.proj", "NaFlexVit": "embeds.proj"}.get(kind, "patch_embed.proj")

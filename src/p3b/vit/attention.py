@@ -7,13 +7,19 @@ the plain form holds the attention weights of every layer until its backward pas
 
 from __future__ import annotations
 
+import math
+
 import torch
 from timm.layers import Attention, AttentionRope, use_fused_attn
+from timm.models.beit import Attention as BeitAttention
 from timm.models.eva import EvaAttention
 from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer_relpos import RelPosAttention
 
-from p3b.vit.families import patch_embed_of
+from p3b.vit.families import images_of
 
+KINDS = (Attention, AttentionRope, EvaAttention, BeitAttention, RelPosAttention)
+"""Attentions of timm that have both forms."""
 MOST_TOKENS = 600
 """Longest sequence whose attention weights are held: 577 tokens are 384 pixels in patches of 16."""
 
@@ -28,9 +34,9 @@ def choose_attention(model: VisionTransformer, device: torch.device, dtype: torc
         device: that it will compute on.
         dtype: that products are computed in: that of autocast, or of the weights; None for float32.
     """
-    tokens = patch_embed_of(model).num_patches + model.num_prefix_tokens
+    tokens = math.prod(images_of(model).grid) + getattr(model, "num_prefix_tokens", 0)
     plain = device.type == "cpu" and dtype is torch.bfloat16 and tokens <= MOST_TOKENS
     for module in model.modules():
-        if isinstance(module, (Attention, AttentionRope, EvaAttention)):
+        if isinstance(module, KINDS):
             module.fused_attn = use_fused_attn() and not plain
     return model

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from p3b.errors import ModelError
 from p3b.vit.anatomy.weights import STREAM, Axis
+from p3b.vit.families import CLASSES, images_of
 from p3b.vit.layout import BlockLayout, ModelLayout, alike
 
 Count = TypeVar("Count", int, Tensor)
@@ -102,10 +103,17 @@ def block_macs(block: BlockLayout, kept: Mapping[str, int], tokens: int) -> int:
     """
     kept = {**block.sizes, **kept}
     inner = _size(block.inner, kept)
+    compared = tokens
+    if block.window is not None and block.kind == "attn":
+        compared, tokens = block.window
     if not (inner and _size(block.inputs, kept) and _size(block.outputs, kept)):
         return 0
-    linear = sum(math.prod(_size(axis, kept) for axis in weight.axes) for weight in block.weights if len(weight.axes) == 2)
-    return linear * tokens + (2 * tokens * tokens * inner if block.kind == "attn" else 0)
+    linear = sum(
+        math.prod(_size(axis, kept) for axis in weight.axes) * (tokens if weight.times is None else weight.times)
+        for weight in block.weights
+        if len(weight.axes) == 2
+    )
+    return linear + (2 * tokens * compared * inner if block.kind == "attn" else 0)
 
 
 def other_macs(layout: ModelLayout, stream: int) -> int:
@@ -126,7 +134,8 @@ def other_macs(layout: ModelLayout, stream: int) -> int:
 
 def model_macs(layout: ModelLayout, kept: Mapping[str, Mapping[str, int]], other_macs: int) -> int:
     """MACs of the shrunk model: its blocks (`kept` by block name) and `other_macs` outside them (patch embedding, head)."""
-    return other_macs + sum(block_macs(block, kept[block.name], layout.tokens) for block in layout.blocks)
+    tokens = [layout.prefix_tokens + math.prod(block.grid) for block in layout.blocks]
+    return other_macs + sum(map(block_macs, layout.blocks, (kept[block.name] for block in layout.blocks), tokens))
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -144,8 +153,11 @@ def count_macs(model: nn.Module, img_size: int | tuple[int, int] = 224) -> int:
     height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
     parameters = {key: tensor.detach().to("meta") for key, tensor in model.named_parameters()}
     buffers = {key: tensor.to("meta") for key, tensor in model.named_buffers()}
-    patch_weight = next(tensor for tensor in parameters.values() if tensor.ndim == 4)
-    image = torch.empty(1, patch_weight.shape[1], height, width, device="meta", dtype=patch_weight.dtype)
+    if type(model) in CLASSES.values():
+        channels = images_of(model).channels
+    else:
+        channels = next(tensor.shape[1] for tensor in parameters.values() if tensor.ndim == 4)
+    image = torch.empty(1, channels, height, width, device="meta", dtype=next(iter(parameters.values())).dtype)
     was_training = model.training
     model.eval()
     try:

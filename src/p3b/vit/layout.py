@@ -30,7 +30,7 @@ from p3b.errors import ConfigError, ModelError, unknown_name
 from p3b.vit.anatomy.half import Half
 from p3b.vit.anatomy.weights import STREAM, Axis, Moments, Weight
 from p3b.vit.architecture import BLOCK_ARGUMENTS
-from p3b.vit.families import family_of, patch_embed_of
+from p3b.vit.families import family_of, images_of
 from p3b.vit.families.family import Block, classes_of
 from p3b.vit.wrappers import require_vision_transformer
 
@@ -60,6 +60,9 @@ class BlockLayout:
         any_input_width: left whole, it computes in a narrower stream; else it is made anew for one.
         constant_without_input: it can still add a constant when it reads nothing (some bias feeds on).
         constant_without_inner: it can still add a constant when its inner channels are gone (its output has a bias).
+        stage: number of the stage that it lies in; 0 where all blocks have one residual stream.
+        grid: (H, W) tokens beside the prefix tokens.
+        window: where tokens are compared in windows, the tokens of one and those of all of them; else None.
     """
 
     name: str
@@ -77,6 +80,9 @@ class BlockLayout:
     any_input_width: bool
     constant_without_input: bool
     constant_without_inner: bool
+    stage: int
+    grid: tuple[int, int]
+    window: tuple[int, int] | None
 
     def gate(self, dim: str) -> str:
         """Full name of a dimension's gate, e.g. "blocks.3.attn.head"; that of the stream is the whole model's."""
@@ -132,6 +138,15 @@ class ModelLayout:
         return self.prefix_tokens + self.grid[0] * self.grid[1]
 
     @property
+    def stages(self) -> list[ModelLayout]:
+        """The model stage by stage, each as a model of its blocks alone; the model itself where it is no hierarchy."""
+        numbers = sorted({block.stage for block in self.blocks})
+        if len(numbers) == 1:
+            return [self]
+        parts = [tuple(block for block in self.blocks if block.stage == number) for number in numbers]
+        return [replace(self, blocks=part, width=part[0].sizes[STREAM], grid=part[0].grid, stream=None) for part in parts]
+
+    @property
     def gates(self) -> dict[str, int]:
         """Size of every gate by its full name: block after block, then "stream" where it is prunable."""
         sizes = {block.gate(dim): size for block in self.blocks for dim, size in block.dims.items()}
@@ -166,9 +181,9 @@ def read_layout(model: nn.Module, dims: Collection[str] = DEFAULT_DIMS) -> Model
         blocks=blocks,
         other_params=sum(shapes.values()) - in_blocks,
         width=vit.embed_dim,
-        prefix_tokens=vit.num_prefix_tokens,
+        prefix_tokens=getattr(vit, "num_prefix_tokens", 0),
         has_class_token=getattr(vit, "cls_token", None) is not None,
-        grid=tuple(patch_embed_of(vit).grid_size),
+        grid=images_of(vit).grid,
         num_classes=classes_of(vit),
         stream=_stream_layout(vit) if STREAM in dims else None,
     )
@@ -199,11 +214,11 @@ def require_standard_blocks(vit: nn.Module) -> None:
 
 
 def _block_layouts(vit: nn.Module, dims: Collection[str]) -> tuple[BlockLayout, ...]:
-    blocks = family_of(vit).blocks(vit)
-    return tuple(_branch_layout(depth, block, half, dims) for depth, block in enumerate(blocks) for half in block.halves)
+    blocks, grid = family_of(vit).blocks(vit), images_of(vit).grid
+    return tuple(_branch_layout(depth, block, half, dims, grid) for depth, block in enumerate(blocks) for half in block.halves)
 
 
-def _branch_layout(depth: int, block: Block, half: Half, dims: Collection[str]) -> BlockLayout:
+def _branch_layout(depth: int, block: Block, half: Half, dims: Collection[str], grid: tuple[int, int]) -> BlockLayout:
     """One of a block's residual branches."""
     body, module = half.body, block.module.get_submodule(half.name)
     for dim, reason in body.dims_refused(module).items():
@@ -233,6 +248,9 @@ def _branch_layout(depth: int, block: Block, half: Half, dims: Collection[str]) 
         any_input_width=body.any_input_width,
         constant_without_input=without_input,
         constant_without_inner=without_inner,
+        stage=block.stage,
+        grid=grid if block.grid is None else block.grid,
+        window=block.window,
     )
 
 
@@ -281,5 +299,5 @@ def _stream_layout(vit: nn.Module) -> StreamLayout:
         weights=tuple(along),
         outside=outside.weights,
         norms=(*outside.norms, *norms),
-        patches=math.prod(patch_embed_of(vit).grid_size),
+        patches=math.prod(images_of(vit).grid),
     )

@@ -8,7 +8,9 @@ file does without postponed annotations, which TorchScript cannot read, and why 
 from collections.abc import Sequence
 
 import torch
-from timm.layers import AttentionRope, drop_path
+from timm.layers import Attention, AttentionRope, drop_path
+from timm.models.beit import RelativePositionBias
+from timm.models.swin_transformer import WindowAttention
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -135,6 +137,74 @@ class PairsAttention(AttentionRope):
         return super().forward(x, rope, attn_mask, is_causal)
 
 
+class BiasedAttention(Attention):
+    """timm's Attention with relative positions, for those of timm's attentions that know no heads of another width.
+
+    Args:
+        like: timm's RelPosAttention or BEiT's attention, whose narrowed layers it takes over; its `rel_pos` gives the biases,
+            (heads, N, N) or one more axis, or is None where the model gives the same ones to all blocks, or none.
+        heads: attention heads.
+        width: channels of a head.
+    """
+
+    def __init__(self, like: nn.Module, heads: int, width: int) -> None:
+        super().__init__(1, heads, attn_head_dim=width, device=torch.device("meta"))
+        for name in ("qkv", "q_norm", "k_norm", "attn_drop", "proj", "proj_drop"):
+            setattr(self, name, getattr(like, name, nn.Identity()))
+        self.rel_pos = like.rel_pos
+        self.fused_attn = like.fused_attn
+
+    def forward(self, x: Tensor, shared_rel_pos: Tensor | None = None, shared_rel_pos_bias: Tensor | None = None) -> Tensor:
+        shared = shared_rel_pos if shared_rel_pos_bias is None else shared_rel_pos_bias
+        if self.rel_pos is None:
+            return super().forward(x, shared)
+        own = self.rel_pos() if isinstance(self.rel_pos, RelativePositionBias) else self.rel_pos.get_bias()
+        return super().forward(x, own if shared is None else own + shared)
+
+    def set_window_size(self, window_size: tuple[int, int]) -> None:
+        """As timm's attention of BEiT: the biases are resized."""
+        if self.rel_pos is not None:
+            self.rel_pos.set_window_size(window_size)
+
+
+class PaddedReadChannels(ReadChannels):
+    """A norm that gives the channels that are read, and zeros after them: (..., D) -> (..., between)."""
+
+    def __init__(
+        self, inputs: Sequence[int], width: int, norm: nn.Module, example: Tensor, centred: bool, between: int
+    ) -> None:
+        super().__init__(inputs, width, norm, example, centred)
+        self.more = between - len(inputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.pad(super().forward(x), (0, self.more))
+
+
+class PaddedWindowAttention(WindowAttention):
+    """timm's attention in windows that reads the first channels of what it is given, and gives as many, zeros at the end.
+
+    `like` is timm's own, whose narrowed layers it takes over.
+    """
+
+    def __init__(self, like: WindowAttention) -> None:
+        super().__init__(1, like.num_heads, window_size=like.window_size, head_dim=1, device=torch.device("meta"))
+        for name in ("qkv", "proj", "attn_drop", "proj_drop", "relative_position_bias_table", "relative_position_index"):
+            setattr(self, name, getattr(like, name))
+        self.dim, self.scale, self.fused_attn = like.dim, like.scale, like.fused_attn
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        given = x.shape[-1]
+        x = super().forward(x[..., : self.qkv.in_features], mask)
+        return F.pad(x, (0, given - self.proj.out_features))
+
+
+class PaddedDropAndWrite(DropAndWrite):
+    """`DropAndWrite` of the first channels of what it is given."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x[..., : len(self.index)])
+
+
 class ConstantBranch(nn.Module):
     """A block that can only add a constant: `value` (len(outputs),) on some channels, whatever it is given."""
 
@@ -143,27 +213,62 @@ class ConstantBranch(nn.Module):
         self.width = width
         self.value = nn.Parameter(torch.empty(len(outputs), device=device, dtype=dtype))
         self.register_buffer("index", torch.tensor(outputs, device=_index_device(self.value)), persistent=False)
+        self.fills = False
+        """Whether it gives the constant for each token, as the branch did, and not once for all."""
 
     def forward(
-        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, rope: Tensor | None = None
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        rope: Tensor | None = None,
+        shared_rel_pos: Tensor | None = None,
+        shared_rel_pos_bias: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> Tensor:
-        return self.value.new_zeros([self.width]).index_copy(0, self.index, self.value).to(x.dtype)
+        value = self.value.new_zeros([self.width]).index_copy(0, self.index, self.value).to(x.dtype)
+        return value.expand(x.shape) if self.fills else value
+
+    def set_window_size(self, window_size: tuple[int, int]) -> None:
+        """What timm tells its attentions at another image size: a constant has no windows."""
 
 
 class NoBranch(nn.Module):
     """A block that adds nothing."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.fills = False
+        """Whether it gives a zero for each channel of each token, as the branch did, and not one for all."""
+
     def forward(
-        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, rope: Tensor | None = None
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        rope: Tensor | None = None,
+        shared_rel_pos: Tensor | None = None,
+        shared_rel_pos_bias: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> Tensor:
-        return x.new_zeros([])
+        return torch.zeros_like(x) if self.fills else x.new_zeros([])
+
+    def set_window_size(self, window_size: tuple[int, int]) -> None:
+        """What timm tells its attentions at another image size: nothing has no windows."""
 
 
 class NoBlock(nn.Identity):
     """A timm block both halves of which add nothing; it takes what a block takes."""
 
     def forward(
-        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, rope: Tensor | None = None
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        rope: Tensor | None = None,
+        shared_rel_pos: Tensor | None = None,
+        shared_rel_pos_bias: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> Tensor:
         return x
 

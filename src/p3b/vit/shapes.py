@@ -68,7 +68,7 @@ def shapes_from_plain(
 
 
 def _shape_from_plain(entry: object, branch: BranchOutline, width: int, *, tells_heads: bool) -> BranchShape:
-    name = branch.name
+    name, width = branch.name, width if branch.width is None else branch.width
     known = {field.name for field in fields(BranchShape)} - {"pairs"} - (set() if tells_heads else {"heads"})
     known |= {"pairs"} if branch.pairs and isinstance(entry, dict) and entry.get("form") == SMALL else set()
     if not isinstance(entry, dict) or entry.keys() != known or entry["name"] != name:

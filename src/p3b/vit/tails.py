@@ -14,7 +14,6 @@ from typing import cast
 
 import torch
 from timm.models.deit import VisionTransformerDistilled
-from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -30,11 +29,16 @@ class MiddleClassifiers:
     Args:
         model: whose blocks are listened to; it is not changed until `install`.
         after: numbers of the blocks, counted from 1: a network that is cut there keeps so many.
+
+    Raises:
+        ModelError: the model's blocks do not lie in one row.
     """
 
     def __init__(self, model: VisionTransformer, after: Sequence[int]) -> None:
-        if not isinstance(model, (VisionTransformer, Eva)):
-            raise ModelError(f"Classifiers behind blocks in the middle are not covered for a {type(model).__name__}.")
+        if after and not hasattr(model, "blocks"):
+            raise ModelError(
+                f"Classifiers behind blocks in the middle are not covered for {type(model).__name__}; leave them out."
+            )
         self.tails = nn.ModuleDict({str(number): _tail_of(model) for number in after})
         self._features_SND: dict[str, Tensor] = {}
         self._handles: list[RemovableHandle] = [

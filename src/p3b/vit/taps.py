@@ -1,9 +1,12 @@
 """Taps: the residual stream before and after each block, as it flows by in an ordinary forward pass.
 
-Section 2 of the method: x_b = x_{b-1} + f_b(x_{b-1}) for b = 1..B; x_0 enters the first block.
+Section 2 of the method: x_b = x_{b-1} + f_b(x_{b-1}) for b = 1..B; x_0 enters the first block. In a hierarchy each stage has
+a stream of its own, from what enters its first block to what its last one gives.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -11,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from p3b.errors import TrainingError
-from p3b.vit.families import family_of, patch_embed_of
+from p3b.vit.families import family_of
 
 
 class Taps:
@@ -23,7 +26,7 @@ class Taps:
 
     def __init__(self) -> None:
         self._stream_SND: list[Tensor] = []
-        self._blocks = 0
+        self._blocks, self._stages = 0, 1
         self._open = False
         """Between the first block of a forward pass and `take`: what gradient checkpointing computes again is no new pass."""
         self.grid: tuple[int, int] | None = None
@@ -34,15 +37,19 @@ class Taps:
 
     def attach(self, model: VisionTransformer) -> None:
         """Begin to record."""
-        blocks = family_of(model).blocks(model)
+        family = family_of(model)
+        blocks = family.blocks(model)
         self._blocks = sum(len(block.halves) for block in blocks)
-        self._handles.append(patch_embed_of(model).register_forward_hook(self._record_grid))
+        self._stages = len({block.stage for block in blocks})
+        self._handles.append(family.patch_embed(model).register_forward_hook(self._record_grid))
         for block in blocks:
             self._handles.append(block.module.register_forward_pre_hook(self._record_input))
             for half in block.halves[1:]:
                 self._handles.append(half.entry(block.module).register_forward_pre_hook(self._record_input))
         self._handles.append(blocks[0].module.register_forward_pre_hook(self._start, prepend=True))
-        self._handles.append(blocks[-1].module.register_forward_hook(self._record_output))
+        for block, following in zip(blocks, [*blocks[1:], None], strict=True):
+            if following is None or following.stage != block.stage:
+                self._handles.append(block.module.register_forward_hook(self._record_output))
 
     def detach(self) -> None:
         """Stop recording and let go of what was recorded."""
@@ -52,13 +59,15 @@ class Taps:
         self._stream_SND.clear()
 
     def take(self) -> list[Tensor]:
-        """The B + 1 features (S, N, D) of the last pass; they are handed over once. Empty where no pass was recorded.
+        """The features (S, N, D) of the last pass, one more than blocks in each stage; they are handed over once.
+
+        Empty where no pass was recorded.
 
         Raises:
             TrainingError: what was recorded is no single whole pass.
         """
         stream, self._stream_SND, self._open = self._stream_SND, [], False
-        if stream and len(stream) != self._blocks + 1:
+        if stream and len(stream) != self._blocks + self._stages:
             raise TrainingError(
                 f"{len(stream)} features were recorded of {self._blocks} blocks: the last forward pass did not go through all "
                 "of them once, one after the other. Where DataParallel or a loop of your own runs them, call model(images) "
@@ -70,16 +79,25 @@ class Taps:
         self._stream_SND.clear()
         self._open = True
 
-    def _record_grid(self, _embed: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        self.grid = (output.shape[1], output.shape[2]) if output.ndim == 4 else None
+    def _record_grid(self, _embed: nn.Module, _inputs: tuple[Tensor, ...], output: Any) -> None:
+        if isinstance(output, tuple):  # with its grid beside it
+            rows, columns = output[1]
+            self.grid = (int(rows), int(columns))
+        else:
+            self.grid = (output.shape[1], output.shape[2]) if output.ndim == 4 else None
 
     def _record_input(self, _module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         if self._records():
-            self._stream_SND.append(inputs[0].detach())
+            self._stream_SND.append(_as_tokens(inputs[0].detach()))
 
     def _record_output(self, _block: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
         if self._records():
-            self._stream_SND.append(output.detach())
+            self._stream_SND.append(_as_tokens(output.detach()))
 
     def _records(self) -> bool:
         return self._open and self.recording and torch.is_grad_enabled()
+
+
+def _as_tokens(x: Tensor) -> Tensor:
+    """(S, N, D), also of features that lie in a map (S, H, W, D)."""
+    return x.flatten(1, 2) if x.ndim == 4 else x

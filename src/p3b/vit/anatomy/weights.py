@@ -29,12 +29,14 @@ class Weight:
         axes: factors of each axis.
         gated: which gates multiply it, each along one axis: (axis, dimension).
         user: name of the module in whose forward pass it is read; None where that is the module that holds it.
+        times: vectors of an image that a matrix is multiplied with; None where these are its tokens.
     """
 
     key: str
     axes: tuple[Axis, ...]
     gated: tuple[tuple[int, str], ...] = ()
     user: str | None = None
+    times: int | None = None
 
     def factors(self, axis: int, dim: str) -> Axis:
         """Factors of an axis as a gate on it sees them: the stream's gate looks through the "in" or "out" of a block."""

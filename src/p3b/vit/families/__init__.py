@@ -1,8 +1,12 @@
 """The families of models that can be pruned: a file for each.
 
 vision_transformer  timm's VisionTransformer and DeiT's distilled kind
-    eva                 timm's Eva: EVA, DINOv3, Perception Encoder, RoPE-ViT
-    qwen3               timm's Qwen3VitClassifier
+eva                 timm's Eva: EVA, DINOv3, Perception Encoder, RoPE-ViT
+beit                timm's Beit
+qwen3               timm's Qwen3VitClassifier and Qwen3VitEncoder
+relative_positions  timm's VisionTransformerRelPos
+naflex              timm's NaFlexVit
+swin                timm's SwinTransformer, a hierarchy
 """
 
 from __future__ import annotations
@@ -11,12 +15,16 @@ from typing import Any
 
 from torch import nn
 
+from p3b.vit.families.beit import BEIT
 from p3b.vit.families.eva import EVA
-from p3b.vit.families.family import Family
-from p3b.vit.families.qwen3 import QWEN3
+from p3b.vit.families.family import Family, Images
+from p3b.vit.families.naflex import NAFLEX
+from p3b.vit.families.qwen3 import QWEN3, QWEN3_TOWER
+from p3b.vit.families.relative_positions import RELATIVE_POSITIONS
+from p3b.vit.families.swin import SWIN
 from p3b.vit.families.vision_transformer import VISION_TRANSFORMER
 
-FAMILIES: tuple[Family, ...] = (VISION_TRANSFORMER, EVA, QWEN3)
+FAMILIES: tuple[Family, ...] = (VISION_TRANSFORMER, EVA, BEIT, RELATIVE_POSITIONS, QWEN3, QWEN3_TOWER, NAFLEX, SWIN)
 CLASSES: dict[str, type[nn.Module]] = {name: kind for family in FAMILIES for name, kind in family.classes.items()}
 """All classes that are covered, by name. A subclass may compute something else, and is not."""
 
@@ -32,5 +40,10 @@ def family_of_class(kind: type[nn.Module]) -> Family:
 
 
 def patch_embed_of(model: nn.Module) -> Any:
-    """What makes patches of a model's images, timm's PatchEmbed: it knows the size of images, of patches and of the grid."""
+    """The module that makes patches of a model's images (`Family.patch_embed`)."""
     return family_of(model).patch_embed(model)
+
+
+def images_of(model: nn.Module) -> Images:
+    """The images that a model is made for."""
+    return family_of(model).images(model)

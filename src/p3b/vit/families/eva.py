@@ -33,6 +33,7 @@ from p3b.vit.families.family import (
     SIZE,
     Block,
     BranchOutline,
+    Images,
     Outside,
     Rule,
     classes_of,
@@ -41,8 +42,9 @@ from p3b.vit.families.family import (
     one_of,
     ratio_of,
 )
+from p3b.vit.families.stems import images_of_stem, require_patch_embed
 from p3b.vit.families.stream import read_outside
-from p3b.vit.families.vision_transformer import describable_norm, require_describable, require_patch_embed
+from p3b.vit.families.vision_transformer import describable_norm, require_describable
 
 ROPES: Mapping[str, type[nn.Module]] = {
     "cat": RotaryEmbeddingCat,
@@ -103,6 +105,9 @@ class EvaFamily:
 
     def blocks(self, model: Eva) -> Sequence[Block]:
         return eva_blocks(model, "blocks", by_head=model.rope_mixed)
+
+    def images(self, model: Eva) -> Images:
+        return images_of_stem(model.patch_embed)
 
     def require_covered(self, model: Eva, purpose: str) -> None:
         require_patch_embed(model.patch_embed)

@@ -30,12 +30,18 @@ class Block:
         module: timm's block, or what is left of it in a small model.
         halves: its residual branches in order, as a dense block has them.
         width: channels of the residual stream at this block.
+        stage: number of the stage that it lies in; 0 where all blocks have one residual stream.
+        grid: (H, W) tokens there beside the prefix tokens; None where it is that of the patches.
+        window: where tokens are compared in windows, the tokens of one and those of all of them, padding included.
     """
 
     name: str
     module: nn.Module
     halves: tuple[Half, ...]
     width: int
+    stage: int = 0
+    grid: tuple[int, int] | None = None
+    window: tuple[int, int] | None = None
 
     def branch(self, half: Half) -> str:
         """Name of a branch: "blocks.3.attn"."""
@@ -50,11 +56,13 @@ class BranchOutline:
         name: "blocks.3.attn".
         heads: attention heads, of its keys where queries have more; 0 for an MLP.
         pairs: pairs that positions turn a head's channels in; 0 where they do not.
+        width: channels of the dense model's residual stream there; None where it is that of the whole model.
     """
 
     name: str
     heads: int
     pairs: int = 0
+    width: int | None = None
 
 
 @dataclass(frozen=True)
@@ -68,6 +76,28 @@ class Outside:
 
     weights: tuple[Weight, ...]
     norms: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Images:
+    """The images that a model is made for.
+
+    Attributes:
+        channels: of an image.
+        size: (height, width) in pixels.
+        patch: (height, width) of a patch in pixels.
+        grid: (H, W) patches, as they enter the first block.
+    """
+
+    channels: int
+    size: tuple[int, int]
+    patch: tuple[int, int]
+    grid: tuple[int, int]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(channels, height, width)"""
+        return self.channels, *self.size
 
 
 class Family(Protocol):
@@ -88,11 +118,15 @@ class Family(Protocol):
     @property
     def more_rules(self) -> Mapping[str, tuple[Rule, Any]]: ...
 
-    def patch_embed(self, model: nn.Module) -> nn.Module:
-        """What makes patches of images: it knows the size of both."""
-
     def blocks(self, model: nn.Module) -> Sequence[Block]:
         """All blocks of a dense or small model, in the order in which they compute."""
+
+    def patch_embed(self, model: nn.Module) -> nn.Module:
+        """The module that makes patches of images; what it gives has the grid of the patches for its axes 1 and 2 where the
+        model takes images of any size."""
+
+    def images(self, model: nn.Module) -> Images:
+        """The images that it is made for."""
 
     def require_covered(self, model: nn.Module, purpose: str) -> None:
         """Raise a ModelError for what is not covered outside of the blocks."""
@@ -125,7 +159,8 @@ class Family(Protocol):
 
 def classes_of(model: nn.Module) -> int:
     """Outputs of the head as it is: a head that was replaced by another layer leaves `num_classes` behind."""
-    return model.head.out_features if isinstance(model.head, nn.Linear) else model.num_classes
+    head = getattr(model, "head", None)
+    return head.out_features if isinstance(head, nn.Linear) else model.num_classes
 
 
 def ratio_of(layer: nn.Module, width: int, of: str = "out_features") -> float:

@@ -1,20 +1,25 @@
-"""timm's Qwen3VitClassifier: the vision tower of Qwen3-VL and Qwen3.5 under a classifier; blocks of Eva with rotary positions.
+"""timm's Qwen3VitEncoder, the image tower of Qwen3-VL, and Qwen3VitClassifier, which puts a head on it.
 
-The tower lies in `encoder`, and so do its blocks. Its projector (`encoder.merger`) stays whole.
+Blocks are pre-norm, with rotary positions. The classifier has the tower inside, as `encoder`. Where the projector for the
+language model (`merger`) is kept, it stays whole, and the residual stream, which it reads, cannot be pruned.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, cast
 
-from timm.layers import RotaryEmbeddingCat, get_act_layer
-from timm.models.qwen3_vit import Qwen3VitClassifier
+from timm.layers import get_act_layer
+from timm.models.eva import EvaBlock
+from timm.models.qwen3_vit import Qwen3VitClassifier, Qwen3VitEncoder
 from torch import nn
 
 from p3b.errors import ModelError
+from p3b.vit.anatomy.attention import RotaryAttention
+from p3b.vit.anatomy.half import GammaPreNorm
+from p3b.vit.anatomy.mlp import PlainMlp
 from p3b.vit.families.activations import ACTIVATIONS, activation_name
-from p3b.vit.families.eva import eva_blocks, require_eva_blocks
 from p3b.vit.families.family import (
     CLASSES,
     COUNT,
@@ -25,78 +30,104 @@ from p3b.vit.families.family import (
     SIZE,
     Block,
     BranchOutline,
+    Images,
     Outside,
     Rule,
     classes_of,
     one_of,
     ratio_of,
 )
-from p3b.vit.families.vision_transformer import require_patch_embed
+from p3b.vit.families.stems import images_of_stem, require_patch_embed
+from p3b.vit.families.stream import read_outside
+
+HALVES = (
+    GammaPreNorm("attn", RotaryAttention(), norm="norm1", gamma="gamma_1", drop_path="drop_path1"),
+    GammaPreNorm("mlp", PlainMlp(), norm="norm2", gamma="gamma_2", drop_path="drop_path2"),
+)
 
 
+_TOWER: Mapping[str, Rule] = {
+    **dict.fromkeys(("img_size", "patch_size"), PAIR),
+    **dict.fromkeys(("in_chans", "embed_dim", "num_heads", "merge_size", "pos_embed_grid_size"), SIZE),
+    "num_classes": CLASSES,
+    "out_features": COUNT,
+    "depth": DEPTH,
+    **dict.fromkeys(("mlp_ratio", "norm_eps", "rope_temperature"), NUMBER),
+    "act_layer": one_of(ACTIVATIONS),
+}
+
+
+@dataclass(frozen=True)
 class Qwen3Family:
-    """`p3b.vit.families.family.Family`"""
+    """`p3b.vit.families.family.Family`
 
-    classes: Mapping[str, type[nn.Module]] = {"Qwen3VitClassifier": Qwen3VitClassifier}
-    rules: Mapping[str, Rule] = {
-        **dict.fromkeys(("img_size", "patch_size"), PAIR),
-        **dict.fromkeys(("in_chans", "embed_dim", "num_heads", "merge_size", "pos_embed_grid_size"), SIZE),
-        "num_classes": CLASSES,
-        "out_features": COUNT,
-        "depth": DEPTH,
-        **dict.fromkeys(("mlp_ratio", "norm_eps", "rope_temperature"), NUMBER),
-        "final_norm": FLAG,
-        "global_pool": one_of(("", "avg"), "a pooling of timm"),
-        "encoder_pool": one_of(("", "merge"), "merge or nothing"),
-        "act_layer": one_of(ACTIVATIONS),
-    }
-    more_rules: Mapping[str, tuple[Rule, Any]] = {}
+    Attributes:
+        prefix: what the names of the tower's parts begin with: "encoder.", or nothing where the model is the tower.
+    """
 
-    def patch_embed(self, model: Qwen3VitClassifier) -> nn.Module:
-        return model.encoder.patch_embed
+    classes: Mapping[str, type[nn.Module]]
+    rules: Mapping[str, Rule]
+    prefix: str
+    more_rules: Mapping[str, tuple[Rule, Any]] = field(default_factory=dict)
 
-    def blocks(self, model: Qwen3VitClassifier) -> Sequence[Block]:
-        return eva_blocks(model.encoder, "encoder.blocks", by_head=False)
+    def tower(self, model: nn.Module) -> Qwen3VitEncoder:
+        """The tower itself."""
+        return cast("Qwen3VitEncoder", model.get_submodule(self.prefix.rstrip(".")))
 
-    def require_covered(self, model: Qwen3VitClassifier, purpose: str) -> None:
-        require_patch_embed(self.patch_embed(model), "encoder.patch_embed")
-        if type(model.encoder.rope) is not RotaryEmbeddingCat:
-            raise ModelError(f"encoder.rope: {type(model.encoder.rope).__name__} is not covered, only RotaryEmbeddingCat is.")
+    def blocks(self, model: nn.Module) -> Sequence[Block]:
+        blocks = enumerate(self.tower(model).blocks)
+        return [Block(f"{self.prefix}blocks.{depth}", block, HALVES, model.embed_dim) for depth, block in blocks]
 
-    def require_blocks_covered(self, model: Qwen3VitClassifier) -> None:
-        require_eva_blocks(model.encoder, "encoder.blocks")
+    def patch_embed(self, model: nn.Module) -> nn.Module:
+        return self.tower(model).patch_embed
 
-    def outside(self, model: Qwen3VitClassifier) -> Outside:
-        raise ModelError(
-            "encoder: the residual stream of a Qwen3VitClassifier cannot be pruned, only its blocks can. Choose a method that "
-            "leaves the stream whole."
-        )
+    def images(self, model: nn.Module) -> Images:
+        return images_of_stem(self.tower(model).patch_embed)
 
-    def describe_outside(self, model: Qwen3VitClassifier) -> dict[str, Any]:
-        encoder, rope = model.encoder, model.encoder.rope
-        return {
-            "img_size": list(encoder.patch_embed.img_size),
-            "patch_size": list(encoder.patch_embed.patch_size),
-            "in_chans": encoder.patch_embed.proj.in_channels,
-            "num_classes": classes_of(model),
+    def require_covered(self, model: nn.Module, purpose: str) -> None:
+        require_patch_embed(self.tower(model).patch_embed, f"{self.prefix}patch_embed")
+
+    def require_blocks_covered(self, model: nn.Module) -> None:
+        for block in self.blocks(model):
+            if type(block.module) is not EvaBlock:
+                raise ModelError(f"{block.name}: {type(block.module).__name__} is not covered; only timm's EvaBlock is.")
+
+    def outside(self, model: nn.Module) -> Outside:
+        norms, heads = (("norm",), ("head",)) if self.prefix else ((), ())
+        return read_outside(model, tokens=(f"{self.prefix}pos_embed",), norms=norms, heads=heads, encoder=self.prefix)
+
+    def describe_outside(self, model: nn.Module) -> dict[str, Any]:
+        tower = self.tower(model)
+        described = {
+            "img_size": list(tower.patch_embed.img_size),
+            "patch_size": list(tower.patch_embed.patch_size),
+            "in_chans": tower.patch_embed.proj.in_channels,
+            "num_classes": 0,
             "global_pool": model.global_pool,
-            "encoder_pool": "" if encoder.merger is None else "merge",
-            "out_features": encoder.out_features,
+            "out_features": tower.out_features,
+            "merge_size": tower.merge_size,
             "embed_dim": model.embed_dim,
-            "depth": len(encoder.blocks),
-            "merge_size": encoder.merge_size,
-            "pos_embed_grid_size": encoder.pos_embed_grid_size,
-            "rope_temperature": rope.temperature,
-            "final_norm": not isinstance(model.norm, nn.Identity),
+            "depth": len(tower.blocks),
+            "pos_embed_grid_size": tower.pos_embed_grid_size,
+            "rope_temperature": tower.rope.temperature,
+        }
+        if not self.prefix:
+            return described
+        final_norm = not isinstance(model.norm, nn.Identity)
+        return described | {
+            "num_classes": classes_of(model),
+            "encoder_pool": model.encoder_pool,
+            "final_norm": final_norm,
         }
 
-    def describe_blocks(self, model: Qwen3VitClassifier) -> dict[str, Any]:
-        block = model.encoder.blocks[0]
+    def describe_blocks(self, model: nn.Module) -> dict[str, Any]:
+        block: EvaBlock = self.tower(model).blocks[0]
         return {
             "num_heads": block.attn.num_heads,
-            "mlp_ratio": ratio_of(block.mlp.fc2, model.embed_dim, of="in_features"),
-            "norm_eps": block.norm1.eps,
+            "mlp_ratio": ratio_of(block.mlp.fc1, model.embed_dim),
             "act_layer": activation_name(block.mlp.act),
+            "norm_eps": block.norm1.eps,
+            "embed_dim": model.embed_dim,
         }
 
     def check_arguments(self, arguments: Mapping[str, Any]) -> None:
@@ -106,15 +137,34 @@ class Qwen3Family:
 
     def branches(self, arguments: Mapping[str, Any]) -> list[BranchOutline]:
         heads = arguments["num_heads"]
-        attn, mlp = (heads, arguments["embed_dim"] // heads // 2), (0, 0)
-        halves = {"attn": attn, "mlp": mlp}
+        pairs = arguments["embed_dim"] // heads // 2
         return [
-            BranchOutline(f"encoder.blocks.{i}.{half}", *of) for i in range(arguments["depth"]) for half, of in halves.items()
+            branch
+            for index in range(arguments["depth"])
+            for branch in (
+                BranchOutline(f"{self.prefix}blocks.{index}.attn", heads, pairs),
+                BranchOutline(f"{self.prefix}blocks.{index}.mlp", 0),
+            )
         ]
 
     def build(self, kind: type[nn.Module], arguments: Mapping[str, Any], *, values: bool) -> nn.Module:
         given = {key: tuple(value) if isinstance(value, list) else value for key, value in arguments.items()}
-        return kind(**{**given, "act_layer": get_act_layer(given["act_layer"])})
+        given["act_layer"] = get_act_layer(given["act_layer"])
+        if not self.prefix:
+            del given["num_classes"]
+        return kind(**given)
 
 
-QWEN3 = Qwen3Family()
+QWEN3 = Qwen3Family(
+    {"Qwen3VitClassifier": Qwen3VitClassifier},
+    {
+        **_TOWER,
+        "final_norm": FLAG,
+        "global_pool": one_of(("", "avg"), "avg or nothing"),
+        "encoder_pool": one_of(("", "merge"), "merge or nothing"),
+    },
+    "encoder.",
+)
+QWEN3_TOWER = Qwen3Family(
+    {"Qwen3VitEncoder": Qwen3VitEncoder}, {**_TOWER, "global_pool": one_of(("", "avg", "merge"), "avg, merge or nothing")}, ""
+)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 
@@ -15,7 +15,14 @@ _REFUSED = "is not covered where the residual stream itself is pruned; prune thi
 
 
 def read_outside(
-    model: nn.Module, *, tokens: Sequence[str], norms: Sequence[str], heads: Sequence[str], others: Sequence[str] = ()
+    model: nn.Module,
+    *,
+    tokens: Sequence[str],
+    norms: Sequence[str],
+    heads: Sequence[str],
+    others: Sequence[str] = (),
+    encoder: str = "",
+    writers: Mapping[str, int] | None = None,
 ) -> Outside:
     """What reads and writes the stream outside of the blocks, in a model built like timm's VisionTransformer.
 
@@ -25,11 +32,14 @@ def read_outside(
         norms: names of norms over the stream.
         heads: names of linear layers that read it.
         others: names of parameters that it does not lie along.
+        encoder: what the names of its blocks and of its patch embedding begin with, where these lie deeper: "encoder.".
+        writers: parameters of the patch embedding, and the axis that the stream lies along; by default those of
+            `patch_embed.proj`.
 
     Raises:
         ModelError: something reads or writes the stream in another way.
     """
-    if model.attn_pool is not None:
+    if getattr(model, "attn_pool", None) is not None:
         raise ModelError(f"attn_pool: attention pooling {_REFUSED} pooling (global_pool=avg).")
     parts = {name: model.get_submodule(name) for name in norms}
     parts |= {name: getattr(model, name) for name in heads if hasattr(model, name)}
@@ -37,14 +47,16 @@ def read_outside(
         fits = (name in norms and is_norm(part)) or (name in heads and isinstance(part, nn.Linear))
         if not isinstance(part, nn.Identity) and not fits:
             raise ModelError(f"{name}: {type(part).__name__} {_REFUSED} {name}.")
-    writers = {"patch_embed.proj.weight": 0, "patch_embed.proj.bias": 0, **dict.fromkeys(tokens, 2)}
+    projection = f"{encoder}patch_embed.proj"
+    embedding = {f"{projection}.weight": 0, f"{projection}.bias": 0} if writers is None else writers
+    writers = {**embedding, **dict.fromkeys(tokens, 2)}
     there = [name for name in norms if not isinstance(parts[name], nn.Identity)]
     readers = {f"{name}.weight": 1 for name in heads}
     readers |= {f"{name}.{key}": 0 for name in there for key, _ in parts[name].named_parameters()}
     places = {**writers, **readers}
     weights: list[Weight] = []
     for key, parameter in model.named_parameters():
-        if key.startswith("blocks."):
+        if key.startswith(f"{encoder}blocks."):
             continue
         if key not in places and key not in [*others, *(f"{name}.bias" for name in heads)]:
             raise ModelError(f"{key}: this parameter {_REFUSED} model.")

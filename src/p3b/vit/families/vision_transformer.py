@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from timm.layers import GluMlp, LayerScale, Mlp, PatchEmbed, SwiGLU, SwiGLUPacked
+from timm.layers import GluMlp, HybridEmbed, LayerScale, Mlp, SwiGLU, SwiGLUPacked
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block as TimmBlock
 from timm.models.vision_transformer import VisionTransformer
@@ -29,12 +29,14 @@ from p3b.vit.families.family import (
     SIZE,
     Block,
     BranchOutline,
+    Images,
     Outside,
     Rule,
     classes_of,
     one_of,
     ratio_of,
 )
+from p3b.vit.families.stems import RESNET, describe_resnet, embed_arguments, images_of_stem, require_patch_embed
 from p3b.vit.families.stream import read_outside
 
 MLP_LAYERS = ("Mlp", "GluMlp", "SwiGLUPacked", "SwiGLU")
@@ -72,6 +74,7 @@ class VisionTransformerFamily:
         **dict.fromkeys(("qk_norm", "scale_attn_norm", "scale_mlp_norm"), (FLAG, False)),
         "mlp_layer": (one_of(MLP_LAYERS), "Mlp"),
         "embed_norm": (FLAG, False),
+        "resnet": (RESNET, None),
     }
 
     def patch_embed(self, model: VisionTransformer) -> nn.Module:
@@ -85,8 +88,11 @@ class VisionTransformerFamily:
             for depth, block in enumerate(model.blocks)
         ]
 
+    def images(self, model: VisionTransformer) -> Images:
+        return images_of_stem(model.patch_embed)
+
     def require_covered(self, model: VisionTransformer, purpose: str) -> None:
-        require_patch_embed(model.patch_embed)
+        require_patch_embed(model.patch_embed, hybrid=True)
 
     def require_blocks_covered(self, model: VisionTransformer) -> None:
         for depth, block in enumerate(model.blocks):
@@ -100,18 +106,19 @@ class VisionTransformerFamily:
         return read_outside(
             model,
             tokens=("cls_token", "reg_token", "dist_token", "pos_embed"),
-            norms=("patch_embed.norm", "norm_pre", "norm", "fc_norm"),
+            norms=_norms(model),
             heads=("head", "head_dist"),
+            others=[key for key, _ in model.named_parameters() if key.startswith("patch_embed.backbone.")],
         )
 
     def describe_outside(self, model: VisionTransformer) -> dict[str, Any]:
-        patch, conv = model.patch_embed, model.patch_embed.proj
-        require_describable(model, ("patch_embed.norm", "norm_pre", "norm", "fc_norm"))
+        patch = model.patch_embed
+        require_describable(model, _norms(model))
         final_norm = model.norm if not isinstance(model.norm, nn.Identity) else model.fc_norm
         return {
             "img_size": list(patch.img_size),
             "patch_size": list(patch.patch_size),
-            "in_chans": conv.in_channels,
+            "in_chans": images_of_stem(patch).channels,
             "num_classes": classes_of(model),
             "global_pool": model.global_pool,
             "embed_dim": model.embed_dim,
@@ -125,7 +132,8 @@ class VisionTransformerFamily:
             "fc_norm": not isinstance(model.fc_norm, nn.Identity),
             "pool_include_prefix": model.pool_include_prefix,
             "dynamic_img_size": model.dynamic_img_size,
-            "embed_norm": not isinstance(patch.norm, nn.Identity),
+            "embed_norm": not isinstance(getattr(patch, "norm", nn.Identity()), nn.Identity),
+            "resnet": describe_resnet(patch),
         }
 
     def describe_blocks(self, model: VisionTransformer) -> dict[str, Any]:
@@ -158,22 +166,21 @@ class VisionTransformerFamily:
         given = dict(arguments)
         norm = partial(NORMS[given.pop("norm_layer")], eps=given.pop("norm_eps"))
         given["mlp_layer"] = {"Mlp": Mlp, "GluMlp": GluMlp, "SwiGLUPacked": SwiGLUPacked, "SwiGLU": SwiGLU}[given["mlp_layer"]]
+        given |= embed_arguments(given.pop("resnet"), given["in_chans"])
         given["embed_norm_layer"] = norm if given.pop("embed_norm") else None
         return kind(**given, norm_layer=norm, **({} if values else {"weight_init": "skip"}))
+
+
+def _norms(model: VisionTransformer) -> tuple[str, ...]:
+    """Names of the norms over the stream outside of the blocks."""
+    names = ("norm_pre", "norm", "fc_norm")
+    return names if isinstance(model.patch_embed, HybridEmbed) else ("patch_embed.norm", *names)
 
 
 def _mlp_name(mlp: nn.Module) -> str:
     if isinstance(mlp, GluMlp):
         return "GluMlp" if mlp.gate_last else "SwiGLUPacked"
     return type(mlp).__name__
-
-
-def require_patch_embed(embed: nn.Module, name: str = "patch_embed") -> None:
-    """ModelError for another patch embedding than a convolution."""
-    if type(embed) is not PatchEmbed:
-        raise ModelError(f"{name}: {type(embed).__name__} is not covered, only timm's PatchEmbed is.")
-    if type(projection := embed.proj) is not nn.Conv2d:
-        raise ModelError(f"{name}.proj: {type(projection).__name__} is not covered, only torch.nn.Conv2d is.")
 
 
 def require_describable(model: nn.Module, norms: Sequence[str]) -> None:

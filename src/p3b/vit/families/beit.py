@@ -1,0 +1,146 @@
+"""timm's Beit: BEiT and BEiT v2; blocks whose scales are parameters of their own, and relative positions in every block."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from timm.layers import SwiGLU
+from timm.models.beit import Beit
+from timm.models.beit import Block as BeitBlock
+from torch import nn
+
+from p3b.errors import ModelError
+from p3b.vit.anatomy.half import GammaPreNorm
+from p3b.vit.anatomy.mlp import mlp_of
+from p3b.vit.anatomy.norms import NORMS
+from p3b.vit.anatomy.relative import BeitSelfAttention
+from p3b.vit.families.family import (
+    CLASSES,
+    DEPTH,
+    FLAG,
+    NUMBER,
+    NUMBER_OR_NULL,
+    PAIR,
+    SIZE,
+    Block,
+    BranchOutline,
+    Images,
+    Outside,
+    Rule,
+    classes_of,
+    one_of,
+    ratio_of,
+)
+from p3b.vit.families.stems import images_of_stem, require_patch_embed
+from p3b.vit.families.stream import read_outside
+from p3b.vit.families.vision_transformer import describable_norm, require_describable
+
+
+@dataclass(frozen=True)
+class BeitHalf(GammaPreNorm):
+    """A half of BEiT's blocks, which ask the first scale whether there are scales: one that is not needed is the number 1."""
+
+    def replace(self, block: nn.Module, replacement: nn.Module) -> None:
+        scaled = self.scale(block) is not None
+        super().replace(block, replacement)
+        if scaled:
+            del block._parameters[self.gamma]
+            setattr(block, self.gamma, 1.0)
+
+
+class BeitFamily:
+    """`p3b.vit.families.family.Family`"""
+
+    classes: Mapping[str, type[nn.Module]] = {"Beit": Beit}
+    rules: Mapping[str, Rule] = {
+        **dict.fromkeys(("img_size", "patch_size"), PAIR),
+        **dict.fromkeys(("in_chans", "embed_dim", "num_heads"), SIZE),
+        "num_classes": CLASSES,
+        "depth": DEPTH,
+        **dict.fromkeys(("mlp_ratio", "norm_eps"), NUMBER),
+        "init_values": NUMBER_OR_NULL,
+        **dict.fromkeys(("qkv_bias", "swiglu_mlp", "scale_mlp", "use_abs_pos_emb", "use_rel_pos_bias", "use_fc_norm"), FLAG),
+        "global_pool": one_of(("", "avg", "token"), "a pooling of timm's Beit"),
+        "norm_layer": one_of(tuple(NORMS)),
+    }
+    more_rules: Mapping[str, tuple[Rule, Any]] = {}
+
+    def blocks(self, model: Beit) -> Sequence[Block]:
+        attn = BeitHalf("attn", BeitSelfAttention(), norm="norm1", gamma="gamma_1", drop_path="drop_path1")
+        mlp = partial(BeitHalf, "mlp", norm="norm2", gamma="gamma_2", drop_path="drop_path2")
+        return [
+            Block(f"blocks.{depth}", block, (attn, mlp(mlp_of(getattr(block, "mlp", None)))), model.embed_dim)
+            for depth, block in enumerate(model.blocks)
+        ]
+
+    def patch_embed(self, model: Beit) -> nn.Module:
+        return model.patch_embed
+
+    def images(self, model: Beit) -> Images:
+        return images_of_stem(model.patch_embed)
+
+    def require_covered(self, model: Beit, purpose: str) -> None:
+        require_patch_embed(model.patch_embed)
+        if model.rel_pos_bias is not None:
+            raise ModelError(
+                "rel_pos_bias: relative positions that all blocks share are not covered for BEiT, only those of each block "
+                "(use_rel_pos_bias=True)."
+            )
+
+    def require_blocks_covered(self, model: Beit) -> None:
+        for depth, block in enumerate(model.blocks):
+            if type(block) is not BeitBlock:
+                raise ModelError(f"blocks.{depth}: {type(block).__name__} is not covered; of Beit only timm's own Block is.")
+
+    def outside(self, model: Beit) -> Outside:
+        return read_outside(model, tokens=("cls_token", "pos_embed"), norms=("norm", "fc_norm"), heads=("head",))
+
+    def describe_outside(self, model: Beit) -> dict[str, Any]:
+        patch, conv = model.patch_embed, model.patch_embed.proj
+        require_describable(model, ("norm", "fc_norm"))
+        return {
+            "img_size": list(patch.img_size),
+            "patch_size": list(patch.patch_size),
+            "in_chans": conv.in_channels,
+            "num_classes": classes_of(model),
+            "global_pool": model.global_pool,
+            "embed_dim": model.embed_dim,
+            "depth": len(model.blocks),
+            "use_abs_pos_emb": model.pos_embed is not None,
+            "use_fc_norm": not isinstance(model.fc_norm, nn.Identity),
+        }
+
+    def describe_blocks(self, model: Beit) -> dict[str, Any]:
+        block: BeitBlock = model.blocks[0]
+        gated = isinstance(block.mlp, SwiGLU)
+        return {
+            "num_heads": block.attn.num_heads,
+            "mlp_ratio": ratio_of(block.mlp.fc1_x if gated else block.mlp.fc1, model.embed_dim),
+            "qkv_bias": block.attn.q_bias is not None,
+            "swiglu_mlp": gated,
+            "scale_mlp": not isinstance(block.mlp.norm, nn.Identity),
+            "init_values": None if block.gamma_1 is None else 1e-5,
+            "use_rel_pos_bias": block.attn.window_size is not None,
+            "norm_layer": describable_norm("blocks.0.norm1", block.norm1),
+            "norm_eps": block.norm1.eps,
+            "embed_dim": model.embed_dim,
+        }
+
+    def check_arguments(self, arguments: Mapping[str, Any]) -> None:
+        if arguments["embed_dim"] % arguments["num_heads"]:
+            raise ModelError(f"{arguments['embed_dim']} channels cannot be shared among {arguments['num_heads']} heads")
+
+    def branches(self, arguments: Mapping[str, Any]) -> list[BranchOutline]:
+        heads = {"attn": arguments["num_heads"], "mlp": 0}
+        return [BranchOutline(f"blocks.{i}.{half}", heads[half]) for i in range(arguments["depth"]) for half in heads]
+
+    def build(self, kind: type[nn.Module], arguments: Mapping[str, Any], *, values: bool) -> nn.Module:
+        given = dict(arguments)
+        norm = partial(NORMS[given.pop("norm_layer")], eps=given.pop("norm_eps"))
+        return kind(**given, norm_layer=norm)
+
+
+BEIT = BeitFamily()

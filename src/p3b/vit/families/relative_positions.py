@@ -1,0 +1,145 @@
+"""timm's VisionTransformerRelPos: relative positions from a table or a small network, in each block or shared by all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from timm.layers import LayerScale, RelPosBias, RelPosMlp, get_act_layer
+from timm.models.vision_transformer_relpos import RelPosBlock, VisionTransformerRelPos
+from torch import nn
+
+from p3b.errors import ModelError
+from p3b.vit.anatomy.half import PreNorm
+from p3b.vit.anatomy.mlp import PlainMlp
+from p3b.vit.anatomy.norms import NORMS
+from p3b.vit.anatomy.relative import RelativeAttention
+from p3b.vit.families.activations import ACTIVATIONS, activation_name
+from p3b.vit.families.family import (
+    CLASSES,
+    DEPTH,
+    FLAG,
+    NUMBER,
+    NUMBER_OR_NULL,
+    PAIR,
+    SIZE,
+    Block,
+    BranchOutline,
+    Images,
+    Outside,
+    Rule,
+    classes_of,
+    one_of,
+    ratio_of,
+)
+from p3b.vit.families.stems import images_of_stem, require_patch_embed
+from p3b.vit.families.stream import read_outside
+from p3b.vit.families.vision_transformer import describable_norm, require_describable
+
+HALVES = (
+    PreNorm("attn", RelativeAttention(), norm="norm1", layer_scale="ls1", drop_path="drop_path1"),
+    PreNorm("mlp", PlainMlp(), norm="norm2", layer_scale="ls2", drop_path="drop_path2"),
+)
+POSITIONS = {"bias": RelPosBias, "mlp": RelPosMlp, "mlp-swin": RelPosMlp}
+"""What gives the biases, by the name that timm has for it."""
+
+
+class RelativePositionsFamily:
+    """`p3b.vit.families.family.Family`"""
+
+    classes: Mapping[str, type[nn.Module]] = {"VisionTransformerRelPos": VisionTransformerRelPos}
+    rules: Mapping[str, Rule] = {
+        **dict.fromkeys(("img_size", "patch_size"), PAIR),
+        **dict.fromkeys(("in_chans", "embed_dim", "num_heads", "rel_pos_dim"), SIZE),
+        "num_classes": CLASSES,
+        "depth": DEPTH,
+        **dict.fromkeys(("mlp_ratio", "norm_eps"), NUMBER),
+        "init_values": NUMBER_OR_NULL,
+        **dict.fromkeys(("class_token", "fc_norm", "qkv_bias", "qk_norm", "shared_rel_pos"), FLAG),
+        "global_pool": one_of(("", "avg", "token"), "a pooling of timm's VisionTransformerRelPos"),
+        "rel_pos_type": one_of(tuple(POSITIONS)),
+        "act_layer": one_of(ACTIVATIONS),
+        "norm_layer": one_of(tuple(NORMS)),
+    }
+    more_rules: Mapping[str, tuple[Rule, Any]] = {}
+
+    def blocks(self, model: VisionTransformerRelPos) -> Sequence[Block]:
+        return [Block(f"blocks.{depth}", module, HALVES, model.embed_dim) for depth, module in enumerate(model.blocks)]
+
+    def patch_embed(self, model: VisionTransformerRelPos) -> nn.Module:
+        return model.patch_embed
+
+    def images(self, model: VisionTransformerRelPos) -> Images:
+        return images_of_stem(model.patch_embed)
+
+    def require_covered(self, model: VisionTransformerRelPos, purpose: str) -> None:
+        require_patch_embed(model.patch_embed)
+
+    def require_blocks_covered(self, model: VisionTransformerRelPos) -> None:
+        for depth, block in enumerate(model.blocks):
+            if type(block) is not RelPosBlock:
+                raise ModelError(
+                    f"blocks.{depth}: {type(block).__name__} is not covered; of VisionTransformerRelPos only RelPosBlock is."
+                )
+
+    def outside(self, model: VisionTransformerRelPos) -> Outside:
+        if model.shared_rel_pos is not None:
+            raise ModelError(
+                "shared_rel_pos: whole heads cannot be pruned where all blocks share the biases of relative positions; prune "
+                "this model by other dimensions, as block_benefit does."
+            )
+        return read_outside(model, tokens=("cls_token",), norms=("norm", "fc_norm"), heads=("head",))
+
+    def describe_outside(self, model: VisionTransformerRelPos) -> dict[str, Any]:
+        patch, conv = model.patch_embed, model.patch_embed.proj
+        require_describable(model, ("norm", "fc_norm"))
+        return {
+            "img_size": list(patch.img_size),
+            "patch_size": list(patch.patch_size),
+            "in_chans": conv.in_channels,
+            "num_classes": classes_of(model),
+            "global_pool": model.global_pool,
+            "embed_dim": model.embed_dim,
+            "depth": len(model.blocks),
+            "class_token": model.cls_token is not None,
+            "fc_norm": not isinstance(model.fc_norm, nn.Identity),
+        }
+
+    def describe_blocks(self, model: VisionTransformerRelPos) -> dict[str, Any]:
+        block: RelPosBlock = model.blocks[0]
+        positions = model.shared_rel_pos if block.attn.rel_pos is None else block.attn.rel_pos
+        swin = getattr(positions, "mode", None) == "swin"
+        return {
+            "num_heads": block.attn.num_heads,
+            "mlp_ratio": ratio_of(block.mlp.fc1, model.embed_dim),
+            "qkv_bias": block.attn.qkv.bias is not None,
+            "qk_norm": not isinstance(block.attn.q_norm, nn.Identity),
+            "shared_rel_pos": model.shared_rel_pos is not None,
+            "rel_pos_type": "bias" if isinstance(positions, RelPosBias) else "mlp-swin" if swin else "mlp",
+            "rel_pos_dim": positions.mlp.fc1.out_features if isinstance(positions, RelPosMlp) else 1,
+            "init_values": 1e-5 if isinstance(block.ls1, LayerScale) else None,
+            "act_layer": activation_name(block.mlp.act),
+            "norm_layer": describable_norm("blocks.0.norm1", block.norm1),
+            "norm_eps": block.norm1.eps,
+            "embed_dim": model.embed_dim,
+        }
+
+    def check_arguments(self, arguments: Mapping[str, Any]) -> None:
+        if arguments["embed_dim"] % arguments["num_heads"]:
+            raise ModelError(f"{arguments['embed_dim']} channels cannot be shared among {arguments['num_heads']} heads")
+        if arguments["global_pool"] == "token" and not arguments["class_token"]:
+            raise ModelError("there is no class token to be pooled")
+
+    def branches(self, arguments: Mapping[str, Any]) -> list[BranchOutline]:
+        heads = {"attn": arguments["num_heads"], "mlp": 0}
+        return [BranchOutline(f"blocks.{i}.{half}", heads[half]) for i in range(arguments["depth"]) for half in heads]
+
+    def build(self, kind: type[nn.Module], arguments: Mapping[str, Any], *, values: bool) -> nn.Module:
+        given = dict(arguments)
+        norm = partial(NORMS[given.pop("norm_layer")], eps=given.pop("norm_eps"))
+        given["act_layer"] = get_act_layer(given["act_layer"])
+        return kind(**given, norm_layer=norm, **({} if values else {"weight_init": "skip"}))
+
+
+RELATIVE_POSITIONS = RelativePositionsFamily()

@@ -1,0 +1,183 @@
+"""timm's SwinTransformer (v1): stages of their own width, whose blocks compare tokens in windows.
+
+What lies between the stages (`downsample`) stays whole, and so does the residual stream: each stage has one of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock
+from torch import nn
+
+from p3b.errors import ModelError
+from p3b.vit.anatomy.mlp import PlainMlp
+from p3b.vit.anatomy.norms import NORMS
+from p3b.vit.anatomy.window import PlainPreNorm, WindowPreNorm, WindowSelfAttention
+from p3b.vit.families.activations import activation_name
+from p3b.vit.families.family import (
+    CLASSES,
+    FLAG,
+    MOST_BLOCKS,
+    MOST_CHANNELS,
+    NUMBER,
+    PAIR,
+    SIZE,
+    Block,
+    BranchOutline,
+    Images,
+    Outside,
+    Rule,
+    is_pair,
+    is_whole,
+    one_of,
+    ratio_of,
+)
+from p3b.vit.families.stems import images_of_stem, require_patch_embed
+from p3b.vit.families.vision_transformer import describable_norm, require_describable
+
+HALVES = (
+    WindowPreNorm("attn", WindowSelfAttention(), norm="norm1", drop_path="drop_path1"),
+    PlainPreNorm("mlp", PlainMlp(), norm="norm2", drop_path="drop_path2"),
+)
+_MOST_STAGES = 8
+
+
+def _list_of(fits: Any, words: str) -> Rule:
+    """The rule that a value is a list with an entry for each stage."""
+    return (
+        lambda value: isinstance(value, list) and 1 <= len(value) <= _MOST_STAGES and all(map(fits, value)),
+        f"a list of {words}, one for each of at most {_MOST_STAGES} stages",
+    )
+
+
+class SwinFamily:
+    """`p3b.vit.families.family.Family`"""
+
+    classes: Mapping[str, type[nn.Module]] = {"SwinTransformer": SwinTransformer}
+    rules: Mapping[str, Rule] = {
+        **dict.fromkeys(("img_size", "patch_size"), PAIR),
+        **dict.fromkeys(("in_chans", "embed_dim"), SIZE),
+        "num_classes": CLASSES,
+        "depths": _list_of(is_whole(1, MOST_BLOCKS), "numbers of blocks"),
+        "num_heads": _list_of(is_whole(1, MOST_CHANNELS), "numbers of heads"),
+        "window_size": _list_of(is_pair, "two sizes"),
+        **dict.fromkeys(("mlp_ratio", "norm_eps"), NUMBER),
+        **dict.fromkeys(("qkv_bias", "always_partition", "strict_img_size"), FLAG),
+        "global_pool": one_of(("", "avg", "avgmax", "max", "catavgmax"), "a pooling of timm's Swin"),
+        "norm_layer": one_of(tuple(NORMS)),
+    }
+    more_rules: Mapping[str, tuple[Rule, Any]] = {}
+
+    def blocks(self, model: SwinTransformer) -> Sequence[Block]:
+        return [
+            Block(
+                f"layers.{number}.blocks.{depth}",
+                block,
+                HALVES,
+                width=info["num_chs"],
+                stage=number,
+                grid=stage.output_resolution,
+                window=_window(stage.output_resolution, block),
+            )
+            for number, (stage, info) in enumerate(zip(model.layers, model.feature_info, strict=True))
+            for depth, block in enumerate(stage.blocks)
+        ]
+
+    def patch_embed(self, model: SwinTransformer) -> nn.Module:
+        return model.patch_embed
+
+    def images(self, model: SwinTransformer) -> Images:
+        return images_of_stem(model.patch_embed)
+
+    def require_covered(self, model: SwinTransformer, purpose: str) -> None:
+        require_patch_embed(model.patch_embed)
+
+    def require_blocks_covered(self, model: SwinTransformer) -> None:
+        for number, stage in enumerate(model.layers):
+            for depth, block in enumerate(stage.blocks):
+                if type(block) is not SwinTransformerBlock:
+                    raise ModelError(
+                        f"layers.{number}.blocks.{depth}: {type(block).__name__} is not covered; of timm's SwinTransformer its "
+                        "own block is."
+                    )
+
+    def outside(self, model: SwinTransformer) -> Outside:
+        raise ModelError(
+            "layers: each stage of a SwinTransformer has a residual stream of its own width, which cannot be pruned; prune "
+            "this model by other dimensions, as block_benefit does."
+        )
+
+    def describe_outside(self, model: SwinTransformer) -> dict[str, Any]:
+        patch = model.patch_embed
+        require_describable(model, ("patch_embed.norm", "norm"))
+        return {
+            "img_size": list(patch.img_size),
+            "patch_size": list(patch.patch_size),
+            "in_chans": patch.proj.in_channels,
+            "num_classes": model.head.fc.out_features if isinstance(model.head.fc, nn.Linear) else model.num_classes,
+            "global_pool": model.global_pool,
+            "embed_dim": model.embed_dim,
+            "depths": [len(stage.blocks) for stage in model.layers],
+            "window_size": [_window_size(stage.blocks) for stage in model.layers],
+            "strict_img_size": patch.strict_img_size,
+        }
+
+    def describe_blocks(self, model: SwinTransformer) -> dict[str, Any]:
+        firsts: list[SwinTransformerBlock] = [stage.blocks[0] for stage in model.layers]
+        first = firsts[0]
+        for number, block in enumerate(firsts):
+            if (activation := activation_name(block.mlp.act)) != "gelu":
+                raise ModelError(f"layers.{number}.blocks.0.mlp.act: {activation} cannot be described in config.json.")
+        return {
+            "num_heads": [block.attn.num_heads for block in firsts],
+            "always_partition": first.always_partition,
+            "mlp_ratio": ratio_of(first.mlp.fc1, model.embed_dim),
+            "qkv_bias": first.attn.qkv.bias is not None,
+            "norm_layer": describable_norm("layers.0.blocks.0.norm1", first.norm1),
+            "norm_eps": first.norm1.eps,
+        }
+
+    def check_arguments(self, arguments: Mapping[str, Any]) -> None:
+        stages = len(arguments["depths"])
+        for name in ("num_heads", "window_size"):
+            if len(arguments[name]) != stages:
+                raise ModelError(f"{name} has {len(arguments[name])} entries for {stages} stages")
+        if sum(arguments["depths"]) > MOST_BLOCKS or arguments["embed_dim"] << stages > 2 * MOST_CHANNELS:
+            raise ModelError(f"there are more than {MOST_BLOCKS} blocks, or {MOST_CHANNELS} channels")
+        for number, heads in enumerate(arguments["num_heads"]):
+            if (width := arguments["embed_dim"] << number) % heads:
+                raise ModelError(f"{width} channels of stage {number} cannot be shared among {heads} heads")
+
+    def branches(self, arguments: Mapping[str, Any]) -> list[BranchOutline]:
+        return [
+            BranchOutline(f"layers.{number}.blocks.{index}.{half}", heads, width=arguments["embed_dim"] << number)
+            for number, depth in enumerate(arguments["depths"])
+            for index in range(depth)
+            for half, heads in (("attn", arguments["num_heads"][number]), ("mlp", 0))
+        ]
+
+    def build(self, kind: type[nn.Module], arguments: Mapping[str, Any], *, values: bool) -> nn.Module:
+        given = {key: tuple(value) if isinstance(value, list) else value for key, value in arguments.items()}
+        given["window_size"] = tuple(map(tuple, given["window_size"]))
+        norm = partial(NORMS[given.pop("norm_layer")], eps=given.pop("norm_eps"))
+        return kind(**given, norm_layer=norm, **({} if values else {"weight_init": "skip"}))
+
+
+def _window_size(blocks: Sequence[nn.Module]) -> list[int]:
+    """(height, width) of a stage's windows; where all its blocks are gone it has none, and any size does."""
+    return next((list(block.window_size) for block in blocks if isinstance(block, SwinTransformerBlock)), [1, 1])
+
+
+def _window(grid: tuple[int, int], block: nn.Module) -> tuple[int, int]:
+    """(tokens that are compared with each other, tokens in all windows together)."""
+    if not isinstance(block, SwinTransformerBlock):
+        return 0, 0  # a block that is gone compares nothing
+    high, wide = block.window_size
+    rows, columns = (-(-side // window) for side, window in zip(grid, (high, wide), strict=True))
+    return high * wide, high * wide * rows * columns
+
+
+SWIN = SwinFamily()
