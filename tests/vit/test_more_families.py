@@ -15,6 +15,7 @@ from loops import CE
 from p3b import Pruner, Schedule, load, save
 from p3b.errors import ModelError
 from p3b.storage.artifact import model_config
+from p3b.storage.models import build_model
 from p3b.storage.outline import outline
 from p3b.vit.architecture import build_skeleton, check_description, describe_dense
 from p3b.vit.compact import apply_cuts, plan_cuts
@@ -181,7 +182,7 @@ def test_a_saved_model_is_the_same_bit_for_bit(kind: str, tmp_path: Path) -> Non
     }
 
 
-@pytest.mark.filterwarnings("ignore:Using a non-tuple sequence")  # timm's own, where it resizes a table of positions
+@pytest.mark.filterwarnings("ignore::UserWarning:timm.layers.interpolate")  # where it resizes a table of positions
 @pytest.mark.parametrize(("kind", "side"), LARGER.items())
 @torch.no_grad()
 def test_another_image_size(kind: str, side: int, tmp_path: Path) -> None:
@@ -244,11 +245,25 @@ def test_a_description_of_a_hierarchy_that_cannot_be_is_refused(changed: dict[st
 
 
 @pytest.mark.parametrize(
-    "name", ["beit_base_patch16_224", "vit_relpos_medium_patch16_cls_224", "swin_tiny_patch4_window7_224", "qwen3_vit_88m_enc"]
+    ("name", "depth"),
+    [
+        ("beit_base_patch16_224", {"depth": 1}),
+        ("vit_relpos_medium_patch16_cls_224", {"depth": 1}),
+        ("swin_tiny_patch4_window7_224", {"depths": (1, 1, 1, 1)}),
+        ("qwen3_vit_88m_enc", {"depth": 1}),
+    ],
 )
-def test_real_shapes_are_described_well_enough_to_be_built_again(name: str) -> None:
-    model = outline(name)
+def test_real_shapes_are_described_well_enough_to_be_built_again(name: str, depth: dict[str, Any]) -> None:
+    model = outline(name, **depth)
     again = build_skeleton(model_config(model)["architecture"])
     shapes, found = ({key: value.shape for key, value in each.state_dict().items()} for each in (model, again))
     assert found == shapes
     assert read_layout(model, DEFAULT_DIMS).blocks
+
+
+@pytest.mark.parametrize("kind", ["BEiT", "Qwen3", "NaFlex", "hybrid", "Swin"])
+def test_the_command_line_builds_it(kind: str) -> None:
+    name, arguments = MODELS[kind]
+    model, _ = build_model(name, num_classes=CLASSES, model_kwargs=arguments, seed=0)
+    assert images_of(model).size == (arguments["img_size"],) * 2
+    assert model(_images(model)).shape == (2, CLASSES)

@@ -23,6 +23,7 @@ import torch
 from timm.layers import Attention, AttentionRope, DropPath, PatchEmbed, calculate_drop_path_rates, to_2tuple
 from timm.models import get_pretrained_cfg, split_model_name_tag
 from timm.models.eva import EvaAttention
+from timm.models.naflexvit import NaFlexVit, NaFlexVitCfg
 from timm.models.vision_transformer import VisionTransformer, init_weights_vit_timm
 from torch import nn
 
@@ -36,7 +37,7 @@ from p3b.storage.suggestions import unknown_model
 from p3b.storage.untrusted import first_line
 from p3b.storage.weights import load_weights
 from p3b.storage.weights_file import Weights, open_weights
-from p3b.vit.families import CLASSES, family_of
+from p3b.vit.families import CLASSES, family_of, patch_embed_of
 from p3b.vit.fresh import initialise
 from p3b.vit.parts import ConstantBranch, NoBlock, NoBranch
 
@@ -180,8 +181,10 @@ def _check_kwargs(name: str, kwargs: Mapping[str, Any]) -> None:
             "such as vit_tiny_patch16_224, deit_small_patch16_224 or deit_tiny_distilled_patch16_224."
         )
     hints = get_type_hints(kind.__init__)
-    own = {"self", "num_classes", "drop_path_rate", "device", "dtype"}
-    known = [key for key in inspect.signature(kind.__init__).parameters if key not in own]
+    own = {"self", "num_classes", "drop_path_rate", "device", "dtype", "cfg", "kwargs"}
+    if kind is NaFlexVit:  # which takes what its configuration has
+        hints |= get_type_hints(NaFlexVitCfg)
+    known = [key for key in {**inspect.signature(kind.__init__).parameters, **hints} if key not in {*own, "return"}]
     for key, value in kwargs.items():
         if key not in known:
             raise ModelError(unknown_name("model argument", key, known))
@@ -192,7 +195,7 @@ def _check_kwargs(name: str, kwargs: Mapping[str, Any]) -> None:
             raise ModelError(f"The model argument {key}={value!r} is a {type(value).__name__}; expected {wanted}.")
         if key.endswith("_rate") and not 0.0 <= value < 1.0:
             raise ModelError(f"The model argument {key}={value!r} must lie in [0, 1).")
-    for key in ("img_size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads", "mlp_ratio"):
+    for key in ("img_size", "patch_size", "in_chans", "embed_dim", "depth", "depths", "num_heads", "mlp_ratio"):
         if key in kwargs and min(to_2tuple(kwargs[key])) <= 0:
             raise ModelError(f"The model argument {key}={kwargs[key]!r} must be positive.")
     if kwargs.get("weight_init") == "skip":
@@ -212,7 +215,7 @@ def _outline(name: str) -> nn.Module:
 
 
 def _check_sizes(name: str, plain: VisionTransformer, kwargs: Mapping[str, Any]) -> None:
-    embed = getattr(plain, "encoder", plain).patch_embed
+    embed = patch_embed_of(plain)
     padded = kwargs.get("dynamic_img_pad", False)
     # Sizes that a model comes with are timm's choice (some crop a few pixels); the ones given here should divide.
     if isinstance(embed, PatchEmbed) and ("img_size" in kwargs or "patch_size" in kwargs) and not padded:
@@ -226,7 +229,7 @@ def _check_sizes(name: str, plain: VisionTransformer, kwargs: Mapping[str, Any])
     embed_dim = kwargs.get("embed_dim", plain.embed_dim)
     heads = [module.num_heads for module in plain.modules() if isinstance(module, (Attention, AttentionRope, EvaAttention))]
     num_heads = kwargs.get("num_heads", heads[0] if heads else 1)
-    if embed_dim % num_heads:
+    if isinstance(num_heads, int) and embed_dim % num_heads:
         raise ModelError(
             f"{name}: embed_dim {embed_dim} is not divisible by num_heads {num_heads}; choose an embed_dim that is a "
             "multiple of num_heads, or another num_heads."
@@ -235,10 +238,14 @@ def _check_sizes(name: str, plain: VisionTransformer, kwargs: Mapping[str, Any])
 
 def _check_pooling(name: str, plain: VisionTransformer, kwargs: Mapping[str, Any]) -> None:
     pooling = kwargs.get("global_pool", plain.global_pool)
-    if pooling == "token" and not kwargs.get("class_token", getattr(plain, "cls_token", None) is not None):
+    if pooling == "token" and not kwargs.get("class_token", _has_class_token(plain)):
         raise ModelError(f"{name}: without a class token (class_token=False) it cannot be pooled: add global_pool=avg.")
     if pooling == "":
         raise ModelError(f"{name}: global_pool='' gives no class scores; use 'token', 'avg' or another pooling.")
+
+
+def _has_class_token(plain: nn.Module) -> bool:
+    return bool(getattr(plain, "has_class_token", getattr(plain, "cls_token", None) is not None))
 
 
 def _fits_type(value: object, hint: Any) -> bool:
