@@ -21,6 +21,7 @@ from p3b.vit.architecture import build_skeleton, check_description, describe_den
 from p3b.vit.compact import apply_cuts, plan_cuts
 from p3b.vit.cost import count_macs, count_parameters, kept_channels, model_macs
 from p3b.vit.families import images_of
+from p3b.vit.fresh import initialise
 from p3b.vit.gates import Gates
 from p3b.vit.layout import DEFAULT_DIMS, DIMS, ModelLayout, read_layout
 from p3b.vit.parts import NoBlock
@@ -262,8 +263,22 @@ def test_real_shapes_are_described_well_enough_to_be_built_again(name: str, dept
 
 
 @pytest.mark.parametrize("kind", ["BEiT", "Qwen3", "NaFlex", "hybrid", "Swin"])
-def test_the_command_line_builds_it(kind: str) -> None:
-    name, arguments = MODELS[kind]
-    model, _ = build_model(name, num_classes=CLASSES, model_kwargs=arguments, seed=0)
+def test_the_command_line_builds_it_from_weights(kind: str, tmp_path: Path) -> None:
+    (name, arguments), trained = MODELS[kind], _tiny(kind, torch.float32)
+    torch.save(trained.state_dict(), tmp_path / "trained.pth")
+    model, report = build_model(name, num_classes=CLASSES, model_kwargs=arguments, seed=1, weights=tmp_path / "trained.pth")
+    assert report is not None and not report.missing and not report.replaced
     assert images_of(model).size == (arguments["img_size"],) * 2
-    assert model(_images(model)).shape == (2, CLASSES)
+    batch = _images(trained)
+    with torch.no_grad():
+        assert torch.equal(model.eval()(batch), trained(batch))
+
+
+@pytest.mark.parametrize("kind", ["BEiT", "positions by a network", "Qwen3", "NaFlex", "Swin"])
+def test_fresh_weights_leave_no_value_of_the_trained_ones(kind: str) -> None:
+    small = _small(kind)
+    before = {key: value.clone() for key, value in small.state_dict().items()}
+    initialise(small)  # type: ignore[arg-type]
+    same = [key for key, value in small.state_dict().items() if value.numel() and torch.equal(value, before[key])]
+    assert not same
+    assert small(_images(small)).isfinite().all()

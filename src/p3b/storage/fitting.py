@@ -18,7 +18,7 @@ from p3b.storage.positions import fit_positions
 _MOST_PATCH_PIXELS = 64 * 64  # timm resamples a kernel by one image for each of its pixels
 _KERNEL = "patch_embed.proj.weight"
 # Tensors that cannot be left out without changing what is computed; heads and tokens can be a choice.
-_ESSENTIAL = re.compile(r"(blocks|patch_embed|norm_pre|norm|fc_norm)\.|pos_embed$")
+_ESSENTIAL = re.compile(r"(encoder\.)?(blocks|layers|embeds|patch_embed|norm_pre|norm|fc_norm)\.|pos_embed$")
 # Tensors that a model has or has not by one of its arguments.
 _ARGUMENTS = {
     r"blocks\.\d+\.ls[12]\.gamma$": "init_values=1e-5",

@@ -18,9 +18,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import cast
 
-from timm.models import eva, qwen3_vit
-from timm.models.eva import Eva
-from timm.models.qwen3_vit import Qwen3VitClassifier
+from timm.models import beit, eva, naflexvit, qwen3_vit, swin_transformer, vision_transformer_relpos
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
@@ -53,6 +51,18 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             that are not finite.
     """
     return open_weights(path).state
+
+
+_READERS: Mapping[type[nn.Module], Callable[..., dict[str, Tensor]]] = {
+    beit.Beit: beit.checkpoint_filter_fn,
+    eva.Eva: eva.checkpoint_filter_fn,
+    naflexvit.NaFlexVit: naflexvit.checkpoint_filter_fn,
+    qwen3_vit.Qwen3VitClassifier: qwen3_vit.checkpoint_filter_fn_classifier,
+    qwen3_vit.Qwen3VitEncoder: qwen3_vit.checkpoint_filter_fn_encoder,
+    swin_transformer.SwinTransformer: swin_transformer.checkpoint_filter_fn,
+    vision_transformer_relpos.VisionTransformerRelPos: vision_transformer_relpos.checkpoint_filter_fn,
+}
+"""timm's own readers of checkpoints, by the class that they read for."""
 
 
 def load_weights(
@@ -111,10 +121,8 @@ def load_weights(
 
 def _renamed(state: Mapping[str, Tensor], model: VisionTransformer, label: str, facts: Facts, source: str) -> Renamed:
     """By timm's names, and of a plain Vision Transformer as far as names can tell; those of others as timm reads them."""
-    if isinstance(model, Qwen3VitClassifier):
-        return _as_timm_reads(state, lambda: qwen3_vit.checkpoint_filter_fn_classifier(dict(state), model), label)
-    if isinstance(model, Eva):
-        return _as_timm_reads(state, lambda: eva.checkpoint_filter_fn(dict(state), model), label)
+    if (reader := _READERS.get(type(model))) is not None:
+        return _as_timm_reads(state, lambda: reader(dict(state), model), label)
     try:
         renamed = to_timm_names(state)
     except WeightsError as error:

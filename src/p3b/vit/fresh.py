@@ -13,6 +13,11 @@ from p3b.vit.parts import ConstantBranch, ReadChannels, WriteChannels
 _LAYER_SCALE = 1e-5
 """timm's LayerScale begins with what it was given, which weights do not tell; this is the value of its own models."""
 
+_POSITIONS_AND_TOKENS = (
+    *("pos_embed", "pos_embed_y", "pos_embed_x", "cls_token", "reg_token"),
+    "relative_position_bias_table",
+)
+
 
 def initialise(model: VisionTransformer) -> VisionTransformer:
     """Initialise a dense or small model in place, as timm initialises a dense one; returns it.
@@ -22,9 +27,12 @@ def initialise(model: VisionTransformer) -> VisionTransformer:
     if isinstance(model, VisionTransformer):
         model.init_weights()  # positions and tokens; layers as timm was told when the model was built, which is not at all
     else:
-        for name in ("pos_embed", "cls_token", "reg_token"):
-            if (parameter := getattr(model, name, None)) is not None:
+        for name, parameter in model.named_parameters():
+            if name.split(".")[-1] in _POSITIONS_AND_TOKENS:
                 trunc_normal_(parameter, std=0.02)
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d):
+                module.reset_parameters()
     for name, parameter in model.named_parameters():
         if name.endswith((".gamma_1", ".gamma_2")):
             nn.init.constant_(parameter, _LAYER_SCALE)
