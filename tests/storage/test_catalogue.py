@@ -36,7 +36,7 @@ def test_the_largest_ratio_can_be_met_and_a_larger_one_cannot(params: tuple[int,
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("beit_base_patch16_224", "built as Beit"),
+        ("cait_xxs24_224", "built as Cait"),
         ("eva02_enormous_patch14_clip_224", "blocks.0: EvaBlockPostNorm is not covered"),
         ("vit_base_resnet26d_224", "patch_embed.backbone: FeatureListNet"),
         ("resnet18", "built as ResNet"),

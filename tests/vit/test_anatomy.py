@@ -126,7 +126,7 @@ def test_small_equals_masked_and_costs_what_was_planned(anatomy: str) -> None:
         assert dense_macs - small_macs == count_macs(dense, sides) - count_macs(small, sides), kind
 
 
-@pytest.mark.parametrize("anatomy", ANATOMIES.keys() - WITHOUT_STREAM)
+@pytest.mark.parametrize("anatomy", [name for name in ANATOMIES if name not in WITHOUT_STREAM])
 @pytest.mark.parametrize("dims", [STREAMS, DIMS])
 def test_heads_and_stream_are_exact_too(anatomy: str, dims: tuple[str, ...]) -> None:
     dense = _tiny(anatomy)
@@ -161,7 +161,7 @@ def test_saved_and_loaded_it_is_the_same_bit_for_bit_and_no_layout_changes_it(an
     assert all(apply_layout(model, plan_layout(model, layout)) is model for layout in LAYOUTS)
 
 
-@pytest.mark.parametrize("anatomy", ["gated MLP, apart", "DINOv3", "EVA-02, apart"])
+@pytest.mark.parametrize("anatomy", ["gated MLP, apart", "DINOv3", "EVA-02, apart", "Qwen3"])
 def test_a_run_of_the_method_meets_its_budget_and_its_small_model_learns(anatomy: str) -> None:
     model = tiny_vit(**ANATOMIES[anatomy]).train()
     layout, dense = read_layout(model), parameters_of(model)

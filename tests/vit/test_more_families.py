@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from loops import CE
 from p3b import Pruner, Schedule, load, save
+from p3b.deploy.choice import with_layout
 from p3b.errors import ModelError
 from p3b.storage.artifact import model_config
 from p3b.storage.models import build_model
@@ -282,3 +283,12 @@ def test_fresh_weights_leave_no_value_of_the_trained_ones(kind: str) -> None:
     same = [key for key, value in small.state_dict().items() if value.numel() and torch.equal(value, before[key])]
     assert not same
     assert small(_images(small)).isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["hybrid", "BEiT", "Swin"])
+@pytest.mark.parametrize("layout", ["balanced", "reordered"])
+@torch.no_grad()
+def test_every_layout_is_exact_or_leaves_the_model_as_it_is(kind: str, layout: str) -> None:
+    small = _small(kind)
+    batch = _images(small)
+    torch.testing.assert_close(with_layout(small, layout)(batch), small(batch), rtol=0, atol=1e-10)

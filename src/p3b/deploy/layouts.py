@@ -412,7 +412,7 @@ def _reorder_outside(model: VisionTransformer, order: Tensor) -> None:
         parameter = getattr(model, name, None)
         if parameter is not None:
             parameter.copy_(parameter[..., order])
-    for norm in (model.patch_embed.norm, model.norm_pre, model.norm, model.fc_norm):
+    for norm in (getattr(model.patch_embed, "norm", nn.Identity()), model.norm_pre, model.norm, model.fc_norm):
         for parameter in norm.parameters():
             parameter.copy_(parameter[order])
     for name in ("head", "head_dist"):

@@ -72,8 +72,9 @@ def read(file: Path) -> Image.Image:
 
 def stand_in(model: VisionTransformer) -> Preprocessing:
     """How images are prepared where the model does not say: for checks and measurements alone."""
-    channels, *size = images_of(model).shape
-    return Preprocessing((channels, *size), IMAGENET_DEFAULT_MEAN[:channels], IMAGENET_DEFAULT_STD[:channels])
+    shape = images_of(model).shape
+    channels = shape[0]
+    return Preprocessing(shape, IMAGENET_DEFAULT_MEAN[:channels], IMAGENET_DEFAULT_STD[:channels])
 
 
 class Preparation:

@@ -28,7 +28,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from timm.layers import PatchDropout
+from timm.layers import PatchDropout, PatchDropoutWithIndices
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
@@ -241,7 +241,8 @@ class BlockBenefit:
                 "The model has no head (num_classes=0), so the probes of block_benefit do not know how many classes there are. "
                 "Give it the head itself: model.reset_classifier(num_classes). Or choose a method without probes: 'taylor'."
             )
-        if self._reads_maps and isinstance(dropout := getattr(model, "patch_drop", None), PatchDropout) and dropout.prob > 0:
+        dropout = getattr(model, "patch_drop", None)  # not every class of timm's has it
+        if self._reads_maps and isinstance(dropout, (PatchDropout, PatchDropoutWithIndices)) and dropout.prob > 0:
             raise ModelError(
                 f"patch_drop_rate={dropout.prob:g}: the estimator {estimator!r} reads the patches as a map, and patch "
                 f"dropout leaves some out. Prune with patch_drop_rate=0, or with an estimator that reads their mean: {others}."

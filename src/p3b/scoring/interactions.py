@@ -80,8 +80,8 @@ def interaction_matrix(
     was_training = model.training
     checkpointing = [module for module in model.modules() if getattr(module, "grad_checkpointing", False)]
     model.eval()
-    for module in checkpointing:
-        module.grad_checkpointing = False  # what is computed again in backward would not find these parameters
+    for module in checkpointing:  # what is computed again in backward would not find these parameters
+        setattr(module, "grad_checkpointing", False)  # noqa: B010 (mypy takes it for a parameter)
     assert layout.stream is not None
     reads = [model.get_submodule(name).register_forward_hook(_times(gates[STREAM])) for name in layout.stream.norms]
     try:
@@ -107,7 +107,7 @@ def interaction_matrix(
             read.remove()
         model.train(was_training)
         for module in checkpointing:
-            module.grad_checkpointing = True
+            setattr(module, "grad_checkpointing", True)  # noqa: B010
     weights = kind_weights(layout).to(images.device)
     return torch.stack([torch.stack([second.double().sum() for second in row]) for row in rows]) / weights.outer(weights)
 

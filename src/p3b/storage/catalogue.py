@@ -116,7 +116,8 @@ def entry(name: str, num_classes: int = 1000, built: bool = True) -> Entry:
         layout = require_prunable(model)
     except ModelError as error:
         return Entry(name, family_of(name), kind, tags, count_parameters(model), 0, attends, _in_short(model, error))
-    cast("VisionTransformer", model).reset_classifier(num_classes)
+    if hasattr(model, "reset_classifier"):  # a tower has no head
+        cast("VisionTransformer", model).reset_classifier(num_classes)
     inside = sum(map(dense_params, layout.blocks))
     return Entry(name, family_of(name), kind, tags, count_parameters(model), inside, attends, "")
 

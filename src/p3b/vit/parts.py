@@ -154,7 +154,9 @@ class BiasedAttention(Attention):
         self.rel_pos = like.rel_pos
         self.fused_attn = like.fused_attn
 
-    def forward(self, x: Tensor, shared_rel_pos: Tensor | None = None, shared_rel_pos_bias: Tensor | None = None) -> Tensor:
+    def forward(  # type: ignore[override]
+        self, x: Tensor, shared_rel_pos: Tensor | None = None, shared_rel_pos_bias: Tensor | None = None
+    ) -> Tensor:
         shared = shared_rel_pos if shared_rel_pos_bias is None else shared_rel_pos_bias
         if self.rel_pos is None:
             return super().forward(x, shared)

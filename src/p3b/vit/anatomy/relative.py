@@ -100,7 +100,7 @@ class RelativeAttention(SelfAttention):
         return None if values is None else visible(values.detach(), kept, self.sizes(body))
 
     def makes_constant(self, body: nn.Module) -> list[Tensor | None]:
-        return [self.value_bias(body), body.proj.weight, body.proj.bias]
+        return [self.value_bias(body), self.last(body).weight, self.last(body).bias]
 
     def narrow(self, body: nn.Module, shape: BranchShape, inputs: int, outputs: int) -> nn.Module:
         rows = shape.heads * shape.inner

@@ -74,7 +74,7 @@ class WindowSelfAttention(SelfAttention):
         return None if values is None else visible(values.detach(), kept, self.sizes(body))
 
     def makes_constant(self, body: nn.Module) -> list[Tensor | None]:
-        return [body.qkv.bias, body.proj.weight, body.proj.bias]
+        return [self.first(body).bias, self.last(body).weight, self.last(body).bias]
 
     def narrow(self, body: nn.Module, shape: BranchShape, inputs: int, outputs: int) -> nn.Module:
         rows, table = shape.heads * shape.inner, body.get_parameter(TABLE)
