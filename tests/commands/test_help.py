@@ -11,8 +11,9 @@ import p3b.commands.train
 from p3b.commands.command_line import COMMANDS, main
 from p3b.commands.first_help import _HELP, _TEXTS
 from p3b.commands.words import FROM_SCRATCH, KEEP
+from p3b.run.augment_options import AugmentOptions
 from p3b.run.flags import settings_of
-from p3b.run.options import AugmentOptions, DataOptions, TrainConfig, TrainingOptions, to_plain
+from p3b.run.options import DataOptions, TrainConfig, TrainingOptions, to_plain
 from runs import run
 
 

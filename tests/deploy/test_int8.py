@@ -77,6 +77,10 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return found
 
 
+LOSS = 0.2
+"""Largest relative difference of a logit in int8. Processors without VNNI saturate sums of products, which costs some more."""
+
+
 def count(file: Path, kind: str) -> int:
     """Nodes of a kind in a file."""
     return sum(node.op_type == kind for node in onnx.load(file).graph.node)
@@ -87,14 +91,14 @@ def test_int8_is_close_and_spares_the_layers_that_stay_in_float(files: dict[str,
     source, prepared = files[kind], [Preparation(METADATA)(image) for image in IMAGES]
     writer = static_writer(source, [np.stack(prepared)]) if kind == "static" else dynamic_writer(source)
     layers = quantisable(source, kind)
-    assert len(layers) == (8 if kind == "static" else 6), "two in each of three small branches; patches and head are no MatMul"
+    assert len(layers) == (10 if kind == "static" else 6), "queries, keys, values and proj have a Gemm each, patches too"
     expected, file = logits_of(OnnxRunner(source, METADATA), prepared), tmp_path / "int8.onnx"
     differences, quantised = [], []
     for chosen in (layers, layers[:1]):
         writer(file, chosen)
         quantised.append(count(file, "QuantizeLinear" if kind == "static" else "MatMulInteger"))
         differences.append(compare(expected, logits_of(OnnxRunner(file, METADATA), prepared)).difference)
-    assert differences[0] < 0.1 and differences[1] > 1e-5
+    assert differences[0] < LOSS and differences[1] > 1e-5
     assert quantised[0] > quantised[1] == 1
 
 
@@ -108,4 +112,4 @@ def test_an_int8_file_says_what_it_is_and_what_it_loses(tmp_path: Path, kind: Ki
     base, written = report.sides[FP32], report.sides[WRITTEN]
     assert report.quantised is not None and base.top1 is not None and written.top1 is not None
     assert report.quantised.loss == pytest.approx(base.top1 - written.top1)
-    assert written.agreement is not None and 1e-4 < written.agreement.difference < 0.1
+    assert written.agreement is not None and 1e-4 < written.agreement.difference < LOSS

@@ -9,8 +9,9 @@ from typing import get_args, get_type_hints
 import pytest
 import tyro
 
+from p3b.run.augment_options import AugmentOptions
 from p3b.run.none_values import with_one_none
-from p3b.run.options import AugmentOptions, DataOptions, ModelOptions, TrainConfig, TrainingOptions
+from p3b.run.options import DataOptions, ModelOptions, TrainConfig, TrainingOptions
 
 GROUPS = (DataOptions, ModelOptions, TrainingOptions, AugmentOptions)
 MAY_BE_NONE = [name for group in GROUPS for name, kind in get_type_hints(group).items() if NoneType in get_args(kind)]

@@ -347,7 +347,10 @@ def test_tensors_of_any_layout_are_saved(tmp_path: Path) -> None:
         model.blocks[1].norm2.weight = model.blocks[1].norm1.weight
         model.to(memory_format=torch.channels_last)
     for path in (p3b.save(model, tmp_path / "folder"), save_checkpoint(model, tmp_path / "model.pth")):
-        _assert_same(p3b.load(path), model, images())
+        loaded = p3b.load(path)
+        assert all(torch.equal(value, model.state_dict()[key]) for key, value in loaded.state_dict().items())
+        with torch.no_grad():  # another kernel may compute another memory layout
+            torch.testing.assert_close(loaded(images()), model.eval()(images()))
     assert (tmp_path / "model.pth").stat().st_size < 2 * sum(value.nbytes for value in model.state_dict().values())
 
 

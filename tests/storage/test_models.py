@@ -52,7 +52,7 @@ def test_drop_path_grows_linearly_over_the_blocks() -> None:
         ("vit_tinny_patch16_224", {}, ["vit_tinny_patch16_224", "Did you mean", "'vit_tiny_patch16_224'"]),
         ("vit_tiny_patch16_224.augreg_in21", {}, ["pretrained tag", "augreg_in21k"]),
         ("resnet50", {}, ["ResNet", "VisionTransformer"]),
-        ("swin_tiny_patch4_window7_224", {}, ["SwinTransformer", "VisionTransformer"]),
+        ("cait_xxs24_224", {}, ["Cait", "VisionTransformer"]),
         (VIT, {"embed_dimm": 48}, ["embed_dimm", "'embed_dim'"]),
         (VIT, {"embed_dim": "48"}, ["embed_dim", "'48'", "int"]),
         (VIT, {"depth": True}, ["depth", "bool", "int"]),

@@ -15,6 +15,7 @@ from typing import Any
 from p3b.commands.prune import prune
 from p3b.commands.train import train
 from p3b.run import options
+from p3b.run.augment_options import AugmentOptions
 from p3b.run.options import DemoConfig, PruneConfig, TrainConfig
 
 PRUNE_EPOCHS, FINETUNE_EPOCHS = 16, 16
@@ -49,9 +50,7 @@ def demo_configs(config: DemoConfig) -> tuple[TrainConfig, PruneConfig]:
     training = options.TrainingOptions(
         epochs=PRUNE_EPOCHS + FINETUNE_EPOCHS, batch_size=64, lr=8e-3, mixup=0.0, cutmix=0.0, precision="fp32"
     )
-    augment = options.AugmentOptions(
-        aa=None, color_jitter=0.0, reprob=0.0, crop_scale=(0.7, 1.0), hflip=0.0, repeated_aug=False
-    )
+    augment = AugmentOptions(aa=None, color_jitter=0.0, reprob=0.0, crop_scale=(0.7, 1.0), hflip=0.0, repeated_aug=False)
     run = options.RunOptions(output_dir=config.output_dir / "dense", seed=config.seed, overwrite=True, device="cpu")
     dense = TrainConfig(data, model, training, augment, run)
     pruned = PruneConfig(

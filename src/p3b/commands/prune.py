@@ -13,7 +13,6 @@ from p3b.data import DataSplits
 from p3b.deploy.choice import AUTO, LayoutChoice, choose_layout, with_layout
 from p3b.deploy.layouts import check_layout
 from p3b.methods import effective_options, options_of_one_shot, own_in_warm_up
-from p3b.methods.base import overall_keep_ratio
 from p3b.pruner import Pruner
 from p3b.run.dense_run import read_dense_run, require_same_images
 from p3b.run.distillation import SelfDistillation, open_distillation
@@ -148,8 +147,9 @@ def _goal_params(pruner: Pruner, options: PruneOptions) -> int:
         return layout.other_params + round(
             sum(ratio * size for ratio, size in zip(options.prune_keep_ratios, sizes, strict=True))
         )
-    kept = overall_keep_ratio(layout, options.prune_ratio, options.prune_blocks_only)
-    return layout.other_params + round(kept * sum(sizes))
+    if options.prune_blocks_only:
+        return layout.other_params + round((1 - options.prune_ratio) * sum(sizes))
+    return round((1 - options.prune_ratio) * (layout.other_params + sum(sizes)))
 
 
 def _decide(stage: Stage, pruner: Pruner, epochs: int) -> None:

@@ -13,8 +13,9 @@ from torch import nn
 
 from p3b.data import Augmentation, DataSplits, Preprocessing, TrainBatches, mixup, train_batches
 from p3b.errors import ConfigError, WeightsError
+from p3b.run.augment_options import AugmentOptions
 from p3b.run.machine import Machine
-from p3b.run.options import AugmentOptions, TrainingOptions
+from p3b.run.options import TrainingOptions
 from p3b.storage.models import build_model
 from p3b.train.loop import steps_per_epoch
 from p3b.train.losses import TrainingLoss, class_weights, task_loss
