@@ -30,9 +30,11 @@ from p3b.vit.families.family import (
     Images,
     Outside,
     Rule,
+    branches_of_blocks,
     classes_of,
     one_of,
     ratio_of,
+    require_heads_share,
 )
 from p3b.vit.families.stems import images_of_stem, require_patch_embed
 from p3b.vit.families.stream import read_outside
@@ -130,12 +132,10 @@ class BeitFamily:
         }
 
     def check_arguments(self, arguments: Mapping[str, Any]) -> None:
-        if arguments["embed_dim"] % arguments["num_heads"]:
-            raise ModelError(f"{arguments['embed_dim']} channels cannot be shared among {arguments['num_heads']} heads")
+        require_heads_share(arguments)
 
     def branches(self, arguments: Mapping[str, Any]) -> list[BranchOutline]:
-        heads = {"attn": arguments["num_heads"], "mlp": 0}
-        return [BranchOutline(f"blocks.{i}.{half}", heads[half]) for i in range(arguments["depth"]) for half in heads]
+        return branches_of_blocks(arguments)
 
     def build(self, kind: type[nn.Module], arguments: Mapping[str, Any], *, values: bool) -> nn.Module:
         given = dict(arguments)

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from torch import nn
 
+from p3b.errors import ModelError
 from p3b.vit.anatomy.half import Half
 from p3b.vit.anatomy.weights import Weight
 
@@ -155,6 +156,18 @@ class Family(Protocol):
 
     def build(self, kind: type[nn.Module], arguments: Mapping[str, Any], *, values: bool) -> nn.Module:
         """The dense model of checked arguments; its parameters need no values where `values` is False."""
+
+
+def require_heads_share(arguments: Mapping[str, Any]) -> None:
+    """ModelError where the channels of a described model cannot be shared among its heads."""
+    if arguments["embed_dim"] % arguments["num_heads"]:
+        raise ModelError(f"{arguments['embed_dim']} channels cannot be shared among {arguments['num_heads']} heads")
+
+
+def branches_of_blocks(arguments: Mapping[str, Any]) -> list[BranchOutline]:
+    """Branches of `depth` blocks alike, each an attention of `num_heads` heads and an MLP."""
+    heads = {"attn": arguments["num_heads"], "mlp": 0}
+    return [BranchOutline(f"blocks.{i}.{half}", heads[half]) for i in range(arguments["depth"]) for half in heads]
 
 
 def classes_of(model: nn.Module) -> int:

@@ -32,6 +32,7 @@ from p3b.vit.families.family import (
     Images,
     Outside,
     Rule,
+    branches_of_blocks,
     classes_of,
     one_of,
     ratio_of,
@@ -168,8 +169,7 @@ class NaFlexFamily:
             raise ModelError("there is no class token to be pooled")
 
     def branches(self, arguments: Mapping[str, Any]) -> list[BranchOutline]:
-        heads = {"attn": arguments["num_heads"], "mlp": 0}
-        return [BranchOutline(f"blocks.{i}.{half}", heads[half]) for i in range(arguments["depth"]) for half in heads]
+        return branches_of_blocks(arguments)
 
     def build(self, kind: type[nn.Module], arguments: Mapping[str, Any], *, values: bool) -> nn.Module:
         given = {key: tuple(value) if isinstance(value, list) else value for key, value in arguments.items()}
