@@ -29,6 +29,7 @@ from p3b.train.teacher import Teacher
 from p3b.vit.architecture import describe_dense
 from p3b.vit.cost import count_parameters
 from p3b.vit.smaller import cut_evenly, smaller_architecture
+from p3b.vit.trainable import trainable_form
 from peers import torch_pruning_taylor as peer
 
 ROUNDS = 9
@@ -66,6 +67,7 @@ def measure_costs(config: TrainConfig, rows: Sequence[Row], ratio: float, rounds
                 sides[f"pruning {row.name}"] = step(_pruning(row, ratio, stage, fresh(), config, batches))
             if row.method != DENSE and row.structure is None:
                 small = _small(row, ratio, stage, fresh(), config, batches)
+                small = trainable_form(small) if row.trains_quickly else small
                 sides[f"small {row.name}"] = step(peer.learner_of(stage, small, config))
         repeats = {f"pruning {row.name}": dict(row.settings).get("savit_every", 1) for row in rows}
         return take_turns(CPU, sides, rounds, repeats)
@@ -117,7 +119,8 @@ def _pruning(row: Row, ratio: float, stage: Stage, model: VisionTransformer, con
     """A model in the midst of pruning: keep ratios have reached their goals, masks are soft and in place."""
     one_shot = row.method == "savit"  # no masks until its end; it looks from the first step on where there is but one interval
     schedule = p3b.Schedule(start=0, sparse=1, final=ENDLESS, update_every=ENDLESS - 1 if one_shot else 1)
-    pruner = p3b.Pruner(model, ratio, row.method, schedule, **_options(row, ratio))
+    compute = "active" if row.narrows else "full"
+    pruner = p3b.Pruner(model, ratio, row.method, schedule, compute=compute, **_options(row, ratio))
     learner = peer.learner_of(stage, model, config, pruner=pruner)
     _steps(learner, batches, stage, 1)
     pruner.schedule = replace(schedule, update_every=ENDLESS - 1)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from harness.records import Line
@@ -29,6 +30,7 @@ class Row:
         method: "dense", "smaller", "torch-pruning", or a method of p3b.
         warm_up, pruning: epochs; together a whole number.
         settings: of `p3b prune` in which it differs from the others, by name.
+        training: settings of training in which it does.
         structure: row whose small model costs the same, where that is another one.
         cost: of a pruning step, where that is the one of another row.
         explores: not a row of the table, but of the questions that decide on the default recipe.
@@ -40,6 +42,7 @@ class Row:
     warm_up: float = 0.0
     pruning: float = 0.0
     settings: tuple[tuple[str, Any], ...] = ()
+    training: tuple[tuple[str, Any], ...] = ()
     structure: str | None = None
     cost: str | None = None
     explores: bool = False
@@ -50,13 +53,28 @@ class Row:
         return self.method not in (DENSE, SMALLER, PEER)
 
     @property
+    def trains_quickly(self) -> bool:
+        """Whether its small model trains in the quick form."""
+        return ("small_form", "quick") in self.training
+
+    @property
+    def narrows(self) -> bool:
+        """Whether steps get cheaper in the course of pruning."""
+        return ("prune_compute", "active") in self.settings
+
+    @property
     def probes_in_warm_up(self) -> bool:
         """Whether a step of the warm-up costs about what one of pruning does, since the method trains something of its own."""
         return self.prunes and bool(own_in_warm_up(self.method, {}))
 
 
+explored = partial(Row, method="block_benefit", explores=True)
+"""A row that asks what another setting of P3B would give."""
 LINEAR = (("prune_benefit", "linear"),)
 LOW_RANK = (("prune_benefit", "low_rank"),)
+ACTIVE, COMPENSATED = ("prune_compute", "active"), ("compensate", "on")
+ALIGNED = ("align", 8)
+QUICK = (("small_form", "quick"),)
 _SOFT = "p3b-early"
 
 ROWS: Mapping[str, Row] = {
@@ -70,14 +88,57 @@ ROWS: Mapping[str, Row] = {
         Row("wdpruning", "WD-Pruning", "wdpruning", 1, 1),
         Row("savit", "SAViT", "savit", 0.8, 0.2, (("savit_every", 2),)),
         Row("p3b-published", "P3B as published", "block_pr", 0.5, 0.5, structure=_SOFT),
-        Row(_SOFT, "P3B, small early", "block_benefit", 0.25, 0.75, LINEAR),
+        Row(_SOFT, "P3B, small early", "block_benefit", 0.25, 0.75, (*LINEAR, ACTIVE)),
         Row("uniform-early", "uniform, small early", "uniform", 0.25, 0.75, structure="uniform", cost="uniform"),
         Row("taylor-early", "taylor, small early", "taylor", 0.25, 0.75, structure="taylor", cost="taylor"),
         Row(PEER, "Torch-Pruning (Taylor, isomorphic)", PEER, 1, 0),
-        Row("p3b-early-low_rank", "low_rank probes", "block_benefit", 0.25, 0.75, LOW_RANK, structure=_SOFT, explores=True),
-        Row("p3b-early-0.1", "0.1 + 0.9 epochs", "block_benefit", 0.1, 0.9, LINEAR, _SOFT, _SOFT, explores=True),
-        Row("p3b-early-0.5", "0.5 + 0.5 epochs", "block_benefit", 0.5, 0.5, LINEAR, _SOFT, _SOFT, explores=True),
-        Row("p3b-late", "0.5 + 1.5 epochs", "block_benefit", 0.5, 1.5, LINEAR, _SOFT, _SOFT, explores=True),
+        explored("p3b-early-full", "every element computed", warm_up=0.25, pruning=0.75, settings=LINEAR, structure=_SOFT),
+        explored(
+            "p3b-early-compensated",
+            "compensated at the cut",
+            warm_up=0.25,
+            pruning=0.75,
+            settings=(*LINEAR, ACTIVE, COMPENSATED),
+            structure=_SOFT,
+            cost=_SOFT,
+        ),
+        explored(
+            "p3b-early-aligned",
+            "widths in multiples of 8, whole heads",
+            warm_up=0.25,
+            pruning=0.75,
+            settings=(*LINEAR, ACTIVE, ALIGNED),
+        ),
+        explored(
+            "p3b-early-quick",
+            "trained in the quick form",
+            warm_up=0.25,
+            pruning=0.75,
+            settings=(*LINEAR, ACTIVE),
+            training=QUICK,
+        ),
+        explored("p3b-early-low_rank", "low_rank probes", warm_up=0.25, pruning=0.75, settings=LOW_RANK, structure=_SOFT),
+        explored(
+            "p3b-early-0.1",
+            "0.1 + 0.9 epochs",
+            warm_up=0.1,
+            pruning=0.9,
+            settings=(*LINEAR, ACTIVE),
+            structure=_SOFT,
+            cost=_SOFT,
+        ),
+        explored(
+            "p3b-early-0.5",
+            "0.5 + 0.5 epochs",
+            warm_up=0.5,
+            pruning=0.5,
+            settings=(*LINEAR, ACTIVE),
+            structure=_SOFT,
+            cost=_SOFT,
+        ),
+        explored(
+            "p3b-late", "0.5 + 1.5 epochs", warm_up=0.5, pruning=1.5, settings=(*LINEAR, ACTIVE), structure=_SOFT, cost=_SOFT
+        ),
     )
 }
 """All rows in the order of the table."""
@@ -145,6 +206,7 @@ def plan(row: Row, costs: Costs, epochs: int, *, distilled: bool) -> Plan:
     spent = row.warm_up
     if row.pruning:
         step = _cost(costs.pruning, row.cost or row.name)
+        step = (1.0 + step) / 2 if row.narrows else step  # measured at its end; at its start it is a dense one
         spent = row.warm_up * (step if row.probes_in_warm_up else 1.0) + row.pruning * (step + teacher)
     small_epochs = round((epochs - spent) / small)
     if small_epochs < 1:

@@ -102,6 +102,7 @@ def config_for(entry: Entry, epochs: Plan, data: Path, work: Path) -> TrainConfi
         alpha, tau = entry.alpha, entry.tau
         training = replace(training, distillation_alpha=training.distillation_alpha if alpha is None else alpha)
         training = replace(training, distillation_tau=training.distillation_tau if tau is None else tau)
+    training = replace(training, **dict(entry.row.training))
     pruning = replace(
         shared.prune,
         prune_start_epoch=f"{epochs.warm_up:g}",

@@ -61,18 +61,12 @@ COSTLY = ("animals-200",)
 
 
 def names() -> list[str]:
-    """Every run, those of auto first, and one seed of all before the other."""
-    found = []
+    """Every run: auto and the recipes by hand, one seed of all before the other, then what auto could choose instead."""
     data = [name for name in DATA if name not in COSTLY] + list(COSTLY)
-    for seed in SEEDS:
-        found += [f"{name}-{AUTO}-seed{seed}" for name in data]
-        found += [
-            f"{name}-{change}-seed{seed}"
-            for change in CHANGED
-            for name in data
-            if name == "imbalanced" or change not in OF_IMBALANCE
-        ]
-        found += [f"{name}-{recipe}-seed{seed}" for name in data for recipe in BY_HAND]
+    found = [f"{name}-{recipe}-seed{seed}" for seed in SEEDS for recipe in (AUTO, *BY_HAND) for name in data]
+    for seed, change, name in product(SEEDS, CHANGED, data):
+        if name == "imbalanced" or change not in OF_IMBALANCE:
+            found.append(f"{name}-{change}-seed{seed}")
     return found
 
 
