@@ -206,8 +206,9 @@ def plan(row: Row, costs: Costs, epochs: int, *, distilled: bool) -> Plan:
     spent = row.warm_up
     if row.pruning:
         step = _cost(costs.pruning, row.cost or row.name)
-        step = (1.0 + step) / 2 if row.narrows else step  # measured at its end; at its start it is a dense one
-        spent = row.warm_up * (step if row.probes_in_warm_up else 1.0) + row.pruning * (step + teacher)
+        before = max(1.0, step) if row.probes_in_warm_up else 1.0
+        mean = (before + step) / 2 if row.narrows else step  # measured where masks have closed; they close step by step
+        spent = row.warm_up * before + row.pruning * (mean + teacher)
     small_epochs = round((epochs - spent) / small)
     if small_epochs < 1:
         raise ConfigError(f"{row.name} takes {spent:.2f} epochs before its model is small; it may take {epochs} in all.")

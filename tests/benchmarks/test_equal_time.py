@@ -38,8 +38,11 @@ def test_what_a_row_takes_is_the_sum_of_its_phases() -> None:
     row = ROWS["uniform-early"]
     assert plan(row, COSTS, 3, distilled=False) == Plan(0.25, 0.75, 5, pytest.approx(0.25 + 0.75 * 1.2 + 5 * 0.4))
     assert plan(row, COSTS, 3, distilled=True) == Plan(0.25, 0.75, 2, pytest.approx(0.25 + 0.75 * 1.5 + 2 * 0.7))
-    probing = plan(ROWS["p3b-early"], COSTS, 3, distilled=False)
+    probing = plan(ROWS["p3b-early-full"], COSTS, 3, distilled=False)
     assert probing.dense_epochs == pytest.approx(1.2 + 4 * 0.4), "its probes learn during the warm-up, too"
+    narrowed = Costs({**COSTS.pruning, "p3b-early": 0.4}, COSTS.small, 0.3)
+    narrowing = plan(ROWS["p3b-early"], narrowed, 3, distilled=False)
+    assert narrowing.dense_epochs == pytest.approx(0.25 + 0.75 * (1.0 + 0.4) / 2 + 6 * 0.4), "steps get cheaper on the way"
     assert plan(ROWS[SMALLER], COSTS, 3, distilled=True).small == 4
 
 
