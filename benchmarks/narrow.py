@@ -1,7 +1,7 @@
 """What do steps cost while a model is pruned, and those of the small model after it?
 
-    python benchmarks/narrow.py run                    # everything: about 20 minutes of one core
-    python benchmarks/narrow.py run --only stage-90    # one measurement
+    python benchmarks/narrow.py run                    # everything: about 15 minutes of one core
+    python benchmarks/narrow.py run --only stage-90-fp32    # one measurement
     python benchmarks/narrow.py table                  # the tables of docs/narrow.md from the JSON lines
 
 Model: the animals' ViT (32 px, width 128, depth 12, 65 tokens), batches of 32 (16 in `returns-`), a step of AdamW. Every
@@ -52,12 +52,12 @@ EPSILONS = (0.01, 0.03, 0.1)
 """Least masks of what is computed that `returns-` looks at."""
 UPDATES, EVERY = 10, 4
 """Mask updates of `returns-`, and steps between two of them: few, so that scores are noisy and more comes back than usual."""
-NAMES = [f"{kind}-{ratio}" for kind in ("stage", "small", "returns") for ratio in RATIOS]
+NAMES = [f"{kind}-{ratio}-{form}" for form in ("fp32", "bf16") for kind in ("stage", "small", "returns") for ratio in RATIOS]
 
 
 def measure(name: str, given: Given) -> dict[str, Any]:
-    kind, _, ratio = name.partition("-")
-    precision = Precision.choose(given.precision, torch.device("cpu"))
+    kind, ratio, form = name.split("-")
+    precision = Precision.choose(form, torch.device("cpu"))
     measures = {"stage": measure_stage, "small": measure_small, "returns": measure_returns}
     found = measures[kind](RATIOS[ratio], precision, given)
     number_format = str(precision.dtype or torch.float32).removeprefix("torch.")
@@ -230,7 +230,7 @@ def _batches(shared: Path, count: int) -> list[tuple[Tensor, Tensor]]:
 
 def tables(lines: Sequence[Line]) -> list[str]:
     """All tables, made from the lines alone."""
-    lines = sorted(lines, key=lambda line: (NAMES.index(line["name"]), line["precision"]))
+    lines = sorted(lines, key=lambda line: NAMES.index(line["name"]))
     makers = {"stage": _stage_table, "small": _small_table, "returns": _returns_table}
     text = [each for line in lines for each in makers[line["kind"]](line)]
     return text + how_it_was_run(lines, *(line["precision"] for line in lines))
@@ -286,7 +286,6 @@ def _flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shared", type=Path, default=Path("../shared"), help="folder with the animals and the source model")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each side")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--precision", default="auto", help="fp32, bf16 or auto: bf16 where the hardware multiplies it")
 
 
 PART = Part("narrow.py", RESULTS / "narrow.jsonl", ROOT / "docs" / "narrow.md", tables)
