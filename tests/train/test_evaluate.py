@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from p3b.train.evaluate import evaluate
+from p3b.train.evaluate import Answers, evaluate
 from p3b.train.optim import Precision
 
 FP32 = Precision(torch.device("cpu"), None)
@@ -30,6 +30,18 @@ def test_counts_are_by_hand() -> None:
     accuracy = evaluate(Echo(), [(logits[:3], targets[:3]), (logits[3:], targets[3:])], FP32, identity)
     assert (accuracy.top1, accuracy.top5, accuracy.images) == (50.0, 75.0, 4)
     assert accuracy.loss == pytest.approx(float(nn.functional.cross_entropy(logits, targets)))
+
+
+def test_answers_are_those_that_are_counted_also_where_logits_are_equal() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randint(3, (400, 7), generator=generator).float()  # as coarse as bf16 makes them
+    targets = torch.randint(7, (400,), generator=generator)
+    answers = Answers()
+    accuracy = evaluate(Echo(), [(logits[:300], targets[:300]), (logits[300:], targets[300:])], FP32, identity, answers)
+    right = sum(said == so for said, so in zip(answers.predicted, answers.target, strict=True))
+    assert 100 * right / 400 == pytest.approx(accuracy.top1) and answers.target == targets.tolist()
+    highest = logits.softmax(dim=1).max(dim=1).values
+    assert answers.probability == pytest.approx(highest.tolist()), "whichever of equal ones is taken, it is as likely"
 
 
 def test_top5_of_fewer_than_five_classes_is_whole() -> None:

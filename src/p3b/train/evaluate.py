@@ -32,9 +32,9 @@ class Answers:
     predicted: list[int] = field(default_factory=list)
     probability: list[float] = field(default_factory=list)
 
-    def add(self, logits: Tensor, targets: Tensor) -> None:
-        """Take in a batch: logits (S, classes) float32, targets (S,)."""
-        probability, predicted = logits.softmax(dim=1).max(dim=1)
+    def add(self, logits: Tensor, predicted: Tensor, targets: Tensor) -> None:
+        """Take in a batch: logits (S, classes) float32, predicted and targets (S,) class indices."""
+        probability = logits.softmax(dim=1).gather(1, predicted[:, None])[:, 0]
         self.target += targets.tolist()
         self.predicted += predicted.tolist()
         self.probability += probability.tolist()
@@ -64,9 +64,10 @@ def evaluate(
         with precision.autocast():
             logits = model(images)
         logits = logits.float()
+        ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices
         if answers is not None:
-            answers.add(logits, targets)
-        best = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]
+            answers.add(logits, ranked[:, 0], targets)  # logits of bf16 are often equal: the answer is the one that is counted
+        best = ranked == targets[:, None]
         loss = nn.functional.cross_entropy(logits, targets, reduction="sum")
         sums += torch.stack([best[:, 0].sum(), best.sum(), loss, torch.tensor(len(targets), device=loss.device)]).double()
     model.train(was_training)
