@@ -211,7 +211,7 @@ def _global_batch(facts: Facts, settled: Settings) -> int:
 
 def _lr(facts: Facts, settled: Settings) -> Choice:
     batch = _global_batch(facts, settled)
-    rate = min(4e-4, 4e-4 * 128 / facts.width) * math.sqrt(batch / 64) * (1 if facts.pretrained else 2)
+    rate = 4e-4 * 128 / facts.width * math.sqrt(batch / 64) * (1 if facts.pretrained else 2)
     return Choice(
         "lr",
         float(f"{rate * 512 / batch:.2g}"),
@@ -238,15 +238,18 @@ def _augmentation(setting: str) -> Callable[[Facts, Settings], Choice]:
         steps = _steps(facts, settled, passes)
         if steps >= _LONG:
             return Choice(setting, _STRONG[setting], f"strong augmentation for {steps:,} steps")
-        if passes >= _OFTEN:
+        if passes >= _OFTEN and steps >= _ENOUGH:
             return Choice(setting, _MEDIUM[setting], f"medium augmentation, since each image is seen {passes} times")
-        return Choice(setting, _MILD[setting], f"mild augmentation, since each image is seen {passes} times only")
+        few = f"{steps:,} steps are few" if passes >= _OFTEN else f"each image is seen {passes} times only"
+        return Choice(setting, _MILD[setting], f"mild augmentation, since {few}")
 
     return rule
 
 
-_LONG, _OFTEN = 50_000, 30
-"""Steps of a long run; passes from which on images would be learnt by heart."""
+_LONG, _OFTEN, _ENOUGH = 50_000, 30, 3_000
+"""Steps of a long run; passes from which on images would be learnt by heart, and the steps that it takes to do so: in some
+hundred steps a network learns less of images that are changed more (docs/results/recipes.md).
+"""
 
 
 def _class_balance(facts: Facts, _settled: Settings) -> Choice | None:
