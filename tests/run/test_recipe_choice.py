@@ -71,9 +71,7 @@ def test_auto_settles_what_is_not_given(data: Path) -> None:
     assert isinstance(found, PruneConfig)
     assert found.training.mixup == 0.4 and "mixup" not in found.recipe.reasons
     assert (
-        found.training.batch_size == 4
-        and found.augment.crop_scale == (0.6, 1.0)
-        and found.prune.prune_update_every is not None
+        found.training.batch_size == 4 and found.augment.crop_scale == (0.6, 1.0) and found.prune.prune_update_every is not None
     )
     assert found.run.output_dir == Path("runs") / data.name.lower()
     assert f"recipe auto: --batch-size 4  ({found.recipe.reasons['batch_size']})" in recipe_lines(found)
