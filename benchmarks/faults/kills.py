@@ -17,7 +17,6 @@ import random
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -26,9 +25,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 import p3b
 from faults import child
+from processes import on_agent
 from runs import MODEL, colour_folders
 
 IMAGES = {"train": 16, "val": 3, "test": 3}
@@ -165,35 +166,41 @@ def _moment(trap: str, kind: str, twin: _Twin, draw: random.Random, latest: floa
 
 def _run(kind: str, trap: str, arguments: Sequence[str], log: Path) -> tuple[int, bool]:
     """Run to the end or to the kill; returns the exit status, negative for a signal, and whether the trap has snapped."""
+    # Forked, so that torch is loaded once; the processes are as real as any other.
+    forked = multiprocessing.get_context("fork").Process(target=_forked, args=(kind, trap, list(arguments), log))
     log.touch()
     killed_before = log.read_text().count(_KILLED)
-    if kind == TWO_RANKS:
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--max-restarts=1", "--standalone"]
-        with log.open("a") as output:
-            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-            process = subprocess.run(
-                [*launcher, str(Path(child.__file__)), trap, *arguments],
-                check=False,
-                stdout=output,
-                stderr=output,
-                env=environment,
-                timeout=300,
-            )
-        return process.returncode, log.read_text().count(_KILLED) > killed_before
-    # Forked, so that torch is loaded once; the process is as real as any other.
-    forked = multiprocessing.get_context("fork").Process(target=_child, args=(trap, list(arguments), log))
     forked.start()
     forked.join(timeout=300)
     assert forked.exitcode is not None, f"{arguments} did not end within five minutes"
-    return forked.exitcode, forked.exitcode == -signal.SIGKILL
+    snapped = forked.exitcode == -signal.SIGKILL or log.read_text().count(_KILLED) > killed_before
+    return forked.exitcode, snapped
 
 
-def _child(trap: str, arguments: list[str], log: Path) -> None:
+def _forked(kind: str, trap: str, arguments: list[str], log: Path) -> None:
     with log.open("a") as output:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
+    if kind != TWO_RANKS:
+        os._exit(_child(trap, arguments))
+    os.environ["OMP_NUM_THREADS"] = "1"
+    try:
+        on_agent(2, _rank, trap, arguments, restarts=1)
+    except ChildFailedError as error:
+        print(error, file=sys.stderr)
+        os._exit(1)
+    os._exit(0)
+
+
+def _rank(trap: str, arguments: list[str]) -> None:
+    """The agent waits for what a rank returns, or for its failure."""
+    if status := _child(trap, arguments):
+        sys.exit(status)
+
+
+def _child(trap: str, arguments: list[str]) -> int:
     child.set_trap(trap)
-    os._exit(child.run(arguments))
+    return child.run(arguments)
 
 
 def _require_done(status: int, out: Path) -> None:
