@@ -114,7 +114,7 @@ class MainProcess:
 
 
 def on_agent(processes: int, act: Callable[..., object], *given: object, restarts: int = 0) -> None:
-    """`act(*given)` in so many ranks of torch's elastic agent, which is what torchrun runs; here ranks are forks of this process.
+    """`act(*given)` in so many ranks of torch's elastic agent, which torchrun runs; here they are forks of this process.
 
     The agent starts all of them again where one dies, at most `restarts` times.
 

@@ -4,13 +4,14 @@ Each case is a short pruning run with fine-tuning, full of randomness (augmentat
 moving average, accumulated gradients), killed by SIGKILL once to three times: at random moments, in the middle of writing a
 checkpoint, between a file's completion and its renaming, while the model is shrunk and saved. Then it is resumed and compared
 with its undisturbed twin: the weights of the final model and of the sparse checkpoint, every line of the metrics and of the
-mask updates but for the seconds. One case in five runs in two processes under torchrun, which starts a killed run again by
-itself.
+mask updates but for the seconds. One case in five runs in two processes under torchrun's agent, which starts a killed run
+again by itself.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import multiprocessing
 import os
 import random
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.elastic.multiprocessing import api as agent
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 import p3b
@@ -78,7 +80,7 @@ _WORDS = {
 }
 _MOST_WRITES = 24
 _KILLED = "failed (exitcode: -9)"
-"""How torchrun tells of a process that was killed."""
+"""How torch's agent tells of a process that was killed."""
 
 
 @dataclass(frozen=True)
@@ -178,16 +180,17 @@ def _run(kind: str, trap: str, arguments: Sequence[str], log: Path) -> tuple[int
 
 
 def _forked(kind: str, trap: str, arguments: list[str], log: Path) -> None:
-    with log.open("a") as output:
-        os.dup2(output.fileno(), 1)
-        os.dup2(output.fileno(), 2)
+    output = log.open("a", buffering=1)  # until the process is gone
+    for number in (1, 2):
+        os.dup2(output.fileno(), number)
     if kind != TWO_RANKS:
         os._exit(_child(trap, arguments))
+    agent.logger.addHandler(logging.StreamHandler(output))
     os.environ["OMP_NUM_THREADS"] = "1"
     try:
         on_agent(2, _rank, trap, arguments, restarts=1)
     except ChildFailedError as error:
-        print(error, file=sys.stderr)
+        print(error, file=output)
         os._exit(1)
     os._exit(0)
 

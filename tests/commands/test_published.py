@@ -30,10 +30,9 @@ PRUNE = """python -m torch.distributed.launch --nproc_per_node=4 --master_port $
 FINETUNE = """python -m torch.distributed.launch --nproc_per_node=4 --master_port $USED_PORT --use_env main.py
     --output_dir $OUTPUT_DIR --batch-size 128 --data-set CIFAR100 --data-path $PATH_DATASET --model deit_small_patch16_224
     --model-path ${OUTPUT_DIR}/first_sparse_checkpoint.pth --resize-model-by-checkpoint --dist-eval"""
-SMALL = ("--model-kwargs", *SHAPE)
-"""Appended, so that the model is small; the pretrained weights are of that size."""
-HERE = ("--num-workers", "0", "--device", "cpu", "--layout", "index")
-"""Appended, so that the runs are short on any machine."""
+SMALL = ("--model-kwargs", *SHAPE, "--layout", "index")
+"""Appended, so that the model is small and no layout is measured; the pretrained weights are of that size."""
+HERE = ("--num-workers", "0", "--device", "cpu")
 
 
 @pytest.fixture(scope="module")

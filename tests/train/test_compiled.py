@@ -84,7 +84,7 @@ def test_gates_that_come_after_the_first_compiled_pass_are_seen() -> None:
 
 @has_compiler
 def test_a_compiler_that_is_there_is_found() -> None:
-    """Compiled for real, without what torch does beside for larger networks: it tries vector units, and prepares its headers."""
+    """Compiled for real, but without what torch does for larger networks: trying vector units, and preparing its headers."""
     with torch._inductor.config.patch({"cpp.simdlen": 1, "cpp_cache_precompile_headers": False}):
         require_compiler(CPU)
 
