@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,12 +14,11 @@ if TYPE_CHECKING:  # the process that only hands the tests out to workers reads 
     from processes import SparePython
     from refusals import Refusals
 
+os.environ["OMP_NUM_THREADS"] = "1"  # the networks here are so small that threads of torch only wait for each other
+
 
 def pytest_collection_finish() -> None:
     """What has been imported by now stays: collecting garbage never looks at it again, nor do forks copy it for that."""
-    import torch
-
-    torch.set_num_threads(1)  # the networks here are so small that threads only wait for each other
     gc.collect()
     gc.freeze()
 

@@ -188,15 +188,15 @@ def _forked(kind: str, trap: str, arguments: list[str], log: Path) -> None:
     agent.logger.addHandler(logging.StreamHandler(output))
     os.environ["OMP_NUM_THREADS"] = "1"
     try:
-        on_agent(2, _rank, trap, arguments, restarts=1)
+        on_agent(2, rank, trap, arguments, restarts=1)
     except ChildFailedError as error:
         print(error, file=output)
         os._exit(1)
     os._exit(0)
 
 
-def _rank(trap: str, arguments: list[str]) -> None:
-    """The agent waits for what a rank returns, or for its failure."""
+def rank(trap: str, arguments: list[str]) -> None:
+    """What a process of many does: torch's agent waits for it to return, or to fail."""
     if status := _child(trap, arguments):
         sys.exit(status)
 

@@ -116,7 +116,7 @@ def test_torchrun_does_the_same(pruned: Path, published: dict[str, str], tmp_pat
     start = str(pruned / "first_sparse_checkpoint.pth")
     given = FINETUNE.split(" main.py")[1].replace("${OUTPUT_DIR}/first_sparse_checkpoint.pth", start)
     words = [_fill(word, {**published, "OUTPUT_DIR": str(tmp_path)}) for word in shlex.split(given)]
-    done = on_ranks(python, 2, "main.py", *words, "--epochs", "1", *HERE)
+    done = on_ranks(python, 2, "main.py", *words, "--epochs", "1", "--no-report", *HERE)
     assert done.status == 0, done.errors[-3000:]
     assert read_config(tmp_path / "finetuned")["blocks"] == read_config(start)["blocks"]
     assert read(tmp_path / "finetune" / "config.json")["resolved"]["processes"] == 2
