@@ -79,7 +79,7 @@ def test_checkpoints_come_by_the_clock_within_an_epoch(data: Path, tmp_path: Pat
 
 def test_killed_runs_end_as_undisturbed_ones(tmp_path: Path) -> None:
     """The campaign of `make faults` in small: any moment, a checkpoint half written, finalizing, torchrun's restart."""
-    done = list(kills.cases(2, seed=3, work=tmp_path))
+    done = list(kills.cases(2, seed=3, work=tmp_path, images={"train": 8, "val": 3, "test": 3}))
     assert [case for case in done if not case["ok"]] == []
     assert all(case["kills"] > 0 for case in done)
     assert any("two processes" in case["case"] for case in done)

@@ -20,7 +20,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,17 +91,18 @@ class _Twin:
     seconds: float
 
 
-def cases(count: int, seed: int, work: Path) -> Iterator[dict[str, Any]]:
+def cases(count: int, seed: int, work: Path, images: Mapping[str, int] = IMAGES) -> Iterator[dict[str, Any]]:
     """Kill and resume `count` runs; a fifth of them (at least one) in two processes.
 
     Args:
         count: cases in all.
         seed: of kinds, moments and the runs' own randomness.
         work: folder for the runs.
+        images: of each class, by part.
     """
     torch.set_num_threads(1)  # before the first fork: threads do not survive one
     draw = random.Random(seed)
-    data = colour_folders(work / "data", IMAGES)
+    data = colour_folders(work / "data", images)
     twins: dict[str, _Twin] = {}
     traps = [TRAPS[number % len(TRAPS)] for number in range(count)]
     for number, trap in enumerate(traps):
