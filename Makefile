@@ -12,10 +12,10 @@ demo: $(READY)  ## the whole job on embedded data, in minutes
 	$(BIN)/p3b demo
 
 test: $(READY)  ## the default tests
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 test-slow: $(READY)  ## the real thing at full size
-	$(BIN)/python -m pytest -n auto -m slow
+	$(BIN)/python -m pytest -n auto --dist worksteal -m slow
 
 faults: $(READY)  ## laws, damaged files, killed runs and other numbers of processes in large numbers: a quarter of an hour (docs/reliability.md)
 	$(BIN)/python benchmarks/faults/campaign.py run

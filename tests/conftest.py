@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import gc
+import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-import torch
 
-from processes import SparePython
-from refusals import Refusals
-from runs import colour_folders
+if TYPE_CHECKING:  # the process that only hands the tests out to workers reads this file too, and needs no torch
+    from processes import SparePython
+    from refusals import Refusals
 
-torch.set_num_threads(1)  # the networks here are so small that threads only wait for each other
+os.environ["OMP_NUM_THREADS"] = "1"  # the networks here are so small that threads of torch only wait for each other
+
+
+def pytest_collection_finish() -> None:
+    """What has been imported by now stays: collecting garbage never looks at it again, nor do forks copy it for that."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -27,12 +35,16 @@ def shared() -> Path:
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Coloured images in class folders, for runs of the commands."""
+    from runs import colour_folders
+
     return colour_folders(tmp_path_factory.mktemp("colours"))
 
 
 @pytest.fixture(scope="session")
 def python() -> Iterator[SparePython]:
     """For tests of what a main process does, by itself and at its end."""
+    from processes import SparePython
+
     spare = SparePython()
     yield spare
     spare.close()
@@ -40,4 +52,6 @@ def python() -> Iterator[SparePython]:
 
 @pytest.fixture
 def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Refusals:
+    from refusals import Refusals
+
     return Refusals(tmp_path / "out", capsys)

@@ -12,8 +12,10 @@ import pickle
 import struct
 import zipfile
 from collections.abc import Callable, Mapping
+from functools import cache
 from io import BytesIO
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -42,6 +44,26 @@ def pruned(**changed: Any) -> nn.Module:
         elif gate.startswith(("blocks.2", "blocks.3.mlp")) or gate == "blocks.1.mlp.in":
             masks[gate] = torch.zeros_like(mask)
     return apply_cuts(model, plan_cuts(layout, masks))
+
+
+@cache
+def _files(suffix: str) -> dict[str, bytes]:
+    """What saving this model into a folder, or a .pth, leaves, by name."""
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        if suffix:
+            save_checkpoint(pruned(), folder / f"model{suffix}")
+        else:
+            p3b.save(pruned(), folder)
+        return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def saved_pruned(folder: Path, suffix: str = "") -> Path:
+    """The saved model in a folder, which is made; with the suffix .pth in a file `model.pth` there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in _files(suffix).items():
+        (folder / name).write_bytes(content)
+    return folder / f"model{suffix}" if suffix else folder
 
 
 class _Call:
@@ -133,7 +155,7 @@ def edited(change: Callable[[dict[str, Any]], object], *, schema: int = 4) -> Ca
     """A pruned model whose config was changed by somebody who can compute digests."""
 
     def make(folder: Path) -> Path:
-        path = p3b.save(pruned(), folder / "model")
+        path = saved_pruned(folder / "model")
         config = json.loads((path / CONFIG_FILE).read_text())
         if schema < 4:
             config = of_schema(config, schema)
@@ -160,7 +182,7 @@ def _tensors(change: Callable[[dict[str, Tensor]], object]) -> Callable[[Path], 
     """A pruned model whose weights were changed by somebody who can compute digests."""
 
     def make(folder: Path) -> Path:
-        path = p3b.save(pruned(), folder / "model")
+        path = saved_pruned(folder / "model")
         config, tensors = json.loads((path / CONFIG_FILE).read_text()), safetensors.torch.load_file(path / WEIGHTS_FILE)
         change(tensors)
         safetensors.torch.save_file(tensors, path / WEIGHTS_FILE)
@@ -174,7 +196,7 @@ def _replaced(name: str, make: Callable[[Path], object]) -> Callable[[Path], Pat
     """A pruned model with another file in the place of one of its own."""
 
     def replaced(folder: Path) -> Path:
-        path = p3b.save(pruned(), folder / "model")
+        path = saved_pruned(folder / "model")
         (path / name).unlink()
         make(path / name)
         return path
@@ -212,7 +234,7 @@ def _ours(change: Callable[[dict[str, Any]], Mapping[str, Any]]) -> Callable[[Pa
     """A .pth of ours, with another content."""
 
     def made(folder: Path) -> Path:
-        path = save_checkpoint(pruned(), folder / "model.pth")
+        path = saved_pruned(folder, ".pth")
         torch.save(change(torch.load(path, weights_only=True)), path)
         return path
 

@@ -15,6 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
 SPARE = """
 import gc, json, os, socket, sys
 import p3b, p3b.commands.prune, p3b.data.loaders, timm, torch  # what all of them need, and all that is done beforehand
@@ -111,18 +113,31 @@ class MainProcess:
         self.status = self._spare.status_of(self.pid)
 
 
+def on_agent(processes: int, act: Callable[..., object], *given: object, restarts: int = 0) -> None:
+    """`act(*given)` in so many ranks of torch's elastic agent, which torchrun runs; here they are forks of this process.
+
+    The agent starts all of them again where one dies, at most `restarts` times.
+
+    Raises:
+        ChildFailedError: of torch, where a rank has died and was not started again.
+    """
+    place = LaunchConfig(
+        1, 1, processes, rdzv_backend="c10d", rdzv_endpoint="localhost:0", start_method="fork", max_restarts=restarts
+    )
+    elastic_launch(place, act)(*given)
+
+
 RANKS = f"""
 import sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from processes import on_agent
 from runs import run
-place = {{"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "start_method": "fork"}}
-elastic_launch(LaunchConfig(1, 1, int(sys.argv[1]), **place), run)(*sys.argv[2:])
+on_agent(int(sys.argv[1]), run, *sys.argv[2:])
 """
 
 
 def on_ranks(python: SparePython, processes: int, command: str, *given: str) -> MainProcess:
-    """`runs.run(command, *given)` on so many ranks of torch's elastic agent, as torchrun starts them; here ranks are forks."""
+    """`runs.run(command, *given)` on so many ranks, in a main process of their own."""
     return python.run(RANKS, processes, command, *given, OMP_NUM_THREADS="1")
 
 

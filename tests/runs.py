@@ -101,6 +101,7 @@ def brief(*, figures: bool = False) -> Iterator[None]:
     """
     import p3b.commands.prune
     import p3b.deploy.choice
+    import p3b.report.comparison_page
     import p3b.run.final_table
     import p3b.run.records
     import p3b.run.series_speed
@@ -113,6 +114,8 @@ def brief(*, figures: bool = False) -> Iterator[None]:
         patch.setattr(p3b.deploy.choice, "CANDIDATES", p3b.deploy.choice.CANDIDATES[:2])
         if not figures:
             patch.setattr(p3b.run.records.Records, "draw", lambda _records, _figure_format: [])
+            patch.setattr(p3b.report.comparison_page, "draw_comparison", lambda _comparison, out: out)
+            patch.setattr(p3b.report.comparison_page, "_pictures", lambda *_comparison: [])
         yield
 
 

@@ -46,7 +46,7 @@ def test_an_example_has_at_most_sixty_lines(example: Path) -> None:
 def own_model(run: Run, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """Folder of the model that examples/own_loop.py makes, and what it said."""
     folder = tmp_path_factory.mktemp("own") / "model"
-    return folder, run("examples/own_loop.py", "--steps", "60", "--out", folder)
+    return folder, run("examples/own_loop.py", "--steps", "12", "--out", folder)
 
 
 def test_the_own_loop_leaves_a_model_that_the_predict_example_reads(

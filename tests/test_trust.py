@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import resource
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -20,7 +19,7 @@ from p3b.commands.command_line import STOPPED, USER_ERROR
 from p3b.run.failures import explain
 from p3b.run.folder import StageFolder
 from p3b.train.distributed import lost_process
-from processes import forked, status_of
+from processes import SparePython, forked, status_of
 from runs import MODEL, everything_in, finished, flags, last_checkpoint, lines, run, same_tensors, weights
 
 RANDOM = ("--epochs", "3", "--prune-start-epoch", "1", "--finetune-epochs", "2", "--drop-path", "0.3", "--lr", "0.05")
@@ -80,7 +79,7 @@ def test_checkpoints_come_by_the_clock_within_an_epoch(data: Path, tmp_path: Pat
 
 def test_killed_runs_end_as_undisturbed_ones(tmp_path: Path) -> None:
     """The campaign of `make faults` in small: any moment, a checkpoint half written, finalizing, torchrun's restart."""
-    done = list(kills.cases(2, seed=3, work=tmp_path))
+    done = list(kills.cases(2, seed=3, work=tmp_path, images={"train": 8, "val": 3, "test": 3}))
     assert [case for case in done if not case["ok"]] == []
     assert all(case["kills"] > 0 for case in done)
     assert any("two processes" in case["case"] for case in done)
@@ -262,17 +261,22 @@ def test_mistakes_of_ours_are_not_explained_away(tmp_path: Path) -> None:
     assert lost_process(ValueError("timeout")) is None
 
 
-def test_a_rank_that_dies_takes_the_run_down_and_the_launcher_starts_it_again(data: Path, tmp_path: Path) -> None:
+def test_a_rank_that_dies_takes_the_run_down_and_it_can_be_gone_on_with(
+    data: Path, tmp_path: Path, python: SparePython
+) -> None:
     """Without restarts: the other rank ends soon, says why, and the checkpoint stays to go on from."""
     given = ["prune", "--data-path", str(data), "--output-dir", str(tmp_path / "out"), *MODEL, *RANDOM]
     more = ["--device", "cpu", "--num-workers", "0", "--batch-size", "2", "--timeout-minutes", "0.2"]
     trap = "rank:1:call:p3b.run.training.Training._end_epoch:2"
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    script = f"""
+import sys
+sys.path[:0] = {[str(Path(file).parent) for file in (__file__, Path(kills.__file__).parent)]!r}
+from processes import on_agent
+from faults.kills import rank
+on_agent(2, rank, sys.argv[1], sys.argv[2:])
+"""
     began = time.monotonic()
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    dead = subprocess.run(
-        [*launcher, child.__file__, trap, *given, *more], capture_output=True, text=True, env=environment, check=False
-    )
-    assert dead.returncode != 0 and "is gone or did not answer" in dead.stderr and "--resume" in dead.stderr
+    dead = python.run(script, trap, *given, *more)
+    assert dead.status != 0 and "is gone or did not answer" in dead.errors and "--resume" in dead.errors
     assert time.monotonic() - began < 90
     assert last_checkpoint(tmp_path / "out" / "prune")["progress"]["place"]["epoch"] == 1

@@ -4,31 +4,34 @@ Each case is a short pruning run with fine-tuning, full of randomness (augmentat
 moving average, accumulated gradients), killed by SIGKILL once to three times: at random moments, in the middle of writing a
 checkpoint, between a file's completion and its renaming, while the model is shrunk and saved. Then it is resumed and compared
 with its undisturbed twin: the weights of the final model and of the sparse checkpoint, every line of the metrics and of the
-mask updates but for the seconds. One case in five runs in two processes under torchrun, which starts a killed run again by
-itself.
+mask updates but for the seconds. One case in five runs in two processes under torchrun's agent, which starts a killed run
+again by itself.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import multiprocessing
 import os
 import random
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.elastic.multiprocessing import api as agent
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 import p3b
 from faults import child
+from processes import on_agent
 from runs import MODEL, colour_folders
 
 IMAGES = {"train": 16, "val": 3, "test": 3}
@@ -77,7 +80,7 @@ _WORDS = {
 }
 _MOST_WRITES = 24
 _KILLED = "failed (exitcode: -9)"
-"""How torchrun tells of a process that was killed."""
+"""How torch's agent tells of a process that was killed."""
 
 
 @dataclass(frozen=True)
@@ -88,17 +91,18 @@ class _Twin:
     seconds: float
 
 
-def cases(count: int, seed: int, work: Path) -> Iterator[dict[str, Any]]:
+def cases(count: int, seed: int, work: Path, images: Mapping[str, int] = IMAGES) -> Iterator[dict[str, Any]]:
     """Kill and resume `count` runs; a fifth of them (at least one) in two processes.
 
     Args:
         count: cases in all.
         seed: of kinds, moments and the runs' own randomness.
         work: folder for the runs.
+        images: of each class, by part.
     """
     torch.set_num_threads(1)  # before the first fork: threads do not survive one
     draw = random.Random(seed)
-    data = colour_folders(work / "data", IMAGES)
+    data = colour_folders(work / "data", images)
     twins: dict[str, _Twin] = {}
     traps = [TRAPS[number % len(TRAPS)] for number in range(count)]
     for number, trap in enumerate(traps):
@@ -165,35 +169,42 @@ def _moment(trap: str, kind: str, twin: _Twin, draw: random.Random, latest: floa
 
 def _run(kind: str, trap: str, arguments: Sequence[str], log: Path) -> tuple[int, bool]:
     """Run to the end or to the kill; returns the exit status, negative for a signal, and whether the trap has snapped."""
+    # Forked, so that torch is loaded once; the processes are as real as any other.
+    forked = multiprocessing.get_context("fork").Process(target=_forked, args=(kind, trap, list(arguments), log))
     log.touch()
     killed_before = log.read_text().count(_KILLED)
-    if kind == TWO_RANKS:
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--max-restarts=1", "--standalone"]
-        with log.open("a") as output:
-            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-            process = subprocess.run(
-                [*launcher, str(Path(child.__file__)), trap, *arguments],
-                check=False,
-                stdout=output,
-                stderr=output,
-                env=environment,
-                timeout=300,
-            )
-        return process.returncode, log.read_text().count(_KILLED) > killed_before
-    # Forked, so that torch is loaded once; the process is as real as any other.
-    forked = multiprocessing.get_context("fork").Process(target=_child, args=(trap, list(arguments), log))
     forked.start()
     forked.join(timeout=300)
     assert forked.exitcode is not None, f"{arguments} did not end within five minutes"
-    return forked.exitcode, forked.exitcode == -signal.SIGKILL
+    snapped = forked.exitcode == -signal.SIGKILL or log.read_text().count(_KILLED) > killed_before
+    return forked.exitcode, snapped
 
 
-def _child(trap: str, arguments: list[str], log: Path) -> None:
-    with log.open("a") as output:
-        os.dup2(output.fileno(), 1)
-        os.dup2(output.fileno(), 2)
+def _forked(kind: str, trap: str, arguments: list[str], log: Path) -> None:
+    output = log.open("a", buffering=1)  # until the process is gone
+    for number in (1, 2):
+        os.dup2(output.fileno(), number)
+    if kind != TWO_RANKS:
+        os._exit(_child(trap, arguments))
+    agent.logger.addHandler(logging.StreamHandler(output))
+    os.environ["OMP_NUM_THREADS"] = "1"
+    try:
+        on_agent(2, rank, trap, arguments, restarts=1)
+    except ChildFailedError as error:
+        print(error, file=output)
+        os._exit(1)
+    os._exit(0)
+
+
+def rank(trap: str, arguments: list[str]) -> None:
+    """What a process of many does: torch's agent waits for it to return, or to fail."""
+    if status := _child(trap, arguments):
+        sys.exit(status)
+
+
+def _child(trap: str, arguments: list[str]) -> int:
     child.set_trap(trap)
-    os._exit(child.run(arguments))
+    return child.run(arguments)
 
 
 def _require_done(status: int, out: Path) -> None:

@@ -45,7 +45,7 @@ NAMES = ["dense-seed0", "smaller-0.5-seed0", "block_benefit-0.5-seed0", "uniform
 def compared(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Output folder of a whole comparison, never changed by a test."""
     out = tmp_path_factory.mktemp("compared")
-    assert run("compare", *flags(data, out, *TWO)) == 0
+    assert run("compare", *flags(data, out, *TWO), figures=True) == 0
     return out
 
 
@@ -475,7 +475,7 @@ def test_a_table_of_an_unfinished_set(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "nothing has been compared there yet" in capsys.readouterr().err
     line = line_of("uniform", 0.5, 0, 50.0, command="p3b prune --model '<b>'")
     (tmp_path / "compare.jsonl").write_text(json.dumps(line) + "\n")
-    assert run("compare", *given) == 0
+    assert run("compare", *given, figures=True) == 0
     assert cells_of(tmp_path)["uniform", "50 %"][3:7] == ["50.00 ± 2.50", "99.00 ± 0.50", "1,000", "-"]
     assert "&lt;b&gt;" in (tmp_path / "compare.html").read_text()
     assert (tmp_path / "compare.svg").read_text().startswith("<?xml")

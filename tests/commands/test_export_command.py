@@ -31,7 +31,8 @@ def class_folders(root: Path) -> Path:
 def test_int8_with_preprocessing_from_class_folders(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file, data = tmp_path / "int8.onnx", class_folders(tmp_path / "data")
     settings = ["--output", str(file), "--with-preprocessing", "--int8", "static", "--layout", "index", "--max-loss", "50"]
-    assert main(["export", str(saved), *settings, "--data-path", str(data)]) == 0
+    few = ["--check-images", "4", "--calibration-images", "4"]
+    assert main(["export", str(saved), *settings, *few, "--data-path", str(data)]) == 0
     said = capsys.readouterr().out
     assert all(row in said for row in ("dense, fp32", "pruned, fp32", "pruned, int8")) and str(file) in said
     metadata = open_runner(file).metadata

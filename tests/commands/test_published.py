@@ -16,6 +16,7 @@ import torch
 
 import p3b
 from p3b.storage.artifact import read_config
+from processes import SparePython, on_ranks
 from runs import everything_in, lines, read, write_cifar100
 from tiny import parameters_of
 
@@ -29,15 +30,16 @@ PRUNE = """python -m torch.distributed.launch --nproc_per_node=4 --master_port $
 FINETUNE = """python -m torch.distributed.launch --nproc_per_node=4 --master_port $USED_PORT --use_env main.py
     --output_dir $OUTPUT_DIR --batch-size 128 --data-set CIFAR100 --data-path $PATH_DATASET --model deit_small_patch16_224
     --model-path ${OUTPUT_DIR}/first_sparse_checkpoint.pth --resize-model-by-checkpoint --dist-eval"""
-SMALL = ("--model-kwargs", *SHAPE)
-"""Appended, so that the model is small; the pretrained weights are of that size."""
+SMALL = ("--model-kwargs", *SHAPE, "--layout", "index")
+"""Appended, so that the model is small and no layout is measured; the pretrained weights are of that size."""
+HERE = ("--num-workers", "0", "--device", "cpu")
 
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """What stands behind the variables of the published command lines."""
     root = tmp_path_factory.mktemp("published")
-    write_cifar100(root / "data", train=44, test=33)  # no multiple of anything
+    write_cifar100(root / "data", train=22, test=13)  # no multiple of anything
     arguments = {name: int(value) for name, value in (item.split("=") for item in SHAPE)}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -56,7 +58,7 @@ def launch(command: str, variables: dict[str, str], *appended: str) -> str:
         port = str(free.getsockname()[1])
     words = shlex.split(command.replace("--nproc_per_node=4", "--nproc_per_node=2"))
     program, *rest = (_fill(word, {**variables, "USED_PORT": port}) for word in words)
-    given = [str(Path(sys.executable).with_name(program)), *rest, *appended, "--num-workers", "0", "--device", "cpu"]
+    given = [str(Path(sys.executable).with_name(program)), *rest, *appended, *HERE]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(given, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
@@ -88,7 +90,7 @@ def test_the_first_published_command_prunes(pruned: Path) -> None:
     assert {line["kept_params"] for line in metrics[:10]} == {config["resolved"]["params"]}
     summary = read(pruned / "prune" / "summary.json")
     assert abs(summary["reached_prune_ratio"] - 0.5) < 0.01
-    assert summary["accuracy"]["test"]["images"] == 33, "every image once, whatever the number of ranks"
+    assert summary["accuracy"]["test"]["images"] == 13, "every image once, whatever the number of ranks"
     model = p3b.load(pruned / "first_sparse_checkpoint.pth")
     assert parameters_of(model) == summary["pruned"]["params"]
     log = (pruned / "prune" / "log.txt").read_text()
@@ -106,15 +108,16 @@ def test_the_second_published_command_fine_tunes_what_the_first_has_left(pruned:
     assert config["class_names"][:2] == ["class0", "class1"] and config["provenance"]["processes"] == 2
     metrics = lines(pruned / "finetune" / "metrics.jsonl")
     assert [line["epoch"] for line in metrics] == [1, 2] and metrics[1]["lr"] == pytest.approx(1e-5)
-    assert read(pruned / "finetune" / "summary.json")["accuracy"]["test"]["images"] == 33
+    assert read(pruned / "finetune" / "summary.json")["accuracy"]["test"]["images"] == 13
 
 
-def test_torchrun_does_the_same(pruned: Path, published: dict[str, str], tmp_path: Path) -> None:
-    """The second command line by torch's newer launcher."""
-    torchrun = FINETUNE.replace("python -m torch.distributed.launch", "torchrun").replace("--use_env ", "")
+def test_torchrun_does_the_same(pruned: Path, published: dict[str, str], tmp_path: Path, python: SparePython) -> None:
+    """The second command line under the agent of torch's newer launcher."""
     start = str(pruned / "first_sparse_checkpoint.pth")
-    command = torchrun.replace("${OUTPUT_DIR}/first_sparse_checkpoint.pth", start)
-    launch(command, {**published, "OUTPUT_DIR": str(tmp_path)}, "--epochs", "1")
+    given = FINETUNE.split(" main.py")[1].replace("${OUTPUT_DIR}/first_sparse_checkpoint.pth", start)
+    words = [_fill(word, {**published, "OUTPUT_DIR": str(tmp_path)}) for word in shlex.split(given)]
+    done = on_ranks(python, 2, "main.py", *words, "--epochs", "1", "--no-report", *HERE)
+    assert done.status == 0, done.errors[-3000:]
     assert read_config(tmp_path / "finetuned")["blocks"] == read_config(start)["blocks"]
     assert read(tmp_path / "finetune" / "config.json")["resolved"]["processes"] == 2
     losses = [line["train_loss"] for line in lines(tmp_path / "finetune" / "metrics.jsonl")]

@@ -104,7 +104,7 @@ def test_what_differs_by_rounding_alone_decides_nothing() -> None:
 def swept(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Output folder of two budgets, never changed by a test."""
     out = tmp_path_factory.mktemp("swept")
-    assert run("sweep", *flags(data, out, *TWO)) == 0
+    assert run("sweep", *flags(data, out, *TWO), figures=True) == 0
     return out
 
 

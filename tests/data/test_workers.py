@@ -254,8 +254,9 @@ next(batches)
     assert "ZeroDivisionError" in process.errors and "Exception ignored" not in process.errors
 
 
-def test_a_worker_that_hangs_does_not_keep_the_others_from_ending() -> None:
-    """It ignores SIGTERM, so that torch's own last resort does not reach it."""
+def test_a_worker_that_hangs_does_not_keep_the_others_from_ending(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ignores SIGTERM, so that torch's own last resort does not reach it: that waits half a second here instead of five."""
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.5)
     store = Store(40, seconds=0.0)
     batches = iter(training(store))
     next(batches)

@@ -204,6 +204,7 @@ assert not [finder for finder in sys.meta_path if type(finder).__module__ == "p3
 address = p3b.push({str(save_small(tmp_path / "pruned"))!r}, "{REPO}")
 model = create_model("hf-hub:{REPO}", pretrained=True)
 loaded = p3b.load("{REPO}")
+assert "p3b.run.stage" not in sys.modules and "p3b.run.options" not in sys.modules, "loading a model needs none of training"
 assert all((value == loaded.state_dict()[key]).all() for key, value in model.state_dict().items())
 """
     with serving() as server:

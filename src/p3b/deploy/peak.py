@@ -10,12 +10,10 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-
-from p3b.deploy.bench import Side, example, open_side
-from p3b.deploy.onnx_file import require_onnx
-from p3b.deploy.runners import ONNX
+if TYPE_CHECKING:
+    from p3b.deploy.bench import Side
 
 try:
     import resource
@@ -49,6 +47,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--dense", action="store_true")
     given = parser.parse_args(arguments)
+    if not given.path.exists():
+        parser.error(f"there is no {given.path}")  # before torch is loaded, which takes seconds
+
+    import torch
+
+    from p3b.deploy.bench import Side, example, open_side
+    from p3b.deploy.onnx_file import require_onnx
+    from p3b.deploy.runners import ONNX
+
     torch.set_num_threads(given.threads)
     if given.path.suffix == ONNX:
         require_onnx("onnxruntime")

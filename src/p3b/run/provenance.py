@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import time
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +60,12 @@ def today() -> str:
     return time.strftime("%Y-%m-%d", time.gmtime())
 
 
+@cache
 def commit() -> str | None:
-    """Commit of the running code, where it lies in a git repository that tracks it; with a + where it was changed since."""
+    """Commit of the running code, where it lies in a git repository that tracks it; with a + where it was changed since.
+
+    Asked once in a process: what changes later on disk is not what runs.
+    """
     source = Path(p3b.__file__).parent
 
     def git(*arguments: str) -> str:

@@ -114,6 +114,8 @@ class Stage:
         if self.resume and self.folder.has_begun:
             self.settings.require_same(self.folder.read_json("config.json"))
             found = newest_for_all(self.checkpoints)
+        if self.resume and self.recipe.options.compile:
+            require_compiler(self.machine.device)
         wait_for_all()  # no rank may still be looking when the main one begins to write
         self._open_tracking(goes_on=found is not None)
         self.folder.in_use = True
@@ -279,7 +281,7 @@ def _open(config: TrainConfig, name: str, machine: Machine, folder: StageFolder,
     overwrite = run.overwrite and not resume
     folder.check(resume, overwrite)
     interruption = Interruption(run.checkpoint_minutes, machine.is_main)
-    if training.compile:
+    if training.compile and not resume:  # a resumed run is first told which settings differ: that takes no compiler
         require_compiler(machine.device)
 
     seed_everything(run.seed, machine.processes.rank)
