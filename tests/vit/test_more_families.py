@@ -9,6 +9,9 @@ from typing import Any
 import pytest
 import timm
 import torch
+from timm.layers import HybridEmbed
+from timm.models.vision_transformer_hybrid import ConvStem
+from timm.models.vitamin import VitCfg
 from torch import Tensor, nn
 
 from loops import CE
@@ -40,6 +43,14 @@ SWIN: dict[str, Any] = {
     "num_heads": (2, 3),
     "window_size": 4,
 }
+
+
+def _with_convolutions(**arguments: Any) -> HybridEmbed:
+    """The patch embedding of MobileCLIP."""
+    stem = ConvStem(channels=(8, 8, 24), stride=(2, 2, 2), kernel_size=(2, 2, 2), padding=0, act_layer=nn.GELU)
+    return HybridEmbed(stem, proj=False, **arguments)
+
+
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "BEiT": ("beit_base_patch16_224", VIT),
     "BEiT, no biases": ("beit_base_patch16_224", {**VIT, "use_rel_pos_bias": False, "qkv_bias": False, "init_values": None}),
@@ -52,6 +63,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "NaFlex": ("naflexvit_base_patch16_gap", {**VIT, "pos_embed_grid_size": (4, 4)}),
     "NaFlex, two tables": ("naflexvit_base_patch16_parfac_gap", {**VIT, "pos_embed_grid_size": (3, 3), "class_token": True}),
     "hybrid": ("vit_tiny_r_s16_p8_224", {**VIT, "img_size": 64}),
+    "ViTamin": ("vitamin_small_224", {**VIT, "img_size": 64, "patch_size": 1, "embed_cfg": VitCfg((8, 12, 24), (1, 2), 8)}),
+    "convolutions in front": ("vit_tiny_patch16_224", {**VIT, "patch_size": 1, "embed_layer": _with_convolutions}),
     "Swin": ("swin_tiny_patch4_window7_224", SWIN),
 }
 WITHOUT_STREAM = {
@@ -65,6 +78,7 @@ LARGER = {
     "positions from a table": 48,
     "Qwen3": 48,
     "NaFlex": 48,
+    "ViTamin": 96,
     "Swin": 36,
 }
 """Another image size, where the model takes one."""
@@ -200,7 +214,7 @@ def test_another_image_size(kind: str, side: int, tmp_path: Path) -> None:
     assert torch.equal(load(save(small, tmp_path))(batch), small(batch))
 
 
-@pytest.mark.parametrize("kind", ["BEiT", "positions by a network", "Qwen3", "NaFlex", "Swin"])
+@pytest.mark.parametrize("kind", ["BEiT", "positions by a network", "Qwen3", "NaFlex", "ViTamin", "Swin"])
 def test_the_benefit_of_every_block_is_measured(kind: str) -> None:
     model = _tiny(kind, torch.float32).train()
     dense = count_parameters(model)
@@ -263,7 +277,7 @@ def test_real_shapes_are_described_well_enough_to_be_built_again(name: str, dept
     assert read_layout(model, DEFAULT_DIMS).blocks
 
 
-@pytest.mark.parametrize("kind", ["BEiT", "Qwen3", "NaFlex", "hybrid", "Swin"])
+@pytest.mark.parametrize("kind", ["BEiT", "Qwen3", "NaFlex", "hybrid", "convolutions in front", "Swin"])
 def test_the_command_line_builds_it_from_weights(kind: str, tmp_path: Path) -> None:
     (name, arguments), trained = MODELS[kind], _tiny(kind, torch.float32)
     torch.save(trained.state_dict(), tmp_path / "trained.pth")
@@ -275,7 +289,7 @@ def test_the_command_line_builds_it_from_weights(kind: str, tmp_path: Path) -> N
         assert torch.equal(model.eval()(batch), trained(batch))
 
 
-@pytest.mark.parametrize("kind", ["BEiT", "positions by a network", "Qwen3", "NaFlex", "Swin"])
+@pytest.mark.parametrize("kind", ["BEiT", "positions by a network", "Qwen3", "NaFlex", "ViTamin", "Swin"])
 def test_fresh_weights_leave_no_value_of_the_trained_ones(kind: str) -> None:
     small = _small(kind)
     before = {key: value.clone() for key, value in small.state_dict().items()}

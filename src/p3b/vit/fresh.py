@@ -13,6 +13,8 @@ from p3b.vit.parts import ConstantBranch, ReadChannels, WriteChannels
 _LAYER_SCALE = 1e-5
 """timm's LayerScale begins with what it was given, which weights do not tell; this is the value of its own models."""
 
+_CONVOLUTIONS = (nn.Conv2d, nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm)
+
 _POSITIONS_AND_TOKENS = (
     *("pos_embed", "pos_embed_y", "pos_embed_x", "cls_token", "reg_token"),
     "relative_position_bias_table",
@@ -25,14 +27,13 @@ def initialise(model: VisionTransformer) -> VisionTransformer:
     A norm begins as the identity, a block that only adds a constant with nothing.
     """
     if isinstance(model, VisionTransformer):
+        _reset_convolutions(getattr(model.patch_embed, "backbone", nn.Identity()))
         model.init_weights()  # positions and tokens; layers as timm was told when the model was built, which is not at all
     else:
         for name, parameter in model.named_parameters():
             if name.split(".")[-1] in _POSITIONS_AND_TOKENS:
                 trunc_normal_(parameter, std=0.02)
-        for module in model.modules():
-            if isinstance(module, nn.Conv2d):
-                module.reset_parameters()
+        _reset_convolutions(model)
     for name, parameter in model.named_parameters():
         if name.endswith((".gamma_1", ".gamma_2")):
             nn.init.constant_(parameter, _LAYER_SCALE)
@@ -52,6 +53,13 @@ def initialise(model: VisionTransformer) -> VisionTransformer:
         elif isinstance(module, ConstantBranch):
             nn.init.zeros_(module.value)
     return model
+
+
+def _reset_convolutions(network: nn.Module) -> None:
+    """Convolutions and the norms between them as torch makes them."""
+    for module in network.modules():
+        if isinstance(module, _CONVOLUTIONS):
+            module.reset_parameters()
 
 
 def fill_buffers(model: nn.Module) -> None:

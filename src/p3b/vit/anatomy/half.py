@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from p3b.vit.anatomy.body import Body, in_place_of, pruned_or, refuse
 from p3b.vit.anatomy.norms import is_centred, is_norm
 from p3b.vit.anatomy.shape import BranchShape
-from p3b.vit.anatomy.weights import Weight, affine
+from p3b.vit.anatomy.weights import STREAM, Weight, affine
 from p3b.vit.parts import DropAndWrite, ReadChannels, WriteChannels
 
 
@@ -79,6 +79,11 @@ class PreNorm:
     def stream_norms(self) -> tuple[str, ...]:
         return (self.norm,)
 
+    @property
+    def reading_norm(self) -> str:
+        """Name of the norm that gives the channels which are read."""
+        return self.norm
+
     def require_covered(self, name: str, block: nn.Module) -> None:
         self.body.require_covered(f"{name}.{self.name}", block.get_submodule(self.name))
         norm, scale = block.get_submodule(self.norm), block.get_submodule(self.layer_scale)
@@ -111,7 +116,7 @@ class PreNorm:
 
     def narrow(self, block: nn.Module, shape: BranchShape, width: int) -> None:
         example = narrow_body(self, block, shape)
-        read_channels(block, self.norm, shape, width, example)
+        read_channels(block, self.reading_norm, shape, width, example)
         if len(shape.outputs) < width:
             scale = block.get_submodule(self.layer_scale)
             write = WriteChannels(shape.outputs, width, example, isinstance(scale, LayerScale))
@@ -127,6 +132,34 @@ class PreNorm:
 
     def set_drop_path(self, block: nn.Module, path: nn.Module) -> None:
         setattr(block, self.drop_path, path)
+
+
+@dataclass(frozen=True)
+class NormTwice(PreNorm):
+    """x + path(scale(body(norm(x)))), where the body begins with a norm of its own (`Half`).
+
+    The first norm gives all channels, which the second one takes its moments over; this one picks those that are read.
+    """
+
+    own_norm: str = "mlp.norm"
+
+    @property
+    def stream_norms(self) -> tuple[str, ...]:
+        return (self.norm, self.own_norm)
+
+    def require_covered(self, name: str, block: nn.Module) -> None:
+        super().require_covered(name, block)
+        norm = block.get_submodule(self.own_norm)
+        refuse(name, {f"{self.own_norm}: {pruned_or(type(norm).__name__)}": not is_norm(norm)})
+
+    def weights(self, block: nn.Module) -> list[Weight]:
+        first = affine(self.norm, block.get_submodule(self.norm), (STREAM,))
+        picks = affine(self.own_norm, block.get_submodule(self.own_norm), ("in",))
+        return [*first, *picks, *super().weights(block)[len(first) :]]
+
+    @property
+    def reading_norm(self) -> str:
+        return self.own_norm
 
 
 @dataclass(frozen=True)
@@ -205,7 +238,7 @@ def read_channels(block: nn.Module, name: str, shape: BranchShape, width: int, e
     """Let the norm of this name give the channels that are read, and no others."""
     if len(shape.inputs) < width:
         norm = block.get_submodule(name)
-        setattr(block, name, in_place_of(norm, ReadChannels(shape.inputs, width, norm, example, is_centred(norm))))
+        block.set_submodule(name, in_place_of(norm, ReadChannels(shape.inputs, width, norm, example, is_centred(norm))))
 
 
 def small_key(half: Half, key: str) -> str:
