@@ -65,11 +65,16 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "hybrid": ("vit_tiny_r_s16_p8_224", {**VIT, "img_size": 64}),
     "ViTamin": ("vitamin_small_224", {**VIT, "img_size": 64, "patch_size": 1, "embed_cfg": VitCfg((8, 12, 24), (1, 2), 8)}),
     "convolutions in front": ("vit_tiny_patch16_224", {**VIT, "patch_size": 1, "embed_layer": _with_convolutions}),
+    "SAM": (
+        "samvit_base_patch16",
+        {**VIT, "window_size": 3, "global_attn_indexes": (1,), "neck_chans": 8, "global_pool": "avg"},
+    ),
     "Swin": ("swin_tiny_patch4_window7_224", SWIN),
 }
 WITHOUT_STREAM = {
     "shared positions": "whole heads cannot be pruned",
     "Qwen3, merged": "encoder.merger",
+    "SAM": "the convolutions behind the blocks",
     "Swin": "a residual stream of its own width",
 }
 LARGER = {
@@ -79,6 +84,7 @@ LARGER = {
     "Qwen3": 48,
     "NaFlex": 48,
     "ViTamin": 96,
+    "SAM": 48,
     "Swin": 36,
 }
 """Another image size, where the model takes one."""
@@ -214,7 +220,7 @@ def test_another_image_size(kind: str, side: int, tmp_path: Path) -> None:
     assert torch.equal(load(save(small, tmp_path))(batch), small(batch))
 
 
-@pytest.mark.parametrize("kind", ["BEiT", "positions by a network", "Qwen3", "NaFlex", "ViTamin", "Swin"])
+@pytest.mark.parametrize("kind", ["BEiT", "positions by a network", "Qwen3", "NaFlex", "ViTamin", "SAM", "Swin"])
 def test_the_benefit_of_every_block_is_measured(kind: str) -> None:
     model = _tiny(kind, torch.float32).train()
     dense = count_parameters(model)
@@ -267,6 +273,7 @@ def test_a_description_of_a_hierarchy_that_cannot_be_is_refused(changed: dict[st
         ("vit_relpos_medium_patch16_cls_224", {"depth": 1}),
         ("swin_tiny_patch4_window7_224", {"depths": (1, 1, 1, 1)}),
         ("qwen3_vit_88m_enc", {"depth": 1}),
+        ("samvit_base_patch16", {"depth": 3}),
     ],
 )
 def test_real_shapes_are_described_well_enough_to_be_built_again(name: str, depth: dict[str, Any]) -> None:
@@ -277,7 +284,7 @@ def test_real_shapes_are_described_well_enough_to_be_built_again(name: str, dept
     assert read_layout(model, DEFAULT_DIMS).blocks
 
 
-@pytest.mark.parametrize("kind", ["BEiT", "Qwen3", "NaFlex", "hybrid", "convolutions in front", "Swin"])
+@pytest.mark.parametrize("kind", ["BEiT", "Qwen3", "NaFlex", "hybrid", "convolutions in front", "SAM", "Swin"])
 def test_the_command_line_builds_it_from_weights(kind: str, tmp_path: Path) -> None:
     (name, arguments), trained = MODELS[kind], _tiny(kind, torch.float32)
     torch.save(trained.state_dict(), tmp_path / "trained.pth")
@@ -289,7 +296,7 @@ def test_the_command_line_builds_it_from_weights(kind: str, tmp_path: Path) -> N
         assert torch.equal(model.eval()(batch), trained(batch))
 
 
-@pytest.mark.parametrize("kind", ["BEiT", "positions by a network", "Qwen3", "NaFlex", "ViTamin", "Swin"])
+@pytest.mark.parametrize("kind", ["BEiT", "positions by a network", "Qwen3", "NaFlex", "ViTamin", "SAM", "Swin"])
 def test_fresh_weights_leave_no_value_of_the_trained_ones(kind: str) -> None:
     small = _small(kind)
     before = {key: value.clone() for key, value in small.state_dict().items()}
@@ -299,7 +306,7 @@ def test_fresh_weights_leave_no_value_of_the_trained_ones(kind: str) -> None:
     assert small(_images(small)).isfinite().all()
 
 
-@pytest.mark.parametrize("kind", ["hybrid", "BEiT", "Swin"])
+@pytest.mark.parametrize("kind", ["hybrid", "BEiT", "SAM", "Swin"])
 @pytest.mark.parametrize("layout", ["balanced", "reordered"])
 @torch.no_grad()
 def test_every_layout_is_exact_or_leaves_the_model_as_it_is(kind: str, layout: str) -> None:

@@ -34,6 +34,7 @@ class Block:
         stage: number of the stage that it lies in; 0 where all blocks have one residual stream.
         grid: (H, W) tokens there beside the prefix tokens; None where it is that of the patches.
         window: where tokens are compared in windows, the tokens of one and those of all of them, padding included.
+        distances: vectors of relative positions that a query is multiplied with, beside the keys.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Block:
     stage: int = 0
     grid: tuple[int, int] | None = None
     window: tuple[int, int] | None = None
+    distances: int = 0
 
     def branch(self, half: Half) -> str:
         """Name of a branch: "blocks.3.attn"."""

@@ -15,7 +15,7 @@ from torch import nn
 from p3b.errors import ModelError
 from p3b.vit.anatomy.mlp import PlainMlp
 from p3b.vit.anatomy.norms import NORMS
-from p3b.vit.anatomy.window import PlainPreNorm, WindowPreNorm, WindowSelfAttention
+from p3b.vit.anatomy.window import PlainPreNorm, WindowPreNorm, WindowSelfAttention, tokens_in_windows
 from p3b.vit.families.activations import activation_name
 from p3b.vit.families.family import (
     CLASSES,
@@ -172,12 +172,8 @@ def _window_size(blocks: Sequence[nn.Module]) -> list[int]:
 
 
 def _window(grid: tuple[int, int], block: nn.Module) -> tuple[int, int]:
-    """(tokens that are compared with each other, tokens in all windows together)."""
-    if not isinstance(block, SwinTransformerBlock):
-        return 0, 0  # a block that is gone compares nothing
-    high, wide = block.window_size
-    rows, columns = (-(-side // window) for side, window in zip(grid, (high, wide), strict=True))
-    return high * wide, high * wide * rows * columns
+    """As `tokens_in_windows`; a block that is gone compares nothing."""
+    return tokens_in_windows(grid, block.window_size) if isinstance(block, SwinTransformerBlock) else (0, 0)
 
 
 SWIN = SwinFamily()
