@@ -21,6 +21,7 @@ from p3b.errors import ModelError
 from p3b.storage.artifact import model_config
 from p3b.storage.models import build_model
 from p3b.storage.outline import outline
+from p3b.storage.weights import load_weights
 from p3b.vit.architecture import build_skeleton, check_description, describe_dense
 from p3b.vit.compact import apply_cuts, plan_cuts
 from p3b.vit.cost import count_macs, count_parameters, kept_channels, model_macs
@@ -294,6 +295,14 @@ def test_the_command_line_builds_it_from_weights(kind: str, tmp_path: Path) -> N
     batch = _images(trained)
     with torch.no_grad():
         assert torch.equal(model.eval()(batch), trained(batch))
+
+
+def test_weights_of_a_stem_with_stages_are_not_taken_for_another_network() -> None:
+    source, target = _tiny("ViTamin", torch.float32), _tiny("ViTamin", torch.float32)
+    initialise(target)  # type: ignore[arg-type]
+    report = load_weights(target, source.state_dict(), "file")
+    assert not report.missing and not report.unexpected
+    assert all(torch.equal(value, target.state_dict()[key]) for key, value in source.state_dict().items())
 
 
 @pytest.mark.parametrize("kind", ["BEiT", "positions by a network", "Qwen3", "NaFlex", "ViTamin", "SAM", "Swin"])

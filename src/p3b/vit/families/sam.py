@@ -121,7 +121,7 @@ class SamFamily:
 
     def describe_blocks(self, model: VisionTransformerSAM) -> dict[str, Any]:
         block: SamBlock = model.blocks[0]
-        windows = [each.window_size for each in model.blocks]
+        windows: list[int] = [each.window_size for each in model.blocks]
         return {
             "num_heads": block.attn.num_heads,
             "mlp_ratio": ratio_of(block.mlp.fc1, model.embed_dim),
