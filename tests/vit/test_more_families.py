@@ -207,11 +207,12 @@ def test_a_saved_model_is_the_same_bit_for_bit(kind: str, tmp_path: Path) -> Non
 
 @pytest.mark.filterwarnings("ignore::UserWarning:timm.layers.interpolate")  # where it resizes a table of positions
 @pytest.mark.parametrize(("kind", "side"), LARGER.items())
+@pytest.mark.parametrize("gone", [(), ("0.attn.out", "0.mlp.out", "1.attn.in"), ("1.attn.out", "1.mlp.out", "0.attn.in")])
 @torch.no_grad()
-def test_another_image_size(kind: str, side: int, tmp_path: Path) -> None:
+def test_another_image_size(kind: str, side: int, gone: tuple[str, ...], tmp_path: Path) -> None:
     model = _tiny(kind)
     layout = read_layout(model)
-    masks = _masks(layout, 0.5)
+    masks = _masks(layout, 0.5, *gone)
     small = apply_cuts(deepcopy(model), plan_cuts(layout, masks))  # type: ignore[arg-type]
     masked, batch = model, _images(model, side=side)
     for each in (masked, small):

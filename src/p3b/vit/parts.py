@@ -217,6 +217,8 @@ class ConstantBranch(nn.Module):
         self.register_buffer("index", torch.tensor(outputs, device=_index_device(self.value)), persistent=False)
         self.fills = False
         """Whether it gives the constant for each token, as the branch did, and not once for all."""
+        self.rel_pos = None
+        """What timm resizes of its attentions with relative positions: nothing."""
 
     def forward(
         self,
@@ -242,6 +244,8 @@ class NoBranch(nn.Module):
         super().__init__()
         self.fills = False
         """Whether it gives a zero for each channel of each token, as the branch did, and not one for all."""
+        self.rel_pos = None
+        """What timm resizes of its attentions with relative positions: nothing."""
 
     def forward(
         self,
@@ -261,6 +265,16 @@ class NoBranch(nn.Module):
 
 class NoBlock(nn.Identity):
     """A timm block both halves of which add nothing; it takes what a block takes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = NoBranch()
+        """For timm, which tells it of another image size."""
+
+    def set_input_size(
+        self, feat_size: tuple[int, int], window_size: tuple[int, int], always_partition: bool | None = None
+    ) -> None:
+        """What timm tells Swin's blocks at another image size: here nothing depends on it."""
 
     def forward(
         self,

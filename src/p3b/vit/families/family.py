@@ -178,6 +178,13 @@ def classes_of(model: nn.Module) -> int:
     return head.out_features if isinstance(head, nn.Linear) else model.num_classes
 
 
+def as_features(model: nn.Module, final_norm: bool) -> nn.Module:
+    """A model as it was built, or as timm takes the last norm off for features of the blocks alone (`features_only`)."""
+    if not final_norm:
+        model.prune_intermediate_layers(None, prune_norm=True, prune_head=False)
+    return model
+
+
 def ratio_of(layer: nn.Module, width: int, of: str = "out_features") -> float:
     """The ratio to a width that timm, which truncates, makes the outputs (or the inputs) of a layer of."""
     hidden = getattr(layer, of)

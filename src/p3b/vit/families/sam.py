@@ -36,6 +36,7 @@ from p3b.vit.families.family import (
     Images,
     Outside,
     Rule,
+    as_features,
     branches_of_blocks,
     is_whole,
     one_of,
@@ -73,7 +74,7 @@ class SamFamily:
         "act_layer": one_of(ACTIVATIONS),
         "norm_layer": one_of(tuple(NORMS)),
     }
-    more_rules: Mapping[str, tuple[Rule, Any]] = {}
+    more_rules: Mapping[str, tuple[Rule, Any]] = {"final_norm": (FLAG, True)}
 
     def blocks(self, model: VisionTransformerSAM) -> Sequence[Block]:
         grid = model.patch_embed.grid_size
@@ -117,6 +118,7 @@ class SamFamily:
             "pre_norm": not isinstance(model.norm_pre, nn.Identity),
             "use_abs_pos": model.pos_embed is not None,
             "neck_chans": model.neck[0].out_channels if isinstance(model.neck, nn.Sequential) else 0,
+            "final_norm": not isinstance(model.neck, nn.Identity),
         }
 
     def describe_blocks(self, model: VisionTransformerSAM) -> dict[str, Any]:
@@ -145,7 +147,8 @@ class SamFamily:
     def build(self, kind: type[nn.Module], arguments: Mapping[str, Any], *, values: bool) -> nn.Module:
         given = {key: tuple(value) if isinstance(value, list) else value for key, value in arguments.items()}
         norm = partial(NORMS[given.pop("norm_layer")], eps=given.pop("norm_eps"))
-        return kind(**given | {"act_layer": get_act_layer(given["act_layer"])}, norm_layer=norm)
+        has_norm = given.pop("final_norm")
+        return as_features(kind(**given | {"act_layer": get_act_layer(given["act_layer"])}, norm_layer=norm), has_norm)
 
 
 def _compared(block: nn.Module, grid: tuple[int, int]) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from p3b.vit.families.family import (
     Images,
     Outside,
     Rule,
+    as_features,
     is_pair,
     is_whole,
     one_of,
@@ -69,7 +70,7 @@ class SwinFamily:
         "global_pool": one_of(("", "avg", "avgmax", "max", "catavgmax"), "a pooling of timm's Swin"),
         "norm_layer": one_of(tuple(NORMS)),
     }
-    more_rules: Mapping[str, tuple[Rule, Any]] = {}
+    more_rules: Mapping[str, tuple[Rule, Any]] = {"final_norm": (FLAG, True)}
 
     def blocks(self, model: SwinTransformer) -> Sequence[Block]:
         return [
@@ -82,7 +83,7 @@ class SwinFamily:
                 grid=stage.output_resolution,
                 window=_window(stage.output_resolution, block),
             )
-            for number, (stage, info) in enumerate(zip(model.layers, model.feature_info, strict=True))
+            for number, (stage, info) in enumerate(zip(model.layers, model.feature_info, strict=False))
             for depth, block in enumerate(stage.blocks)
         ]
 
@@ -123,6 +124,7 @@ class SwinFamily:
             "depths": [len(stage.blocks) for stage in model.layers],
             "window_size": [_window_size(stage.blocks) for stage in model.layers],
             "strict_img_size": patch.strict_img_size,
+            "final_norm": not isinstance(model.norm, nn.Identity),
         }
 
     def describe_blocks(self, model: SwinTransformer) -> dict[str, Any]:
@@ -163,7 +165,8 @@ class SwinFamily:
         given = {key: tuple(value) if isinstance(value, list) else value for key, value in arguments.items()}
         given["window_size"] = tuple(map(tuple, given["window_size"]))
         norm = partial(NORMS[given.pop("norm_layer")], eps=given.pop("norm_eps"))
-        return kind(**given, norm_layer=norm, **({} if values else {"weight_init": "skip"}))
+        has_norm = given.pop("final_norm")
+        return as_features(kind(**given, norm_layer=norm, **({} if values else {"weight_init": "skip"})), has_norm)
 
 
 def _window_size(blocks: Sequence[nn.Module]) -> list[int]:
