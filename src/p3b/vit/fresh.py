@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from timm.layers import LayerScale, trunc_normal_
 from timm.models.vision_transformer import VisionTransformer, init_weights_vit_timm
@@ -39,6 +41,8 @@ def initialise(model: VisionTransformer) -> VisionTransformer:
             nn.init.constant_(parameter, _LAYER_SCALE)
         elif name.endswith((".q_bias", ".v_bias")):
             nn.init.zeros_(parameter)
+        elif name.endswith(".logit_scale"):
+            nn.init.constant_(parameter, math.log(10))
     for module in model.modules():
         if isinstance(module, nn.Linear):
             init_weights_vit_timm(module)

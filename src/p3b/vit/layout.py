@@ -230,7 +230,7 @@ def _branch_layout(depth: int, block: Block, half: Half, dims: Collection[str], 
                 "prunes other dimensions."
             )
     sizes = {**body.sizes(module), STREAM: block.width}
-    without_input, without_inner = body.constant_without(module)
+    without_input, without_inner = half.constant_without(block.module)
     return BlockLayout(
         name=block.branch(half),
         kind=body.kind,
@@ -243,8 +243,7 @@ def _branch_layout(depth: int, block: Block, half: Half, dims: Collection[str], 
         unit=body.unit(module),
         outputs=_named(("out",), dims, sizes),
         moments=tuple(
-            Moments(f"{block.branch(half)}.{moments.norm}", _named(moments.axis, dims, sizes))
-            for moments in body.moments(module)
+            Moments(f"{block.name}.{moments.norm}", _named(moments.axis, dims, sizes)) for moments in half.moments(block.module)
         ),
         heads=sizes.get("heads", 1),
         any_input_width=body.any_input_width,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from p3b.vit.anatomy.body import Body, in_place_of, pruned_or, refuse
 from p3b.vit.anatomy.norms import is_centred, is_norm
 from p3b.vit.anatomy.shape import BranchShape
-from p3b.vit.anatomy.weights import STREAM, Weight, affine
+from p3b.vit.anatomy.weights import STREAM, Moments, Weight, affine
 from p3b.vit.parts import DropAndWrite, ReadChannels, WriteChannels
 
 
@@ -43,11 +43,17 @@ class Half(Protocol):
     def weights(self, block: nn.Module) -> list[Weight]:
         """All weights of the branch, by their keys in the block."""
 
+    def moments(self, block: nn.Module) -> list[Moments]:
+        """Norms in the branch, by their names in the block, whose moments are taken over the channels that stay."""
+
+    def constant_without(self, block: nn.Module) -> tuple[bool, bool]:
+        """Whether the branch can still add a constant when its body reads nothing, and when its inner channels are gone."""
+
     def entry(self, block: nn.Module) -> nn.Module:
         """The module whose input is the residual stream before this branch."""
 
-    def scaled(self, block: nn.Module, value: Tensor) -> Tensor:
-        """What becomes of (D,) outputs of the body on their way to the stream."""
+    def scaled(self, block: nn.Module, value: Tensor, mask: Tensor) -> Tensor:
+        """What becomes of (D,) outputs of the body on their way to the stream; `mask` is 1 for the channels written to."""
 
     def scale(self, block: nn.Module) -> Tensor | None:
         """The weight of `scaled`."""
@@ -65,8 +71,24 @@ class Half(Protocol):
         """Give the branch another stochastic depth."""
 
 
+class AsItsBody:
+    """What halves say where that is what their body says."""
+
+    name: str
+    body: Body
+
+    def moments(self, block: nn.Module) -> list[Moments]:
+        """See `Half`."""
+        found = self.body.moments(block.get_submodule(self.name))
+        return [Moments(f"{self.name}.{moments.norm}", moments.axis) for moments in found]
+
+    def constant_without(self, block: nn.Module) -> tuple[bool, bool]:
+        """See `Half`."""
+        return self.body.constant_without(block.get_submodule(self.name))
+
+
 @dataclass(frozen=True)
-class PreNorm:
+class PreNorm(AsItsBody):
     """x + path(scale(body(norm(x)))), each by its name in the block (`Half`)."""
 
     name: str
@@ -106,7 +128,7 @@ class PreNorm:
     def entry(self, block: nn.Module) -> nn.Module:
         return block.get_submodule(self.norm)
 
-    def scaled(self, block: nn.Module, value: Tensor) -> Tensor:
+    def scaled(self, block: nn.Module, value: Tensor, mask: Tensor) -> Tensor:
         gamma = self.scale(block)
         return value if gamma is None else value * gamma
 
@@ -163,7 +185,7 @@ class NormTwice(PreNorm):
 
 
 @dataclass(frozen=True)
-class GammaPreNorm:
+class GammaPreNorm(AsItsBody):
     """x + path(gamma * body(norm(x))), where gamma is a parameter of the block itself, or None (`Half`)."""
 
     name: str
@@ -192,7 +214,7 @@ class GammaPreNorm:
     def entry(self, block: nn.Module) -> nn.Module:
         return block.get_submodule(self.norm)
 
-    def scaled(self, block: nn.Module, value: Tensor) -> Tensor:
+    def scaled(self, block: nn.Module, value: Tensor, mask: Tensor) -> Tensor:
         gamma = self.scale(block)
         return value if gamma is None else value * gamma
 
