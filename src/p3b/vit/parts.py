@@ -195,11 +195,11 @@ class PaddedWindowAttention(WindowAttention):
         for name in ("qkv", "proj", "attn_drop", "proj_drop", "relative_position_bias_table", "relative_position_index"):
             setattr(self, name, getattr(like, name))
         self.dim, self.scale, self.fused_attn = like.dim, like.scale, like.fused_attn
+        self.reads, self.writes = like.qkv.in_features, like.proj.out_features
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         given = x.shape[-1]
-        x = super().forward(x[..., : self.qkv.in_features], mask)
-        return F.pad(x, (0, given - self.proj.out_features))
+        return F.pad(super().forward(x[..., : self.reads], mask), (0, given - self.writes))
 
 
 class PaddedDropAndWrite(DropAndWrite):
@@ -269,7 +269,8 @@ class CosineWindowAttention(Attention):
         for name in ("qkv", "attn_drop", "proj", "proj_drop", "cpb_mlp"):
             setattr(self, name, getattr(like, name))
         self.q_norm, self.k_norm = ScaledUnitLength(like.logit_scale, width), UnitLength()
-        self.window_size, self.pretrained_window_size, self.stream = like.window_size, like.pretrained_window_size, stream
+        self.window_size, self.pretrained_window_size = like.window_size, like.pretrained_window_size
+        self.more = stream - like.proj.out_features
         for name in ("relative_coords_table", "relative_position_index"):
             self.register_buffer(name, like.get_buffer(name), persistent=False)
         index = torch.tensor(inputs, device=_index_device(like.proj.weight))
@@ -292,8 +293,7 @@ class CosineWindowAttention(Attention):
         bias = 16 * torch.sigmoid(bias).unsqueeze(0)
         if mask is not None:
             bias = (bias + mask.unsqueeze(1)).repeat(x.shape[0] // mask.shape[0], 1, 1, 1)
-        x = super().forward(flat_select(x, self.index), bias)
-        return F.pad(x, (0, self.stream - self.proj.out_features))
+        return F.pad(super().forward(flat_select(x, self.index), bias), (0, self.more))
 
 
 class ConstantBranch(nn.Module):
