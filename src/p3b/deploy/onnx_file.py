@@ -69,7 +69,7 @@ def _biases_apart(model: nn.Module) -> Iterator[None]:
 
     torch's exporter takes the fused operation apart, and with biases it then expects its result to lie otherwise in memory.
     """
-    fused = [module for module in model.modules() if type(module) in _WITH_BIASES and module.fused_attn]
+    fused: list[Any] = [module for module in model.modules() if type(module) in _WITH_BIASES and module.fused_attn]
     try:
         for module in fused:
             module.fused_attn = False
