@@ -73,12 +73,16 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "Swin": ("swin_tiny_patch4_window7_224", SWIN),
     "Swin v2": ("swinv2_tiny_window8_256", SWIN),
     "Swin v2, no biases": ("swinv2_base_window12to24_192to384", {**SWIN, "qkv_bias": False}),
+    "Swin v2, a window wider than the last map": (
+        "swinv2_tiny_window16_256",
+        {**SWIN, "img_size": 32, "depths": (2, 2), "window_size": 16},
+    ),
 }
 WITHOUT_STREAM = {
     "shared positions": "whole heads cannot be pruned",
     "Qwen3, merged": "encoder.merger",
     "SAM": "the convolutions behind the blocks",
-    **dict.fromkeys(("Swin", "Swin v2", "Swin v2, no biases"), "a residual stream of its own width"),
+    **dict.fromkeys(("Swin", *(kind for kind in MODELS if kind.startswith("Swin v2"))), "a residual stream of its own width"),
 }
 LARGER = {
     "BEiT": 48,

@@ -39,8 +39,9 @@ _IN_TRAINING = {
     "drop_prob",
     "aug_active",
 }
-_OF_NO_MATTER = _IN_TRAINING | {"num_classes", "init_values"}
-"""Settings that may differ: they act in training or at the start alone, or follow from something else."""
+_OF_NO_MATTER = _IN_TRAINING | {"num_classes", "init_values", "target_shift_size"}
+"""Settings that may differ: they act in training or at the start alone, or follow from something else. Swin's `shift_size` is
+what a block shifts by; the target beside it is that of a window that the image may be too small for."""
 
 
 def require_described(model: VisionTransformer, purpose: str = "saved") -> None:
