@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -76,6 +77,14 @@ def test_the_own_loop_leaves_a_model_that_the_predict_example_reads(
     image.save(tmp_path / "digit.png")
     said = run("examples/predict.py", folder, tmp_path / "digit.png", "--top", "2")
     assert said.count("%") == 2 and str(tmp_path / "digit.png") in said
+
+
+@pytest.mark.parametrize("example", ["backbone_segmentation", "backbone_retrieval"])
+def test_a_backbone_is_as_small_as_asked_for_and_equals_the_masked_one(run: Run, example: str) -> None:
+    said = run(f"examples/{example}.py", "12").replace(",", "")
+    kept, dense = (int(number) for number in re.findall(r"\d+", said)[:2])
+    assert abs(kept / dense - 0.5) < 0.01
+    assert float(said.split()[-1]) < 1e-4
 
 
 def test_keep_ratios_by_hand_are_met(run: Run) -> None:

@@ -32,6 +32,8 @@ COVERED = (
     "vit_pe_core_small_patch16_384",
     "vit_small_patch16_rope_mixed_224",
     "qwen3_vit_88m",
+    "vitamin_small_224",
+    "vit_base_mci_224",
 )
 REFUSED = {
     "vit_small_patch16_18x2_224": "blocks.0: ParallelThingsBlock",

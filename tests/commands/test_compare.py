@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from timm.layers import SwiGLU
 
 import p3b
 import p3b.commands.compare
@@ -336,6 +337,20 @@ def test_the_smaller_model_starts_from_evenly_spaced_channels() -> None:
 def test_cutting_to_the_same_size_changes_nothing() -> None:
     model = tiny_vit()
     assert same_tensors(cut_evenly(model, describe_dense(model)).state_dict(), model.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"mlp_layer": SwiGLU}, "mlp_layer=SwiGLU"),
+        ({"scale_attn_norm": True}, "scale_attn_norm=True"),
+        ({"name": "vit_small_patch16_dinov3", "embed_dim": 32, "num_heads": 2}, "Eva"),
+    ],
+)
+def test_a_smaller_model_of_another_kind_is_refused(changed: dict[str, Any], reason: str) -> None:
+    model = tiny_vit(**changed)
+    with pytest.raises(ModelError, match=rf"{reason}.*--no-smaller"):
+        smaller_architecture(describe_dense(model), 0.5 * parameters_of(model))
 
 
 def test_a_size_that_no_smaller_model_has_is_refused() -> None:

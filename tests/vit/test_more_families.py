@@ -9,6 +9,9 @@ from typing import Any
 import pytest
 import timm
 import torch
+from timm.layers import HybridEmbed
+from timm.models.vision_transformer_hybrid import ConvStem
+from timm.models.vitamin import VitCfg
 from torch import Tensor, nn
 
 from loops import CE
@@ -18,6 +21,7 @@ from p3b.errors import ModelError
 from p3b.storage.artifact import model_config
 from p3b.storage.models import build_model
 from p3b.storage.outline import outline
+from p3b.storage.weights import load_weights
 from p3b.vit.architecture import build_skeleton, check_description, describe_dense
 from p3b.vit.compact import apply_cuts, plan_cuts
 from p3b.vit.cost import count_macs, count_parameters, kept_channels, model_macs
@@ -40,6 +44,14 @@ SWIN: dict[str, Any] = {
     "num_heads": (2, 3),
     "window_size": 4,
 }
+
+
+def _with_convolutions(**arguments: Any) -> HybridEmbed:
+    """The patch embedding of MobileCLIP."""
+    stem = ConvStem(channels=(8, 8, 24), stride=(2, 2, 2), kernel_size=(2, 2, 2), padding=0, act_layer=nn.GELU)
+    return HybridEmbed(stem, proj=False, **arguments)
+
+
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "BEiT": ("beit_base_patch16_224", VIT),
     "BEiT, no biases": ("beit_base_patch16_224", {**VIT, "use_rel_pos_bias": False, "qkv_bias": False, "init_values": None}),
@@ -52,12 +64,25 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "NaFlex": ("naflexvit_base_patch16_gap", {**VIT, "pos_embed_grid_size": (4, 4)}),
     "NaFlex, two tables": ("naflexvit_base_patch16_parfac_gap", {**VIT, "pos_embed_grid_size": (3, 3), "class_token": True}),
     "hybrid": ("vit_tiny_r_s16_p8_224", {**VIT, "img_size": 64}),
+    "ViTamin": ("vitamin_small_224", {**VIT, "img_size": 64, "patch_size": 1, "embed_cfg": VitCfg((8, 12, 24), (1, 2), 8)}),
+    "convolutions in front": ("vit_tiny_patch16_224", {**VIT, "patch_size": 1, "embed_layer": _with_convolutions}),
+    "SAM": (
+        "samvit_base_patch16",
+        {**VIT, "window_size": 3, "global_attn_indexes": (1,), "neck_chans": 8, "global_pool": "avg"},
+    ),
     "Swin": ("swin_tiny_patch4_window7_224", SWIN),
+    "Swin v2": ("swinv2_tiny_window8_256", SWIN),
+    "Swin v2, no biases": ("swinv2_base_window12to24_192to384", {**SWIN, "qkv_bias": False}),
+    "Swin v2, a window wider than the last map": (
+        "swinv2_tiny_window16_256",
+        {**SWIN, "img_size": 32, "depths": (2, 2), "window_size": 16},
+    ),
 }
 WITHOUT_STREAM = {
     "shared positions": "whole heads cannot be pruned",
     "Qwen3, merged": "encoder.merger",
-    "Swin": "a residual stream of its own width",
+    "SAM": "the convolutions behind the blocks",
+    **dict.fromkeys(("Swin", *(kind for kind in MODELS if kind.startswith("Swin v2"))), "a residual stream of its own width"),
 }
 LARGER = {
     "BEiT": 48,
@@ -65,7 +90,10 @@ LARGER = {
     "positions from a table": 48,
     "Qwen3": 48,
     "NaFlex": 48,
+    "ViTamin": 96,
+    "SAM": 48,
     "Swin": 36,
+    "Swin v2": 36,
 }
 """Another image size, where the model takes one."""
 
@@ -186,11 +214,12 @@ def test_a_saved_model_is_the_same_bit_for_bit(kind: str, tmp_path: Path) -> Non
 
 @pytest.mark.filterwarnings("ignore::UserWarning:timm.layers.interpolate")  # where it resizes a table of positions
 @pytest.mark.parametrize(("kind", "side"), LARGER.items())
+@pytest.mark.parametrize("gone", [(), ("0.attn.out", "0.mlp.out", "1.attn.in"), ("1.attn.out", "1.mlp.out", "0.attn.in")])
 @torch.no_grad()
-def test_another_image_size(kind: str, side: int, tmp_path: Path) -> None:
+def test_another_image_size(kind: str, side: int, gone: tuple[str, ...], tmp_path: Path) -> None:
     model = _tiny(kind)
     layout = read_layout(model)
-    masks = _masks(layout, 0.5)
+    masks = _masks(layout, 0.5, *gone)
     small = apply_cuts(deepcopy(model), plan_cuts(layout, masks))  # type: ignore[arg-type]
     masked, batch = model, _images(model, side=side)
     for each in (masked, small):
@@ -200,10 +229,12 @@ def test_another_image_size(kind: str, side: int, tmp_path: Path) -> None:
     assert torch.equal(load(save(small, tmp_path))(batch), small(batch))
 
 
-@pytest.mark.parametrize("kind", ["BEiT", "positions by a network", "Qwen3", "NaFlex", "Swin"])
+@pytest.mark.parametrize("kind", ["BEiT", "positions by a network", "Qwen3", "NaFlex", "ViTamin", "SAM", "Swin", "Swin v2"])
 def test_the_benefit_of_every_block_is_measured(kind: str) -> None:
     model = _tiny(kind, torch.float32).train()
     dense = count_parameters(model)
+    taken_along = max(parameters_of(getattr(module, "cpb_mlp", nn.Identity())) for module in model.modules())
+    """What the last element of a block of Swin v2 takes along: the network that gives the biases."""
     pruner = Pruner(model, 0.3, schedule=Schedule(start=0, sparse=2, final=2, update_every=1))
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     benefits = None
@@ -215,7 +246,7 @@ def test_the_benefit_of_every_block_is_measured(kind: str) -> None:
         optimizer.step()
         optimizer.zero_grad()
     assert benefits is not None and len(benefits) == len(read_layout(_tiny(kind)).blocks) and all(benefits)
-    assert abs(count_parameters(pruner.finalize()) - 0.7 * dense) < 0.01 * dense
+    assert abs(count_parameters(pruner.finalize()) - 0.7 * dense) < 0.01 * dense + taken_along
 
 
 def test_a_stage_of_a_hierarchy_has_a_stream_of_its_own() -> None:
@@ -252,7 +283,9 @@ def test_a_description_of_a_hierarchy_that_cannot_be_is_refused(changed: dict[st
         ("beit_base_patch16_224", {"depth": 1}),
         ("vit_relpos_medium_patch16_cls_224", {"depth": 1}),
         ("swin_tiny_patch4_window7_224", {"depths": (1, 1, 1, 1)}),
+        ("swinv2_base_window12to16_192to256", {"depths": (1, 1, 1, 1)}),
         ("qwen3_vit_88m_enc", {"depth": 1}),
+        ("samvit_base_patch16", {"depth": 3}),
     ],
 )
 def test_real_shapes_are_described_well_enough_to_be_built_again(name: str, depth: dict[str, Any]) -> None:
@@ -263,7 +296,7 @@ def test_real_shapes_are_described_well_enough_to_be_built_again(name: str, dept
     assert read_layout(model, DEFAULT_DIMS).blocks
 
 
-@pytest.mark.parametrize("kind", ["BEiT", "Qwen3", "NaFlex", "hybrid", "Swin"])
+@pytest.mark.parametrize("kind", ["BEiT", "Qwen3", "NaFlex", "hybrid", "convolutions in front", "SAM", "Swin", "Swin v2"])
 def test_the_command_line_builds_it_from_weights(kind: str, tmp_path: Path) -> None:
     (name, arguments), trained = MODELS[kind], _tiny(kind, torch.float32)
     torch.save(trained.state_dict(), tmp_path / "trained.pth")
@@ -275,7 +308,15 @@ def test_the_command_line_builds_it_from_weights(kind: str, tmp_path: Path) -> N
         assert torch.equal(model.eval()(batch), trained(batch))
 
 
-@pytest.mark.parametrize("kind", ["BEiT", "positions by a network", "Qwen3", "NaFlex", "Swin"])
+def test_weights_of_a_stem_with_stages_are_not_taken_for_another_network() -> None:
+    source, target = _tiny("ViTamin", torch.float32), _tiny("ViTamin", torch.float32)
+    initialise(target)  # type: ignore[arg-type]
+    report = load_weights(target, source.state_dict(), "file")
+    assert not report.missing and not report.unexpected
+    assert all(torch.equal(value, target.state_dict()[key]) for key, value in source.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", ["BEiT", "positions by a network", "Qwen3", "NaFlex", "ViTamin", "SAM", "Swin", "Swin v2"])
 def test_fresh_weights_leave_no_value_of_the_trained_ones(kind: str) -> None:
     small = _small(kind)
     before = {key: value.clone() for key, value in small.state_dict().items()}
@@ -285,7 +326,7 @@ def test_fresh_weights_leave_no_value_of_the_trained_ones(kind: str) -> None:
     assert small(_images(small)).isfinite().all()
 
 
-@pytest.mark.parametrize("kind", ["hybrid", "BEiT", "Swin"])
+@pytest.mark.parametrize("kind", ["hybrid", "BEiT", "SAM", "Swin", "Swin v2"])
 @pytest.mark.parametrize("layout", ["balanced", "reordered"])
 @torch.no_grad()
 def test_every_layout_is_exact_or_leaves_the_model_as_it_is(kind: str, layout: str) -> None:

@@ -37,6 +37,8 @@ def plain_call(config: Mapping[str, Any]) -> str | None:
         del arguments["act_layer"]
     known = inspect.signature(VisionTransformer.__init__).parameters
     given = {key: tuple(value) if isinstance(value, list) else value for key, value in arguments.items()}
+    if arguments.keys() - known.keys() or "mlp_layer" in arguments:
+        return None  # layers that a call would have to build before
     said = [f"{key}={value!r}" for key, value in given.items() if value != known[key].default or key == "num_classes"]
     return f'timm.create_model("{_NAMES[config["architecture"]["class"]]}", {", ".join(said)})'
 

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ from p3b.errors import ConfigError, ModelError, TrainingError, unknown_name
 from p3b.methods.base import BlockShares, Criterion, Decision
 from p3b.scoring.criteria import by_gate
 from p3b.scoring.estimator import BenefitEstimator
-from p3b.scoring.estimators import ProbeSettings, create_estimator
+from p3b.scoring.estimators import OF_MAPS, ProbeSettings, create_estimator
 from p3b.scoring.first_order import FirstOrder, require_signal
 from p3b.scoring.meter import IntervalMeter, Reduce
 from p3b.vit.gates import Gates
@@ -80,6 +81,8 @@ class BlockBenefit:
         probe_lr: learning rate of the probes, not scaled with the batch size.
         probe_weight_decay: of the probes' weights; none on biases and norms.
         probe_seed: seed of the probes' first weights, the same on all ranks.
+        probe_outputs: numbers that a probe answers with, which the criterion of `loss` is given: (S, probe_outputs), or
+            (S, probe_outputs, H, W) with the estimator "places"; None: as many as the model's head has outputs.
 
     Where an estimator looks at some steps only, an interval in which it has not looked leaves the importance as it was.
 
@@ -107,6 +110,7 @@ class BlockBenefit:
         probe_lr: float = 5e-4,
         probe_weight_decay: float = 0.05,
         probe_seed: int = 0,
+        probe_outputs: int | None = None,
     ) -> None:
         _require(0 <= alpha <= 1, "alpha", alpha, "[0, 1]")
         _require(0 < gamma <= 1, "gamma", gamma, "(0, 1]")
@@ -114,6 +118,7 @@ class BlockBenefit:
         _require(align >= 1, "align", align, "[1, inf)")
         _require(probe_lr > 0, "probe_lr", probe_lr, "(0, inf)")
         _require(probe_weight_decay >= 0, "probe_weight_decay", probe_weight_decay, "[0, inf)")
+        _require(probe_outputs is None or probe_outputs >= 1, "probe_outputs", probe_outputs, "[1, inf)")
         self._layout, self._reduce = layout, reduce
         self._alpha, self._gamma, self._benefit_scale = alpha, gamma, benefit_scale
         self._prune_ratio, self._other_params = prune_ratio, 0 if blocks_only else layout.other_params
@@ -137,9 +142,10 @@ class BlockBenefit:
         self._estimator: BenefitEstimator | None = None
         self._reads_maps = estimator not in ESTIMATORS_OF_MEANS
         if self._given is None:
-            self._require_readable(model, estimator)
+            self._require_readable(model, estimator, probe_outputs)
             first = next(model.parameters())
-            settings = ProbeSettings(layout, reduce, first.device, first.dtype, probe_lr, probe_weight_decay, probe_seed)
+            read = layout if probe_outputs is None else replace(layout, num_classes=probe_outputs)
+            settings = ProbeSettings(read, reduce, first.device, first.dtype, probe_lr, probe_weight_decay, probe_seed)
             self._estimator = create_estimator(estimator, settings)
             self._taps.attach(model)
             self._taps.recording = self._estimator.due()
@@ -233,13 +239,19 @@ class BlockBenefit:
         scores = by_gate(blocks, self._reduce(mean("scores")).cpu())
         return self._shares.decide(self._goals(importance_B), scores, progress, tau, benefits_2B, importance_B, last=last)
 
-    def _require_readable(self, model: VisionTransformer, estimator: str) -> None:
+    def _require_readable(self, model: VisionTransformer, estimator: str, probe_outputs: int | None) -> None:
         """ModelError where probes could not be built for this model, or not be given what they read."""
         others = f"{', '.join(map(repr, ESTIMATORS_OF_MEANS))}"
-        if self._layout.num_classes < 1:
+        if estimator in OF_MAPS and probe_outputs is None:
+            raise ConfigError(
+                f"The estimator {estimator!r} is for dense prediction, where a criterion judges maps of answers: give "
+                "probe_outputs=, the channels of such a map. To classify images choose another estimator."
+            )
+        if self._layout.num_classes < 1 and probe_outputs is None:
             raise ModelError(
                 "The model has no head (num_classes=0), so the probes of block_benefit do not know how many classes there are. "
-                "Give it the head itself: model.reset_classifier(num_classes). Or choose a method without probes: 'taylor'."
+                "Give it the head itself: model.reset_classifier(num_classes). In a larger model, whose head lies elsewhere, "
+                "give probe_outputs=, the numbers that your criterion reads. Or choose a method without probes: 'taylor'."
             )
         dropout = getattr(model, "patch_drop", None)  # not every class of timm's has it
         if self._reads_maps and isinstance(dropout, (PatchDropout, PatchDropoutWithIndices)) and dropout.prob > 0:
@@ -289,6 +301,6 @@ def spared_blocks(names: Sequence[str], layout: ModelLayout) -> list[int]:
     return found
 
 
-def _require(holds: bool, name: str, value: float, allowed: str) -> None:
+def _require(holds: bool, name: str, value: float | None, allowed: str) -> None:
     if not holds:
         raise ConfigError(f"{name} must lie in {allowed}, got {value}.")

@@ -42,6 +42,7 @@ from p3b.storage import artifact
 from p3b.storage.files import write_atomically
 from p3b.train.distributed import Processes, gather, in_group, process_group
 from p3b.vit.layout import read_layout
+from p3b.vit.smaller import require_known_names
 
 
 @dataclass(frozen=True)
@@ -262,7 +263,9 @@ def open_inputs(
     splits = splits or open_splits(config.data, seed, processes)
     model = open_model(config.model, len(splits.class_names), seed).model
     read_layout(model)
-    artifact.model_config(model)
+    architecture = artifact.model_config(model)["architecture"]
+    if config.compare.smaller:
+        require_known_names(architecture)
     return splits, model
 
 

@@ -11,6 +11,7 @@ from p3b.errors import ConfigError, unknown_name
 from p3b.scoring.batched import LinearProbes, LowRankProbes
 from p3b.scoring.estimator import BenefitEstimator, Probes
 from p3b.scoring.meter import Reduce
+from p3b.scoring.places import PlaceProbes
 from p3b.scoring.probes import BlockProbes
 from p3b.scoring.ridge import RidgeProbes
 from p3b.scoring.staged import Staged
@@ -74,20 +75,27 @@ ESTIMATORS: dict[str, Callable[[ProbeSettings], BenefitEstimator]] = {
 }
 
 
+def _places(settings: ProbeSettings) -> TrainedProbes:
+    return _trained(settings, lambda: PlaceProbes(settings.layout))
+
+
+OF_MAPS: dict[str, Callable[[ProbeSettings], BenefitEstimator]] = {"places": _places}
+"""Estimators whose criterion is given a map of answers, not one answer for each image."""
+
+
 def create_estimator(name: str, settings: ProbeSettings) -> BenefitEstimator:
     """An estimator by name; of a hierarchy one for each stage.
 
     Raises:
         ConfigError: unknown name.
     """
-    if name not in ESTIMATORS:
-        raise ConfigError(unknown_name("estimator of block benefit", name, ESTIMATORS))
+    known = ESTIMATORS | OF_MAPS
+    if name not in known:
+        raise ConfigError(unknown_name("estimator of block benefit", name, known))
     stages = settings.layout.stages
     if len(stages) == 1:
-        return ESTIMATORS[name](settings)
-    return Staged(
-        [ESTIMATORS[name](replace(settings, layout=stage)) for stage in stages], [len(stage.blocks) for stage in stages]
-    )
+        return known[name](settings)
+    return Staged([known[name](replace(settings, layout=stage)) for stage in stages], [len(stage.blocks) for stage in stages])
 
 
 def _trained(settings: ProbeSettings, build: Callable[[], Probes]) -> TrainedProbes:

@@ -223,7 +223,7 @@ def _tensors_of(model: nn.Module) -> dict[str, Tensor]:
     """Tensors of the state dict on the CPU, each with memory of its own that it fills; ModelError where they cannot be used."""
     tensors = {}
     for key, value in model.state_dict().items():
-        if value.dtype not in _DTYPES:
+        if value.dtype not in _dtypes_of(key):
             raise ModelError(
                 f"'{key}' holds {value.dtype}, which cannot be saved; give the model a dtype, as with model.float()."
             )
@@ -237,6 +237,11 @@ def _tensors_of(model: nn.Module) -> dict[str, Tensor]:
         tensors[key] = tensor if whole else tensor.clone()
     places = [tensor.data_ptr() for tensor in tensors.values() if tensor.numel()]
     return tensors if len(set(places)) == len(places) else {key: tensor.clone() for key, tensor in tensors.items()}
+
+
+def _dtypes_of(key: str) -> tuple[torch.dtype, ...]:
+    """Dtypes that a tensor may have: a batch norm in front of the blocks counts its batches in whole numbers."""
+    return (torch.int64,) if key.endswith(".num_batches_tracked") else _DTYPES
 
 
 def _replace_weights(folder: Path, tensors: dict[str, Tensor]) -> None:
@@ -350,7 +355,7 @@ def _compare_claims(found: Mapping[str, Header], model: nn.Module, file: Path) -
             raise WeightsError(
                 f"{file} does not fit the config: '{key}' is {found[key].shape}, expected {shape}. It is damaged."
             )
-        if found[key].dtype not in _DTYPES:
+        if found[key].dtype not in _dtypes_of(key):
             raise WeightsError(
                 f"{file}: '{key}' holds {found[key].dtype or 'an unknown dtype'}, expected floating-point numbers."
             )

@@ -34,7 +34,8 @@ _TELLTALES: Mapping[str, str] = {
     r"attn\.temperature$": "of XCiT, which attends over channels",
     r"attn\.gating_param$": "of ConViT, whose attention is gated by positions",
     r"^(.*\.)?layers\.\d+\.blocks\.\d+\.": "of a hierarchical model such as Swin",
-    r"^(.*\.)?stages?\.?\d+\.|(^|\.)layer1\.0\.conv1\.": "of a network of stages, such as ResNet or ConvNeXt",
+    r"^(?!(.*\.)?patch_embed\.)(.*\.)?stages?\.?\d+\.|(^|\.)layer1\.0\.conv1\.": "of a network of stages, such as "
+    "ResNet or ConvNeXt",
     r"(^|\.)(word_embeddings|embed_tokens|wte)\.": "of a language model",
     r"(^|\.)embeds\.(proj|pos_embed)": "of NaFlexVit, whose patches are embedded otherwise",
 }

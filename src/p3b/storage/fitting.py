@@ -140,7 +140,7 @@ def _fit_kernel(state: dict[str, Tensor], model: VisionTransformer, label: str) 
 def _require_whole(fitted: Mapping[str, Tensor], target: Mapping[str, Tensor], label: str, beside: str) -> None:
     """Refuse weights that leave anything but a head unfilled, or that the model would compute something else with."""
     common = [key for key in target if key in fitted]
-    integers = [key for key in common if not fitted[key].is_floating_point()]
+    integers = [key for key in common if not fitted[key].is_floating_point() and target[key].is_floating_point()]
     misshapen = [
         f"{key}: {shapes(fitted[key], target[key])}"
         for key in common

@@ -256,7 +256,11 @@ def _fits_type(value: object, hint: Any) -> bool:
         return value in get_args(hint)
     if get_origin(hint) is tuple:
         kinds = get_args(hint)
-        return isinstance(value, tuple) and len(value) == len(kinds) and all(map(_fits_type, value, kinds))
+        if not isinstance(value, tuple):
+            return False
+        if kinds[-1] is Ellipsis:
+            return all(_fits_type(each, kinds[0]) for each in value)
+        return len(value) == len(kinds) and all(map(_fits_type, value, kinds))
     if hint in (int, float):
         return isinstance(value, (int, hint)) and not isinstance(value, bool)
     return not isinstance(hint, type) or isinstance(value, hint)  # a layer's class or factory: timm calls it and sees

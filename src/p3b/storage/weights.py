@@ -18,7 +18,16 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import cast
 
-from timm.models import beit, eva, naflexvit, qwen3_vit, swin_transformer, vision_transformer_relpos
+from timm.models import (
+    beit,
+    eva,
+    naflexvit,
+    qwen3_vit,
+    swin_transformer,
+    swin_transformer_v2,
+    vision_transformer_relpos,
+    vision_transformer_sam,
+)
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
@@ -60,7 +69,9 @@ _READERS: Mapping[type[nn.Module], Callable[..., dict[str, Tensor]]] = {
     qwen3_vit.Qwen3VitClassifier: qwen3_vit.checkpoint_filter_fn_classifier,
     qwen3_vit.Qwen3VitEncoder: qwen3_vit.checkpoint_filter_fn_encoder,
     swin_transformer.SwinTransformer: swin_transformer.checkpoint_filter_fn,
+    swin_transformer_v2.SwinTransformerV2: swin_transformer_v2.checkpoint_filter_fn,
     vision_transformer_relpos.VisionTransformerRelPos: vision_transformer_relpos.checkpoint_filter_fn,
+    vision_transformer_sam.VisionTransformerSAM: vision_transformer_sam.checkpoint_filter_fn,
 }
 """timm's own readers of checkpoints, by the class that they read for."""
 

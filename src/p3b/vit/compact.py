@@ -266,8 +266,9 @@ def _constant(block: Block, half: Half, cut: BlockCut) -> nn.Parameter:
         value = value + (last.weight.detach() @ inner.detach().to(last.weight.dtype)).to(value.dtype)
     outputs = torch.tensor(cut.channels("out"), device=value.device, dtype=torch.int64)
     made_of = [*half.body.makes_constant(body), half.scale(block.module)]
+    mask = torch.zeros_like(value).index_fill(0, outputs, 1)
     return nn.Parameter(
-        half.scaled(block.module, value).detach()[outputs],
+        half.scaled(block.module, value, mask).detach()[outputs].to(value.dtype),
         requires_grad=any(each is not None and each.requires_grad for each in made_of),
     )
 

@@ -101,7 +101,7 @@ def _branches(model: VisionTransformer, layout: ModelLayout) -> dict[str, tuple[
     found: dict[str, tuple[nn.Module, PreNorm]] = {}
     for part in family_of(model).blocks(model):
         for half in part.halves:
-            if not isinstance(half, PreNorm) or isinstance(half.body, RotaryAttention):
+            if type(half) is not PreNorm or isinstance(half.body, RotaryAttention):
                 raise ModelError(f"{part.branch(half)}: compensation does not cover a branch of this kind; {mend}")
             found[part.branch(half)] = (part.module, half)
     return found

@@ -113,7 +113,7 @@ def block_macs(block: BlockLayout, kept: Mapping[str, int], tokens: int) -> int:
         for weight in block.weights
         if len(weight.axes) == 2
     )
-    return linear + (2 * tokens * compared * inner if block.kind == "attn" else 0)
+    return linear + (tokens * (2 * compared + block.distances) * inner if block.kind == "attn" else 0)
 
 
 def other_macs(layout: ModelLayout, stream: int) -> int:

@@ -21,6 +21,7 @@ from p3b.vit.compact import reshape_branches
 from p3b.vit.coverage import foreign_parts
 from p3b.vit.families.activations import activation_name
 from p3b.vit.layout import require_standard_blocks
+from p3b.vit.parts import NoBlock
 from p3b.vit.shapes import branch_shapes
 from p3b.vit.wrappers import is_sharded
 
@@ -38,8 +39,9 @@ _IN_TRAINING = {
     "drop_prob",
     "aug_active",
 }
-_OF_NO_MATTER = _IN_TRAINING | {"num_classes", "init_values"}
-"""Settings that may differ: they act in training or at the start alone, or follow from something else."""
+_OF_NO_MATTER = _IN_TRAINING | {"num_classes", "init_values", "target_shift_size"}
+"""Settings that may differ: they act in training or at the start alone, or follow from something else. Swin's `shift_size` is
+what a block shifts by; the target beside it is that of a window that the image may be too small for."""
 
 
 def require_described(model: VisionTransformer, purpose: str = "saved") -> None:
@@ -96,7 +98,8 @@ def _differences_of_one(name: str, module: nn.Module, expected: nn.Module) -> It
             + f" is {_shape(tensors.get(key))}, and {_shape(known.get(key))} in what timm builds from "
             f"the model's description. {_reason(module, key, known)}"
         )
-    for key, value in vars(expected).items():
+    settings = {} if isinstance(expected, NoBlock) else vars(expected)  # a block that is gone computes by none
+    for key, value in settings.items():
         if (
             key.startswith(("_", "p3b_"))
             or key in _OF_NO_MATTER

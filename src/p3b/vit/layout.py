@@ -63,6 +63,7 @@ class BlockLayout:
         stage: number of the stage that it lies in; 0 where all blocks have one residual stream.
         grid: (H, W) tokens beside the prefix tokens.
         window: where tokens are compared in windows, the tokens of one and those of all of them; else None.
+        distances: vectors of relative positions that a query is multiplied with, beside the keys.
     """
 
     name: str
@@ -83,6 +84,7 @@ class BlockLayout:
     stage: int
     grid: tuple[int, int]
     window: tuple[int, int] | None
+    distances: int = 0
 
     def gate(self, dim: str) -> str:
         """Full name of a dimension's gate, e.g. "blocks.3.attn.head"; that of the stream is the whole model's."""
@@ -228,7 +230,7 @@ def _branch_layout(depth: int, block: Block, half: Half, dims: Collection[str], 
                 "prunes other dimensions."
             )
     sizes = {**body.sizes(module), STREAM: block.width}
-    without_input, without_inner = body.constant_without(module)
+    without_input, without_inner = half.constant_without(block.module)
     return BlockLayout(
         name=block.branch(half),
         kind=body.kind,
@@ -241,8 +243,7 @@ def _branch_layout(depth: int, block: Block, half: Half, dims: Collection[str], 
         unit=body.unit(module),
         outputs=_named(("out",), dims, sizes),
         moments=tuple(
-            Moments(f"{block.branch(half)}.{moments.norm}", _named(moments.axis, dims, sizes))
-            for moments in body.moments(module)
+            Moments(f"{block.name}.{moments.norm}", _named(moments.axis, dims, sizes)) for moments in half.moments(block.module)
         ),
         heads=sizes.get("heads", 1),
         any_input_width=body.any_input_width,
@@ -251,6 +252,7 @@ def _branch_layout(depth: int, block: Block, half: Half, dims: Collection[str], 
         stage=block.stage,
         grid=grid if block.grid is None else block.grid,
         window=block.window,
+        distances=block.distances if body.kind == "attn" else 0,
     )
 
 

@@ -5,12 +5,14 @@ file does without postponed annotations, which TorchScript cannot read, and why 
 `torch.fx` cannot trace.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
 from timm.layers import Attention, AttentionRope, drop_path
 from timm.models.beit import RelativePositionBias
 from timm.models.swin_transformer import WindowAttention
+from timm.models.swin_transformer_v2 import WindowAttention as WindowAttentionV2
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -193,11 +195,11 @@ class PaddedWindowAttention(WindowAttention):
         for name in ("qkv", "proj", "attn_drop", "proj_drop", "relative_position_bias_table", "relative_position_index"):
             setattr(self, name, getattr(like, name))
         self.dim, self.scale, self.fused_attn = like.dim, like.scale, like.fused_attn
+        self.reads, self.writes = like.qkv.in_features, like.proj.out_features
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         given = x.shape[-1]
-        x = super().forward(x[..., : self.qkv.in_features], mask)
-        return F.pad(x, (0, given - self.proj.out_features))
+        return F.pad(super().forward(x[..., : self.reads], mask), (0, given - self.writes))
 
 
 class PaddedDropAndWrite(DropAndWrite):
@@ -205,6 +207,93 @@ class PaddedDropAndWrite(DropAndWrite):
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x[..., : len(self.index)])
+
+
+class ReadingLinear(nn.Linear):
+    """A linear layer of some channels of what it is given: (..., D) -> (..., rows)."""
+
+    def __init__(self, inputs: Sequence[int], like: nn.Linear) -> None:
+        rows, bias, weight = like.out_features, like.bias is not None, like.weight
+        super().__init__(len(inputs), rows, bias=bias, device=weight.device, dtype=weight.dtype)
+        self.weight, self.bias = like.weight, like.bias
+        self.register_buffer("index", torch.tensor(inputs, device=_index_device(weight)), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(flat_select(x, self.index))
+
+
+class NormOfFirst(nn.LayerNorm):
+    """A layer norm of the first channels of what it is given: (..., D) -> (..., len(weight))."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x[..., : self.normalized_shape[0]])
+
+
+class UnitLength(nn.Module):
+    """Keys of cosine attention: vectors of length one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.normalize(x, dim=-1)
+
+
+class ScaledUnitLength(nn.Module):
+    """Queries of cosine attention: vectors as long as each head's learned scale, and as attention will divide them by.
+
+    Args:
+        logit_scale: (heads, 1, 1), its logarithm; timm lets it grow to log(100).
+        width: channels of a head.
+    """
+
+    def __init__(self, logit_scale: nn.Parameter, width: int) -> None:
+        super().__init__()
+        self.logit_scale, self.root = logit_scale, math.sqrt(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.normalize(x, dim=-1) * (self.root * torch.clamp(self.logit_scale, max=math.log(100.0)).exp())
+
+
+class CosineWindowAttention(Attention):
+    """timm's Attention as the cosine attention in windows of Swin v2: (..., N, D) -> (..., N, D), of which some are read.
+
+    What it gives are the channels that it writes, and zeros after them.
+
+    Args:
+        like: timm's own, whose narrowed layers it takes over.
+        heads, width: attention heads and the channels of each.
+        inputs: channels that it reads.
+        stream: D.
+    """
+
+    def __init__(self, like: WindowAttentionV2, heads: int, width: int, inputs: Sequence[int], stream: int) -> None:
+        super().__init__(1, heads, attn_head_dim=width, device=torch.device("meta"))
+        for name in ("qkv", "attn_drop", "proj", "proj_drop", "cpb_mlp"):
+            setattr(self, name, getattr(like, name))
+        self.q_norm, self.k_norm = ScaledUnitLength(like.logit_scale, width), UnitLength()
+        self.window_size, self.pretrained_window_size = like.window_size, like.pretrained_window_size
+        self.more = stream - like.proj.out_features
+        for name in ("relative_coords_table", "relative_position_index"):
+            self.register_buffer(name, like.get_buffer(name), persistent=False)
+        index = torch.tensor(inputs, device=_index_device(like.proj.weight))
+        self.register_buffer("index", index, persistent=False)
+
+    _make_pair_wise_relative_positions = WindowAttentionV2._make_pair_wise_relative_positions
+    set_window_size = WindowAttentionV2.set_window_size
+
+    def init_non_persistent_buffers(self) -> None:
+        """What follows from the windows' size; timm's own has the same."""
+        weight = self.proj.weight
+        table, index = self._make_pair_wise_relative_positions(device=weight.device, dtype=weight.dtype)
+        self.relative_coords_table.copy_(table)
+        self.relative_position_index.copy_(index)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        places = self.relative_position_index.shape[0]
+        table = self.cpb_mlp(self.relative_coords_table).view(-1, self.num_heads)
+        bias = table[self.relative_position_index.view(-1)].view(places, places, self.num_heads).permute(2, 0, 1)
+        bias = 16 * torch.sigmoid(bias).unsqueeze(0)
+        if mask is not None:
+            bias = (bias + mask.unsqueeze(1)).repeat(x.shape[0] // mask.shape[0], 1, 1, 1)
+        return F.pad(super().forward(flat_select(x, self.index), bias), (0, self.more))
 
 
 class ConstantBranch(nn.Module):
@@ -217,6 +306,8 @@ class ConstantBranch(nn.Module):
         self.register_buffer("index", torch.tensor(outputs, device=_index_device(self.value)), persistent=False)
         self.fills = False
         """Whether it gives the constant for each token, as the branch did, and not once for all."""
+        self.rel_pos = None
+        """What timm resizes of its attentions with relative positions: nothing."""
 
     def forward(
         self,
@@ -242,6 +333,8 @@ class NoBranch(nn.Module):
         super().__init__()
         self.fills = False
         """Whether it gives a zero for each channel of each token, as the branch did, and not one for all."""
+        self.rel_pos = None
+        """What timm resizes of its attentions with relative positions: nothing."""
 
     def forward(
         self,
@@ -261,6 +354,16 @@ class NoBranch(nn.Module):
 
 class NoBlock(nn.Identity):
     """A timm block both halves of which add nothing; it takes what a block takes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = NoBranch()
+        """For timm, which tells it of another image size."""
+
+    def set_input_size(
+        self, feat_size: tuple[int, int], window_size: tuple[int, int], always_partition: bool | None = None
+    ) -> None:
+        """What timm tells Swin's blocks at another image size: here nothing depends on it."""
 
     def forward(
         self,

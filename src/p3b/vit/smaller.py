@@ -18,8 +18,32 @@ from p3b.errors import ModelError
 from p3b.vit.architecture import build_dense, build_skeleton, describe_dense
 from p3b.vit.cost import count_parameters
 
+_PLAIN = ("VisionTransformer", "VisionTransformerDistilled")
+_MLPS = ("Mlp", "GluMlp", "SwiGLUPacked")
+_OTHER_PARTS = ("scale_attn_norm", "scale_mlp_norm", "mbconv", "conv_stem")
 TOLERANCE = 0.02
 """Share of its parameters that the smaller model may be off by."""
+
+
+def require_known_names(architecture: Mapping[str, Any]) -> None:
+    """Refuse a model of whose weights it is not known here what lies along which axis.
+
+    Args:
+        architecture: of the larger model, as `describe_dense` gives it.
+
+    Raises:
+        ModelError: it is no plain Vision Transformer; the message names the part.
+    """
+    kind, arguments = architecture["class"], architecture["arguments"]
+    other = [] if kind in _PLAIN else [kind]
+    other += [f"{name}={arguments[name]!r}" for name in _OTHER_PARTS if arguments.get(name)]
+    if arguments.get("mlp_layer", "Mlp") not in _MLPS:
+        other.append(f"mlp_layer={arguments['mlp_layer']}")
+    if other:
+        raise ModelError(
+            f"A smaller model of the same kind cannot be cut from this one ({other[0]}): that is known of timm's "
+            f"{' and '.join(_PLAIN)} alone, with a plain patch embedding and MLP. Compare without it: --no-smaller."
+        )
 
 
 def smaller_architecture(architecture: Mapping[str, Any], params: float) -> dict[str, Any]:
@@ -34,8 +58,9 @@ def smaller_architecture(architecture: Mapping[str, Any], params: float) -> dict
         params: to come near to.
 
     Raises:
-        ModelError: no such model comes within 2 % of it.
+        ModelError: no such model comes within 2 % of it, or it is no plain Vision Transformer (`require_known_names`).
     """
+    require_known_names(architecture)
     arguments = architecture["arguments"]
     head_width = arguments["embed_dim"] // arguments["num_heads"]
     most_hidden = round(arguments["mlp_ratio"] * arguments["embed_dim"])

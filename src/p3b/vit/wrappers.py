@@ -111,5 +111,5 @@ def _mend(model: nn.Module) -> str:
         )
     if type(model).__module__.split(".")[0] == "peft":
         return " Merge the adapter first: model.merge_and_unload()."
-    found = [name for name, module in model.named_modules() if isinstance(module, VisionTransformer)]
+    found = [name for name, module in model.named_modules() if type(module) in COVERED]
     return f" It holds one: hand in model.{found[0]}." if found else ""

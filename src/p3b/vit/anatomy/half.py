@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from p3b.vit.anatomy.body import Body, in_place_of, pruned_or, refuse
 from p3b.vit.anatomy.norms import is_centred, is_norm
 from p3b.vit.anatomy.shape import BranchShape
-from p3b.vit.anatomy.weights import Weight, affine
+from p3b.vit.anatomy.weights import STREAM, Moments, Weight, affine
 from p3b.vit.parts import DropAndWrite, ReadChannels, WriteChannels
 
 
@@ -43,11 +43,17 @@ class Half(Protocol):
     def weights(self, block: nn.Module) -> list[Weight]:
         """All weights of the branch, by their keys in the block."""
 
+    def moments(self, block: nn.Module) -> list[Moments]:
+        """Norms in the branch, by their names in the block, whose moments are taken over the channels that stay."""
+
+    def constant_without(self, block: nn.Module) -> tuple[bool, bool]:
+        """Whether the branch can still add a constant when its body reads nothing, and when its inner channels are gone."""
+
     def entry(self, block: nn.Module) -> nn.Module:
         """The module whose input is the residual stream before this branch."""
 
-    def scaled(self, block: nn.Module, value: Tensor) -> Tensor:
-        """What becomes of (D,) outputs of the body on their way to the stream."""
+    def scaled(self, block: nn.Module, value: Tensor, mask: Tensor) -> Tensor:
+        """What becomes of (D,) outputs of the body on their way to the stream; `mask` is 1 for the channels written to."""
 
     def scale(self, block: nn.Module) -> Tensor | None:
         """The weight of `scaled`."""
@@ -65,8 +71,24 @@ class Half(Protocol):
         """Give the branch another stochastic depth."""
 
 
+class AsItsBody:
+    """What halves say where that is what their body says."""
+
+    name: str
+    body: Body
+
+    def moments(self, block: nn.Module) -> list[Moments]:
+        """See `Half`."""
+        found = self.body.moments(block.get_submodule(self.name))
+        return [Moments(f"{self.name}.{moments.norm}", moments.axis) for moments in found]
+
+    def constant_without(self, block: nn.Module) -> tuple[bool, bool]:
+        """See `Half`."""
+        return self.body.constant_without(block.get_submodule(self.name))
+
+
 @dataclass(frozen=True)
-class PreNorm:
+class PreNorm(AsItsBody):
     """x + path(scale(body(norm(x)))), each by its name in the block (`Half`)."""
 
     name: str
@@ -78,6 +100,11 @@ class PreNorm:
     @property
     def stream_norms(self) -> tuple[str, ...]:
         return (self.norm,)
+
+    @property
+    def reading_norm(self) -> str:
+        """Name of the norm that gives the channels which are read."""
+        return self.norm
 
     def require_covered(self, name: str, block: nn.Module) -> None:
         self.body.require_covered(f"{name}.{self.name}", block.get_submodule(self.name))
@@ -101,7 +128,7 @@ class PreNorm:
     def entry(self, block: nn.Module) -> nn.Module:
         return block.get_submodule(self.norm)
 
-    def scaled(self, block: nn.Module, value: Tensor) -> Tensor:
+    def scaled(self, block: nn.Module, value: Tensor, mask: Tensor) -> Tensor:
         gamma = self.scale(block)
         return value if gamma is None else value * gamma
 
@@ -111,7 +138,7 @@ class PreNorm:
 
     def narrow(self, block: nn.Module, shape: BranchShape, width: int) -> None:
         example = narrow_body(self, block, shape)
-        read_channels(block, self.norm, shape, width, example)
+        read_channels(block, self.reading_norm, shape, width, example)
         if len(shape.outputs) < width:
             scale = block.get_submodule(self.layer_scale)
             write = WriteChannels(shape.outputs, width, example, isinstance(scale, LayerScale))
@@ -130,7 +157,35 @@ class PreNorm:
 
 
 @dataclass(frozen=True)
-class GammaPreNorm:
+class NormTwice(PreNorm):
+    """x + path(scale(body(norm(x)))), where the body begins with a norm of its own (`Half`).
+
+    The first norm gives all channels, which the second one takes its moments over; this one picks those that are read.
+    """
+
+    own_norm: str = "mlp.norm"
+
+    @property
+    def stream_norms(self) -> tuple[str, ...]:
+        return (self.norm, self.own_norm)
+
+    def require_covered(self, name: str, block: nn.Module) -> None:
+        super().require_covered(name, block)
+        norm = block.get_submodule(self.own_norm)
+        refuse(name, {f"{self.own_norm}: {pruned_or(type(norm).__name__)}": not is_norm(norm)})
+
+    def weights(self, block: nn.Module) -> list[Weight]:
+        first = affine(self.norm, block.get_submodule(self.norm), (STREAM,))
+        picks = affine(self.own_norm, block.get_submodule(self.own_norm), ("in",))
+        return [*first, *picks, *super().weights(block)[len(first) :]]
+
+    @property
+    def reading_norm(self) -> str:
+        return self.own_norm
+
+
+@dataclass(frozen=True)
+class GammaPreNorm(AsItsBody):
     """x + path(gamma * body(norm(x))), where gamma is a parameter of the block itself, or None (`Half`)."""
 
     name: str
@@ -159,7 +214,7 @@ class GammaPreNorm:
     def entry(self, block: nn.Module) -> nn.Module:
         return block.get_submodule(self.norm)
 
-    def scaled(self, block: nn.Module, value: Tensor) -> Tensor:
+    def scaled(self, block: nn.Module, value: Tensor, mask: Tensor) -> Tensor:
         gamma = self.scale(block)
         return value if gamma is None else value * gamma
 
@@ -205,7 +260,7 @@ def read_channels(block: nn.Module, name: str, shape: BranchShape, width: int, e
     """Let the norm of this name give the channels that are read, and no others."""
     if len(shape.inputs) < width:
         norm = block.get_submodule(name)
-        setattr(block, name, in_place_of(norm, ReadChannels(shape.inputs, width, norm, example, is_centred(norm))))
+        block.set_submodule(name, in_place_of(norm, ReadChannels(shape.inputs, width, norm, example, is_centred(norm))))
 
 
 def small_key(half: Half, key: str) -> str:

@@ -1,14 +1,18 @@
-"""timm's attentions with relative positions: BEiT's, whose queries and values have biases apart, and RelPosAttention.
+"""timm's attentions with relative positions: BEiT's, whose queries and values have biases apart, RelPosAttention, and SAM's.
 
 A table of biases has a column for each head, which goes with the head; a small network that gives the biases (`RelPosMlp`)
 loses an output. Nothing else of either is cut. Where all blocks share one table it stays whole, and whole heads cannot go.
 
 Neither class takes heads of another width: a small attention is timm's own `Attention`, which is given the biases as a mask.
+
+SAM's attention has vectors as long as a head is wide, for distances along rows and along columns; each query is multiplied with
+them as it is with the keys, but without the scale. It takes narrower heads as it stands.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +20,7 @@ from timm.layers import RelPosBias, RelPosMlp
 from timm.models.beit import Attention as BeitAttention
 from timm.models.beit import RelativePositionBias
 from timm.models.vision_transformer_relpos import RelPosAttention
+from timm.models.vision_transformer_sam import Attention as SamAttention
 from torch import Tensor, nn
 
 from p3b.errors import ModelError
@@ -27,6 +32,7 @@ from p3b.vit.anatomy.weights import STREAM, Axis, Moments, Weight, affine
 from p3b.vit.parts import BiasedAttention, QueryValueLinear
 
 TABLE = "relative_position_bias_table"
+_DISTANCES = {"rel_pos_h", "rel_pos_w"}
 
 
 @dataclass(frozen=True)
@@ -162,6 +168,39 @@ class BeitSelfAttention(RelativeAttention):
         if key == TABLE:
             return f"rel_pos.{TABLE}"
         return f"qkv.{key}" if key in ("q_bias", "v_bias") else key
+
+
+@dataclass(frozen=True)
+class DecomposedAttention(RelativeAttention):
+    """timm's attention of SAM: relative positions along rows and along columns, read by the queries."""
+
+    any_input_width: bool = True
+    classes: tuple[type[nn.Module], ...] = (SamAttention,)
+
+    def require_covered(self, name: str, body: nn.Module) -> None:
+        super().require_covered(name, body)
+        refuse(name, {"rope: rotary positions in SAM's attention": body.rope is not None})
+
+    def bias_weights(self, body: nn.Module) -> list[Weight]:
+        tables = {name: body._parameters.get(name) for name in _DISTANCES}
+        return [Weight(name, ((len(table),), ("head",)), times=0) for name, table in tables.items() if table is not None]
+
+    def narrow(self, body: nn.Module, shape: BranchShape, inputs: int, outputs: int) -> nn.Module:
+        rows = shape.heads * shape.inner
+        for norm in ("q_norm", "k_norm"):
+            narrow_norm(body.get_submodule(norm), shape.inner)
+        narrow_linear(self.first(body), inputs, 3 * rows)
+        narrow_linear(self.last(body), rows, outputs)
+        for weight in self.bias_weights(body):
+            table = body.get_parameter(weight.key)
+            setattr(body, weight.key, nn.Parameter(table.new_empty(len(table), shape.inner)))
+        body.num_heads, body.head_dim, body.scale = shape.heads, shape.inner, shape.inner**-0.5
+        return body
+
+    def rescale(self, weights: MutableMapping[str, nn.Parameter], sizes: Mapping[str, int], kept: Mapping[str, int]) -> None:
+        super().rescale(weights, sizes, kept)
+        for name in _DISTANCES & weights.keys():  # what the queries are multiplied by goes off here, where nothing is scaled
+            weights[name].div_(math.sqrt(kept["head"] / sizes["head"]))
 
 
 def set_heads(biases: nn.Module, heads: int) -> None:

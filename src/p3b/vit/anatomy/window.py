@@ -1,4 +1,4 @@
-"""timm's attention in windows, of Swin, and the halves of its blocks.
+"""timm's attention in windows, of Swin, and the halves of blocks that cut tokens into windows, those of SAM among them.
 
 A block of Swin cuts the tokens into windows after the norm, and puts them together again, with as many channels, after the
 attention. A small block therefore has as many channels on both sides, the larger of those that it reads and those that it
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from p3b.errors import ModelError
 from p3b.vit.anatomy.attention import SelfAttention
 from p3b.vit.anatomy.body import Body, in_place_of, narrow_linear, pruned_or, refuse, require_linear
-from p3b.vit.anatomy.half import narrow_body, read_channels, small_key
+from p3b.vit.anatomy.half import AsItsBody, PreNorm, narrow_body, read_channels, small_key
 from p3b.vit.anatomy.norms import is_centred, is_norm
 from p3b.vit.anatomy.relative import TABLE, visible
 from p3b.vit.anatomy.shape import BranchShape
@@ -86,7 +86,7 @@ class WindowSelfAttention(SelfAttention):
 
 
 @dataclass(frozen=True)
-class PlainPreNorm:
+class PlainPreNorm(AsItsBody):
     """x + path(body(norm(x))), each by its name in the block (`p3b.vit.anatomy.half.Half`)."""
 
     name: str
@@ -113,7 +113,7 @@ class PlainPreNorm:
     def entry(self, block: nn.Module) -> nn.Module:
         return block.get_submodule(self.norm)
 
-    def scaled(self, block: nn.Module, value: Tensor) -> Tensor:
+    def scaled(self, block: nn.Module, value: Tensor, mask: Tensor) -> Tensor:
         return value
 
     def scale(self, block: nn.Module) -> Tensor | None:
@@ -163,6 +163,27 @@ class WindowPreNorm(PlainPreNorm):
         assert isinstance(replacement, ConstantBranch | NoBranch)
         replacement.fills = True  # the block cuts and joins what it gives as if it were that of all tokens
         super().replace(block, replacement)
-        # Nothing is compared, so that there is nothing to be shifted or masked.
-        block.shift_size = block.target_shift_size = (0, 0)
-        block.dynamic_mask, block.attn_mask = True, None
+        compare_nothing(block)
+
+
+def compare_nothing(block: nn.Module) -> None:
+    """Tell a block of Swin that nothing is compared, so that there is nothing to be shifted or masked."""
+    block.shift_size = block.target_shift_size = (0, 0)
+    block.dynamic_mask, block.attn_mask = True, None
+
+
+@dataclass(frozen=True)
+class MapPreNorm(PreNorm):
+    """The half of an attention over a map of tokens, which a block of SAM may cut into windows and join after it."""
+
+    def replace(self, block: nn.Module, replacement: nn.Module) -> None:
+        assert isinstance(replacement, ConstantBranch | NoBranch)
+        replacement.fills = True  # the block joins what it gives as if it were that of all tokens
+        super().replace(block, replacement)
+
+
+def tokens_in_windows(grid: tuple[int, int], window: tuple[int, int]) -> tuple[int, int]:
+    """(tokens that are compared with each other, tokens in all windows together, padding included)."""
+    high, wide = window
+    rows, columns = (-(-side // extent) for side, extent in zip(grid, window, strict=True))
+    return high * wide, high * wide * rows * columns

@@ -6,7 +6,8 @@ beit                timm's Beit
 qwen3               timm's Qwen3VitClassifier and Qwen3VitEncoder
 relative_positions  timm's VisionTransformerRelPos
 naflex              timm's NaFlexVit
-swin                timm's SwinTransformer, a hierarchy
+sam                 timm's VisionTransformerSAM
+swin                timm's SwinTransformer and SwinTransformerV2, hierarchies
 """
 
 from __future__ import annotations
@@ -21,10 +22,22 @@ from p3b.vit.families.family import Family, Images
 from p3b.vit.families.naflex import NAFLEX
 from p3b.vit.families.qwen3 import QWEN3, QWEN3_TOWER
 from p3b.vit.families.relative_positions import RELATIVE_POSITIONS
-from p3b.vit.families.swin import SWIN
+from p3b.vit.families.sam import SAM
+from p3b.vit.families.swin import SWIN, SWIN_V2
 from p3b.vit.families.vision_transformer import VISION_TRANSFORMER
 
-FAMILIES: tuple[Family, ...] = (VISION_TRANSFORMER, EVA, BEIT, RELATIVE_POSITIONS, QWEN3, QWEN3_TOWER, NAFLEX, SWIN)
+FAMILIES: tuple[Family, ...] = (
+    VISION_TRANSFORMER,
+    EVA,
+    BEIT,
+    RELATIVE_POSITIONS,
+    QWEN3,
+    QWEN3_TOWER,
+    NAFLEX,
+    SAM,
+    SWIN,
+    SWIN_V2,
+)
 CLASSES: dict[str, type[nn.Module]] = {name: kind for family in FAMILIES for name, kind in family.classes.items()}
 """All classes that are covered, by name. A subclass may compute something else, and is not."""
 

@@ -30,6 +30,7 @@ from p3b.vit.families.family import (
     Images,
     Outside,
     Rule,
+    as_features,
     branches_of_blocks,
     classes_of,
     one_of,
@@ -68,7 +69,7 @@ class BeitFamily:
         "global_pool": one_of(("", "avg", "token"), "a pooling of timm's Beit"),
         "norm_layer": one_of(tuple(NORMS)),
     }
-    more_rules: Mapping[str, tuple[Rule, Any]] = {}
+    more_rules: Mapping[str, tuple[Rule, Any]] = {"final_norm": (FLAG, True)}
 
     def blocks(self, model: Beit) -> Sequence[Block]:
         attn = BeitHalf("attn", BeitSelfAttention(), norm="norm1", gamma="gamma_1", drop_path="drop_path1")
@@ -113,6 +114,7 @@ class BeitFamily:
             "depth": len(model.blocks),
             "use_abs_pos_emb": model.pos_embed is not None,
             "use_fc_norm": not isinstance(model.fc_norm, nn.Identity),
+            "final_norm": not (isinstance(model.norm, nn.Identity) and isinstance(model.fc_norm, nn.Identity)),
         }
 
     def describe_blocks(self, model: Beit) -> dict[str, Any]:
@@ -140,7 +142,8 @@ class BeitFamily:
     def build(self, kind: type[nn.Module], arguments: Mapping[str, Any], *, values: bool) -> nn.Module:
         given = dict(arguments)
         norm = partial(NORMS[given.pop("norm_layer")], eps=given.pop("norm_eps"))
-        return kind(**given, norm_layer=norm)
+        has_norm = given.pop("final_norm")
+        return as_features(kind(**given, norm_layer=norm), has_norm)
 
 
 BEIT = BeitFamily()

@@ -34,6 +34,7 @@ class Block:
         stage: number of the stage that it lies in; 0 where all blocks have one residual stream.
         grid: (H, W) tokens there beside the prefix tokens; None where it is that of the patches.
         window: where tokens are compared in windows, the tokens of one and those of all of them, padding included.
+        distances: vectors of relative positions that a query is multiplied with, beside the keys.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Block:
     stage: int = 0
     grid: tuple[int, int] | None = None
     window: tuple[int, int] | None = None
+    distances: int = 0
 
     def branch(self, half: Half) -> str:
         """Name of a branch: "blocks.3.attn"."""
@@ -174,6 +176,13 @@ def classes_of(model: nn.Module) -> int:
     """Outputs of the head as it is: a head that was replaced by another layer leaves `num_classes` behind."""
     head = getattr(model, "head", None)
     return head.out_features if isinstance(head, nn.Linear) else model.num_classes
+
+
+def as_features(model: nn.Module, final_norm: bool) -> nn.Module:
+    """A model as it was built, or as timm takes the last norm off for features of the blocks alone (`features_only`)."""
+    if not final_norm:
+        model.prune_intermediate_layers(None, prune_norm=True, prune_head=False)
+    return model
 
 
 def ratio_of(layer: nn.Module, width: int, of: str = "out_features") -> float:

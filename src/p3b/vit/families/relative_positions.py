@@ -29,6 +29,7 @@ from p3b.vit.families.family import (
     Images,
     Outside,
     Rule,
+    as_features,
     branches_of_blocks,
     classes_of,
     one_of,
@@ -64,7 +65,7 @@ class RelativePositionsFamily:
         "act_layer": one_of(ACTIVATIONS),
         "norm_layer": one_of(tuple(NORMS)),
     }
-    more_rules: Mapping[str, tuple[Rule, Any]] = {}
+    more_rules: Mapping[str, tuple[Rule, Any]] = {"final_norm": (FLAG, True)}
 
     def blocks(self, model: VisionTransformerRelPos) -> Sequence[Block]:
         return [Block(f"blocks.{depth}", module, HALVES, model.embed_dim) for depth, module in enumerate(model.blocks)]
@@ -106,6 +107,7 @@ class RelativePositionsFamily:
             "depth": len(model.blocks),
             "class_token": model.cls_token is not None,
             "fc_norm": not isinstance(model.fc_norm, nn.Identity),
+            "final_norm": not (isinstance(model.norm, nn.Identity) and isinstance(model.fc_norm, nn.Identity)),
         }
 
     def describe_blocks(self, model: VisionTransformerRelPos) -> dict[str, Any]:
@@ -139,7 +141,8 @@ class RelativePositionsFamily:
         given = dict(arguments)
         norm = partial(NORMS[given.pop("norm_layer")], eps=given.pop("norm_eps"))
         given["act_layer"] = get_act_layer(given["act_layer"])
-        return kind(**given, norm_layer=norm, **({} if values else {"weight_init": "skip"}))
+        has_norm = given.pop("final_norm")
+        return as_features(kind(**given, norm_layer=norm, **({} if values else {"weight_init": "skip"})), has_norm)
 
 
 RELATIVE_POSITIONS = RelativePositionsFamily()

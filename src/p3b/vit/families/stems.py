@@ -1,39 +1,79 @@
-"""What makes patches of images: timm's PatchEmbed, and in front of it the ResNet of a hybrid, which stays whole.
+"""What makes patches of images: timm's PatchEmbed, and in front of it the convolutions of a hybrid, which stay whole.
 
 A ResNet is told by the numbers of blocks in its stages: [3, 4, 9] is that of R50 with a third stage of nine; [] is its first
-convolution and pooling alone.
+convolution and pooling alone. ViTamin's stages and MobileCLIP's stem give as many channels as the residual stream has, with
+no projection after them: what is told of these are the channels, blocks and strides before that.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 from timm.layers import HybridEmbed, PatchEmbed, StdConv2dSame
 from timm.models.resnetv2 import ResNetV2, create_resnetv2_stem
+from timm.models.vision_transformer_hybrid import ConvStem
+from timm.models.vitamin import MbConvStages, VitCfg
 from torch import nn
 
 from p3b.errors import ModelError
-from p3b.vit.families.family import Images, Rule, is_whole
+from p3b.vit.families.family import MOST_CHANNELS, Images, Rule, is_whole
 
 _MOST_STAGES, _MOST_BLOCKS = 4, 64
 _CONVOLUTION = partial(StdConv2dSame, eps=1e-8)
-_IS_COUNT = is_whole(1, _MOST_BLOCKS)
+_IS_COUNT, _IS_WIDTH = is_whole(1, _MOST_BLOCKS), is_whole(1, MOST_CHANNELS)
+_BACKBONES = (ResNetV2, MbConvStages, ConvStem, nn.Sequential)  # the last one is a ResNet's first convolution and pooling
 
-RESNET: Rule = (
-    lambda value: value is None or (isinstance(value, list) and len(value) <= _MOST_STAGES and all(map(_IS_COUNT, value))),
-    f"null, or a list of at most {_MOST_STAGES} numbers of blocks from 1 to {_MOST_BLOCKS}",
-)
+
+def _is_list(value: Any, fits: Callable[[Any], bool], most: int, least: int = 0) -> bool:
+    return isinstance(value, list) and least <= len(value) <= most and all(map(fits, value))
+
+
+def _is_mbconv(value: Any) -> bool:
+    return value is None or (
+        isinstance(value, dict)
+        and value.keys() == {"stem_width", "widths", "depths"}
+        and _IS_WIDTH(value["stem_width"])
+        and _is_list(value["widths"], _IS_WIDTH, 2, 2)
+        and _is_list(value["depths"], _IS_COUNT, 2, 2)
+    )
+
+
+def _is_conv_stem(value: Any) -> bool:
+    return value is None or (
+        isinstance(value, dict)
+        and value.keys() == {"widths", "strides"}
+        and _is_list(value["widths"], _IS_WIDTH, 7)
+        and _is_list(value["strides"], _IS_COUNT, 8)
+        and len(value["strides"]) == len(value["widths"]) + 1
+    )
+
+
+STEMS: Mapping[str, tuple[Rule, Any]] = {
+    "resnet": (
+        (
+            lambda value: value is None or _is_list(value, _IS_COUNT, _MOST_STAGES),
+            f"null, or a list of at most {_MOST_STAGES} numbers of blocks from 1 to {_MOST_BLOCKS}",
+        ),
+        None,
+    ),
+    "mbconv": ((_is_mbconv, "null, or stem_width, two widths and two depths"), None),
+    "conv_stem": ((_is_conv_stem, "null, or widths, and one stride more"), None),
+}
+"""Arguments that tell the convolutions in front; all are null where there are none."""
 
 
 def require_patch_embed(embed: nn.Module, name: str = "patch_embed", *, hybrid: bool = False) -> None:
-    """ModelError for another patch embedding than a convolution, with a ResNet in front of it where `hybrid` allows one."""
+    """ModelError for another patch embedding than a convolution, with other ones in front of it where `hybrid` allows these."""
     if hybrid and type(embed) is HybridEmbed:
-        if type(embed.backbone) is not ResNetV2 and type(embed.backbone) is not nn.Sequential:
+        if type(embed.backbone) not in _BACKBONES:
+            known = ", ".join(kind.__name__ for kind in _BACKBONES[:-1])
             raise ModelError(
-                f"{name}.backbone: {type(embed.backbone).__name__} is not covered; of timm's stems for hybrids its ResNetV2 is."
+                f"{name}.backbone: {type(embed.backbone).__name__} is not covered; of timm's stems for hybrids {known} are."
             )
+        if type(embed.proj) is nn.Identity and type(embed.backbone) in (MbConvStages, ConvStem):
+            return
     elif type(embed) is not PatchEmbed:
         raise ModelError(f"{name}: {type(embed).__name__} is not covered, only timm's PatchEmbed is.")
     if type(embed.proj) is not nn.Conv2d:
@@ -49,21 +89,63 @@ def images_of_stem(embed: nn.Module) -> Images:
     return Images(embed.in_chans, (height, width), (high * down, wide * right), (rows, columns))
 
 
-def describe_resnet(embed: nn.Module) -> list[int] | None:
-    """Blocks of the stages of a hybrid's ResNet; None where there is none."""
+def last_convolution(embed: nn.Module) -> str:
+    """Name of the convolution that writes the residual stream, as it stands in the patch embedding."""
+    if not isinstance(embed.proj, nn.Identity):
+        return "proj"
+    return "backbone.pool.proj" if isinstance(embed.backbone, MbConvStages) else f"backbone.{len(embed.backbone) - 1}.conv"
+
+
+def describe_stem(embed: nn.Module) -> dict[str, Any]:
+    """What tells the convolutions in front; nulls where there are none."""
+    stem = dict.fromkeys(STEMS)
     if not isinstance(embed, HybridEmbed):
-        return None
-    return [len(stage.blocks) for stage in getattr(embed.backbone, "stages", ())]
+        return stem
+    backbone: Any = embed.backbone
+    if isinstance(backbone, MbConvStages):
+        stages = list(backbone.stages)
+        widths, depths = [stage[0].out_chs for stage in stages], [len(stage) for stage in stages]
+        return stem | {"mbconv": {"stem_width": backbone.stem.out_chs, "widths": widths, "depths": depths}}
+    if isinstance(backbone, ConvStem):
+        convolutions = [layer.conv for layer in backbone]
+        widths = [conv.out_channels for conv in convolutions[:-1]]
+        return stem | {"conv_stem": {"widths": widths, "strides": [conv.stride[0] for conv in convolutions]}}
+    return stem | {"resnet": [len(stage.blocks) for stage in getattr(backbone, "stages", ())]}
 
 
-def embed_arguments(resnet: list[int] | None, in_chans: int) -> Mapping[str, Any]:
-    """Arguments of timm's VisionTransformer that give it a ResNet in front."""
-    if resnet is None:
-        return {}
+def embed_arguments(stem: Mapping[str, Any], in_chans: int, embed_dim: int) -> Mapping[str, Any]:
+    """Arguments of timm's VisionTransformer that give it the convolutions in front.
+
+    Args:
+        stem: what `describe_stem` tells.
+        in_chans: of an image.
+        embed_dim: channels of the residual stream.
+    """
+    if (resnet := stem["resnet"]) is not None:
+        return {"embed_layer": partial(HybridEmbed, backbone=_resnet(resnet, in_chans))}
+    if (mbconv := stem["mbconv"]) is not None:
+        config = VitCfg(
+            embed_dim=(*mbconv["widths"], embed_dim), depths=tuple(mbconv["depths"]), stem_width=mbconv["stem_width"]
+        )
+        return {"embed_layer": partial(HybridEmbed, backbone=MbConvStages(config, in_chans=in_chans), proj=False)}
+    if (told := stem["conv_stem"]) is not None:
+        strides = tuple(told["strides"])
+        backbone = ConvStem(
+            in_chans,
+            depth=len(strides),
+            channels=(*told["widths"], embed_dim),
+            kernel_size=strides,
+            stride=strides,
+            padding=0,
+            act_layer=nn.GELU,
+        )
+        return {"embed_layer": partial(HybridEmbed, backbone=backbone, proj=False)}
+    return {}
+
+
+def _resnet(blocks: list[int], in_chans: int) -> nn.Module:
+    """The ResNet of a hybrid; where it has no blocks, its first convolution and pooling."""
     how: dict[str, Any] = {"stem_type": "same", "preact": False, "conv_layer": _CONVOLUTION}
-    backbone = (
-        ResNetV2(layers=tuple(resnet), num_classes=0, global_pool="", in_chans=in_chans, **how)
-        if resnet
-        else create_resnetv2_stem(in_chans, **how)
-    )
-    return {"embed_layer": partial(HybridEmbed, backbone=backbone)}
+    if not blocks:
+        return create_resnetv2_stem(in_chans, **how)
+    return ResNetV2(layers=tuple(blocks), num_classes=0, global_pool="", in_chans=in_chans, **how)

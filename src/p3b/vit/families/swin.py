@@ -1,4 +1,6 @@
-"""timm's SwinTransformer (v1): stages of their own width, whose blocks compare tokens in windows.
+"""timm's SwinTransformer and SwinTransformerV2: stages of their own width, whose blocks compare tokens in windows.
+
+The blocks of the second one have their norms last and compare directions (`p3b.vit.anatomy.post_norm`).
 
 What lies between the stages (`downsample`) stays whole, and so does the residual stream: each stage has one of its own.
 """
@@ -10,12 +12,15 @@ from functools import partial
 from typing import Any
 
 from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock
+from timm.models.swin_transformer_v2 import SwinTransformerV2, SwinTransformerV2Block
 from torch import nn
 
 from p3b.errors import ModelError
+from p3b.vit.anatomy.half import Half
 from p3b.vit.anatomy.mlp import PlainMlp
 from p3b.vit.anatomy.norms import NORMS
-from p3b.vit.anatomy.window import PlainPreNorm, WindowPreNorm, WindowSelfAttention
+from p3b.vit.anatomy.post_norm import CosineAttention, PostNorm, WindowPostNorm
+from p3b.vit.anatomy.window import PlainPreNorm, WindowPreNorm, WindowSelfAttention, tokens_in_windows
 from p3b.vit.families.activations import activation_name
 from p3b.vit.families.family import (
     CLASSES,
@@ -30,6 +35,7 @@ from p3b.vit.families.family import (
     Images,
     Outside,
     Rule,
+    as_features,
     is_pair,
     is_whole,
     one_of,
@@ -38,9 +44,14 @@ from p3b.vit.families.family import (
 from p3b.vit.families.stems import images_of_stem, require_patch_embed
 from p3b.vit.families.vision_transformer import describable_norm, require_describable
 
+_BLOCKS = (SwinTransformerBlock, SwinTransformerV2Block)
 HALVES = (
     WindowPreNorm("attn", WindowSelfAttention(), norm="norm1", drop_path="drop_path1"),
     PlainPreNorm("mlp", PlainMlp(), norm="norm2", drop_path="drop_path2"),
+)
+POST_NORM_HALVES = (
+    WindowPostNorm("attn", CosineAttention(), norm="norm1", drop_path="drop_path1"),
+    PostNorm("mlp", PlainMlp(), norm="norm2", drop_path="drop_path2"),
 )
 _MOST_STAGES = 8
 
@@ -51,6 +62,10 @@ def _list_of(fits: Any, words: str) -> Rule:
         lambda value: isinstance(value, list) and 1 <= len(value) <= _MOST_STAGES and all(map(fits, value)),
         f"a list of {words}, one for each of at most {_MOST_STAGES} stages",
     )
+
+
+def _is_pair_from_0(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(map(is_whole(0, MOST_CHANNELS), value))
 
 
 class SwinFamily:
@@ -69,20 +84,22 @@ class SwinFamily:
         "global_pool": one_of(("", "avg", "avgmax", "max", "catavgmax"), "a pooling of timm's Swin"),
         "norm_layer": one_of(tuple(NORMS)),
     }
-    more_rules: Mapping[str, tuple[Rule, Any]] = {}
+    more_rules: Mapping[str, tuple[Rule, Any]] = {"final_norm": (FLAG, True)}
+    halves: tuple[Half, ...] = HALVES
+    block: type[nn.Module] = SwinTransformerBlock
 
     def blocks(self, model: SwinTransformer) -> Sequence[Block]:
         return [
             Block(
                 f"layers.{number}.blocks.{depth}",
                 block,
-                HALVES,
+                self.halves,
                 width=info["num_chs"],
                 stage=number,
                 grid=stage.output_resolution,
                 window=_window(stage.output_resolution, block),
             )
-            for number, (stage, info) in enumerate(zip(model.layers, model.feature_info, strict=True))
+            for number, (stage, info) in enumerate(zip(model.layers, model.feature_info, strict=False))
             for depth, block in enumerate(stage.blocks)
         ]
 
@@ -98,15 +115,15 @@ class SwinFamily:
     def require_blocks_covered(self, model: SwinTransformer) -> None:
         for number, stage in enumerate(model.layers):
             for depth, block in enumerate(stage.blocks):
-                if type(block) is not SwinTransformerBlock:
+                if type(block) is not self.block:
                     raise ModelError(
-                        f"layers.{number}.blocks.{depth}: {type(block).__name__} is not covered; of timm's SwinTransformer its "
-                        "own block is."
+                        f"layers.{number}.blocks.{depth}: {type(block).__name__} is not covered; of timm's "
+                        f"{type(model).__name__} its own block is."
                     )
 
     def outside(self, model: SwinTransformer) -> Outside:
         raise ModelError(
-            "layers: each stage of a SwinTransformer has a residual stream of its own width, which cannot be pruned; prune "
+            "layers: each stage of a Swin Transformer has a residual stream of its own width, which cannot be pruned; prune "
             "this model by other dimensions, as block_benefit does."
         )
 
@@ -123,6 +140,7 @@ class SwinFamily:
             "depths": [len(stage.blocks) for stage in model.layers],
             "window_size": [_window_size(stage.blocks) for stage in model.layers],
             "strict_img_size": patch.strict_img_size,
+            "final_norm": not isinstance(model.norm, nn.Identity),
         }
 
     def describe_blocks(self, model: SwinTransformer) -> dict[str, Any]:
@@ -135,10 +153,14 @@ class SwinFamily:
             "num_heads": [block.attn.num_heads for block in firsts],
             "always_partition": first.always_partition,
             "mlp_ratio": ratio_of(first.mlp.fc1, model.embed_dim),
-            "qkv_bias": first.attn.qkv.bias is not None,
+            "qkv_bias": self.has_biases(first.attn),
             "norm_layer": describable_norm("layers.0.blocks.0.norm1", first.norm1),
             "norm_eps": first.norm1.eps,
         }
+
+    def has_biases(self, attention: nn.Module) -> bool:
+        """Whether queries and values have biases."""
+        return attention.qkv.bias is not None
 
     def check_arguments(self, arguments: Mapping[str, Any]) -> None:
         stages = len(arguments["depths"])
@@ -163,21 +185,46 @@ class SwinFamily:
         given = {key: tuple(value) if isinstance(value, list) else value for key, value in arguments.items()}
         given["window_size"] = tuple(map(tuple, given["window_size"]))
         norm = partial(NORMS[given.pop("norm_layer")], eps=given.pop("norm_eps"))
-        return kind(**given, norm_layer=norm, **({} if values else {"weight_init": "skip"}))
+        has_norm = given.pop("final_norm")
+        return as_features(kind(**given, norm_layer=norm, **({} if values else {"weight_init": "skip"})), has_norm)
+
+
+class SwinV2Family(SwinFamily):
+    """`p3b.vit.families.family.Family`"""
+
+    classes: Mapping[str, type[nn.Module]] = {"SwinTransformerV2": SwinTransformerV2}
+    rules: Mapping[str, Rule] = {
+        **SwinFamily.rules,
+        "pretrained_window_sizes": _list_of(_is_pair_from_0, "two sizes, each a whole number from 0"),
+    }
+    halves: tuple[Half, ...] = POST_NORM_HALVES
+    block: type[nn.Module] = SwinTransformerV2Block
+
+    def has_biases(self, attention: nn.Module) -> bool:
+        return attention.q_bias is not None
+
+    def describe_blocks(self, model: SwinTransformerV2) -> dict[str, Any]:  # type: ignore[override]
+        sizes = [list(stage.blocks[0].attn.pretrained_window_size) for stage in model.layers]
+        return {**super().describe_blocks(model), "pretrained_window_sizes": sizes}
+
+    def check_arguments(self, arguments: Mapping[str, Any]) -> None:
+        super().check_arguments(arguments)
+        if len(arguments["pretrained_window_sizes"]) != len(arguments["depths"]):
+            raise ModelError("pretrained_window_sizes has not one entry for each stage")
+
+    def build(self, kind: type[nn.Module], arguments: Mapping[str, Any], *, values: bool) -> nn.Module:
+        sizes = tuple(map(tuple, arguments["pretrained_window_sizes"]))
+        return super().build(kind, {**arguments, "pretrained_window_sizes": sizes}, values=True)
 
 
 def _window_size(blocks: Sequence[nn.Module]) -> list[int]:
     """(height, width) of a stage's windows; where all its blocks are gone it has none, and any size does."""
-    return next((list(block.window_size) for block in blocks if isinstance(block, SwinTransformerBlock)), [1, 1])
+    return next((list(block.window_size) for block in blocks if isinstance(block, _BLOCKS)), [1, 1])
 
 
 def _window(grid: tuple[int, int], block: nn.Module) -> tuple[int, int]:
-    """(tokens that are compared with each other, tokens in all windows together)."""
-    if not isinstance(block, SwinTransformerBlock):
-        return 0, 0  # a block that is gone compares nothing
-    high, wide = block.window_size
-    rows, columns = (-(-side // window) for side, window in zip(grid, (high, wide), strict=True))
-    return high * wide, high * wide * rows * columns
+    """As `tokens_in_windows`; a block that is gone compares nothing."""
+    return tokens_in_windows(grid, block.window_size) if isinstance(block, _BLOCKS) else (0, 0)
 
 
-SWIN = SwinFamily()
+SWIN, SWIN_V2 = SwinFamily(), SwinV2Family()

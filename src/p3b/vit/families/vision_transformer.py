@@ -10,11 +10,12 @@ from timm.layers import GluMlp, HybridEmbed, LayerScale, Mlp, SwiGLU, SwiGLUPack
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block as TimmBlock
 from timm.models.vision_transformer import VisionTransformer
+from timm.models.vitamin import GeGluMlp
 from torch import nn
 
 from p3b.errors import ModelError
 from p3b.vit.anatomy.attention import SelfAttention
-from p3b.vit.anatomy.half import PreNorm
+from p3b.vit.anatomy.half import NormTwice, PreNorm
 from p3b.vit.anatomy.mlp import mlp_of
 from p3b.vit.anatomy.norms import NORMS, is_norm, norm_name
 from p3b.vit.families.activations import ACTIVATIONS, activation_name
@@ -38,10 +39,17 @@ from p3b.vit.families.family import (
     ratio_of,
     require_heads_share,
 )
-from p3b.vit.families.stems import RESNET, describe_resnet, embed_arguments, images_of_stem, require_patch_embed
+from p3b.vit.families.stems import (
+    STEMS,
+    describe_stem,
+    embed_arguments,
+    images_of_stem,
+    last_convolution,
+    require_patch_embed,
+)
 from p3b.vit.families.stream import read_outside
 
-MLP_LAYERS = ("Mlp", "GluMlp", "SwiGLUPacked", "SwiGLU")
+MLP_LAYERS = {"Mlp": Mlp, "GluMlp": GluMlp, "SwiGLUPacked": SwiGLUPacked, "SwiGLU": SwiGLU, "GeGluMlp": GeGluMlp}
 """MLPs by the name that a description has for them. SwiGLUPacked is a GluMlp whose gate comes first."""
 
 
@@ -74,9 +82,9 @@ class VisionTransformerFamily:
     }
     more_rules: Mapping[str, tuple[Rule, Any]] = {
         **dict.fromkeys(("qk_norm", "scale_attn_norm", "scale_mlp_norm"), (FLAG, False)),
-        "mlp_layer": (one_of(MLP_LAYERS), "Mlp"),
+        "mlp_layer": (one_of(tuple(MLP_LAYERS)), "Mlp"),
         "embed_norm": (FLAG, False),
-        "resnet": (RESNET, None),
+        **STEMS,
     }
 
     def patch_embed(self, model: VisionTransformer) -> nn.Module:
@@ -84,9 +92,8 @@ class VisionTransformerFamily:
 
     def blocks(self, model: VisionTransformer) -> Sequence[Block]:
         attn = PreNorm("attn", SelfAttention(), norm="norm1", layer_scale="ls1", drop_path="drop_path1")
-        mlp = partial(PreNorm, "mlp", norm="norm2", layer_scale="ls2", drop_path="drop_path2")
         return [
-            Block(f"blocks.{depth}", block, (attn, mlp(mlp_of(getattr(block, "mlp", None)))), model.embed_dim)
+            Block(f"blocks.{depth}", block, (attn, _mlp_half(getattr(block, "mlp", None))), model.embed_dim)
             for depth, block in enumerate(model.blocks)
         ]
 
@@ -111,6 +118,7 @@ class VisionTransformerFamily:
             norms=_norms(model),
             heads=("head", "head_dist"),
             others=[key for key, _ in model.named_parameters() if key.startswith("patch_embed.backbone.")],
+            writers={f"patch_embed.{last_convolution(model.patch_embed)}.{key}": 0 for key in ("weight", "bias")},
         )
 
     def describe_outside(self, model: VisionTransformer) -> dict[str, Any]:
@@ -135,14 +143,14 @@ class VisionTransformerFamily:
             "pool_include_prefix": model.pool_include_prefix,
             "dynamic_img_size": model.dynamic_img_size,
             "embed_norm": not isinstance(getattr(patch, "norm", nn.Identity()), nn.Identity),
-            "resnet": describe_resnet(patch),
+            **describe_stem(patch),
         }
 
     def describe_blocks(self, model: VisionTransformer) -> dict[str, Any]:
         block: TimmBlock = model.blocks[0]
         return {
             "num_heads": block.attn.num_heads,
-            "mlp_ratio": ratio_of(getattr(block.mlp, "fc1", None) or block.mlp.fc1_x, model.embed_dim),
+            "mlp_ratio": ratio_of(mlp_of(block.mlp).first(block.mlp), model.embed_dim),
             "qkv_bias": block.attn.qkv.bias is not None,
             "proj_bias": block.attn.proj.bias is not None,
             "init_values": 1e-5 if isinstance(block.ls1, LayerScale) else None,
@@ -152,7 +160,7 @@ class VisionTransformerFamily:
             "embed_dim": model.embed_dim,
             "qk_norm": not isinstance(block.attn.q_norm, nn.Identity),
             "scale_attn_norm": not isinstance(block.attn.norm, nn.Identity),
-            "scale_mlp_norm": not isinstance(block.mlp.norm, nn.Identity),
+            "scale_mlp_norm": not isinstance(mlp_of(block.mlp).norm(block.mlp), nn.Identity),
             "mlp_layer": _mlp_name(block.mlp),
         }
 
@@ -165,10 +173,16 @@ class VisionTransformerFamily:
     def build(self, kind: type[nn.Module], arguments: Mapping[str, Any], *, values: bool) -> nn.Module:
         given = dict(arguments)
         norm = partial(NORMS[given.pop("norm_layer")], eps=given.pop("norm_eps"))
-        given["mlp_layer"] = {"Mlp": Mlp, "GluMlp": GluMlp, "SwiGLUPacked": SwiGLUPacked, "SwiGLU": SwiGLU}[given["mlp_layer"]]
-        given |= embed_arguments(given.pop("resnet"), given["in_chans"])
+        given["mlp_layer"] = MLP_LAYERS[given["mlp_layer"]]
+        given |= embed_arguments({name: given.pop(name) for name in STEMS}, given["in_chans"], given["embed_dim"])
         given["embed_norm_layer"] = norm if given.pop("embed_norm") else None
         return kind(**given, norm_layer=norm, **({} if values else {"weight_init": "skip"}))
+
+
+def _mlp_half(mlp: nn.Module | None) -> PreNorm:
+    """The half that an MLP is; ViTamin's begins with a norm of its own."""
+    half = NormTwice if isinstance(mlp, GeGluMlp) else PreNorm
+    return half("mlp", mlp_of(mlp), norm="norm2", layer_scale="ls2", drop_path="drop_path2")
 
 
 def _norms(model: VisionTransformer) -> tuple[str, ...]:
