@@ -46,7 +46,7 @@ def write_onnx(model: nn.Module, example: Tensor, file: Path, *, optimize: bool 
         ConfigError: onnx, onnxruntime or onnxscript is not installed.
     """
     require_onnx()
-    with _quiet():
+    with _quiet(), torch.no_grad():  # a mask that wants a gradient takes another way through attention, of other strides
         program = torch.onnx.export(
             for_onnx(model) if flat else model, (example,), dynamo=True, verbose=False, opset_version=OPSET,
             input_names=[INPUT], output_names=[OUTPUT], dynamic_shapes=(dynamic_axes(example),), optimize=optimize,
