@@ -47,7 +47,7 @@ def test_every_kind_agrees_on_256_photos(kind: str, ending: str, tmp_path: Path)
     (masked, small), crops, file = masked_and_small(kind), photo_crops(256), tmp_path / f"small{ending}"
     prepared = [Preparation(METADATA)(crop) for crop in crops]
     reloaded: Any = p3b.load(p3b.save(small, tmp_path / "saved"))
-    export(reloaded, METADATA, ExportPlan(file, ("index", "folded")), Evidence(PREPROCESSING, crops))
+    export(reloaded, METADATA, ExportPlan(file, ("folded",)), Evidence(PREPROCESSING, crops))
     expected = logits_of(TorchRunner(masked, METADATA), prepared)
     answers = [logits_of(runner, prepared) for runner in (TorchRunner(small, METADATA), TorchRunner(reloaded, METADATA))]
     answers.append(logits_of(open_runner(file), prepared))
