@@ -114,10 +114,11 @@ def _token_rows(vit: VisionTransformer, tokens: int) -> TokenRows:
     attentions = [depth for depth, block in enumerate(blocks) if isinstance(block, Block) and type(block.attn) is Attention]
     read = _tokens_read(vit) or tokens
     for depth in attentions:
-        is_last = depth == attentions[-1] and read < tokens
-        blocks[depth].attn = RowAttention(blocks[depth].attn, tokens, read if is_last else tokens)
+        block, is_last = blocks[depth], depth == attentions[-1] and read < tokens
+        assert isinstance(block, Block) and isinstance(block.attn, Attention)
+        block.attn = RowAttention(block.attn, tokens, read if is_last else tokens)
         if is_last:
-            blocks[depth] = LastBlock(blocks[depth], tokens, read)
+            blocks[depth] = LastBlock(block, tokens, read)
     return TokenRows(*blocks, read=read if attentions else tokens)
 
 
