@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import json
 import os
 import subprocess
@@ -20,7 +19,6 @@ from packaging.requirements import Requirement
 from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 
-import p3b
 from exported import NAMES, PREPROCESSING, photos, small_vit
 from p3b.deploy import export as export_module
 from p3b.deploy.agreement import Agreement, Limit, compare, require
@@ -31,9 +29,7 @@ from p3b.deploy.prepared import Prepared
 from p3b.deploy.program import ProgramRunner
 from p3b.deploy.runners import TorchRunner, open_runner
 from p3b.errors import ConfigError, ExportError, WeightsError
-from p3b.vit.compact import apply_cuts, plan_cuts
-from p3b.vit.layout import DEFAULT_DIMS, read_layout
-from tiny import VARIANTS, masks_of, random_masks, tiny_vit
+from tiny import tiny_vit
 
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
@@ -238,66 +234,3 @@ def test_a_file_that_is_none_is_refused(tmp_path: Path, ending: str) -> None:
     file.write_bytes(b"no model")
     with pytest.raises(WeightsError):
         open_runner(file)
-
-
-KINDS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "distilled": VARIANTS["distilled"],
-    "layer scale": VARIANTS["layer scale"],
-    "registers": VARIANTS["registers"],
-    "attention pool": {"class_token": False, "global_pool": "map"},
-}
-
-
-def small_of_kind(kind: str) -> VisionTransformer:
-    """A small model of each kind: by its architecture, or by what was cut."""
-    if kind in KINDS:
-        return small_vit(**KINDS[kind])
-    dense = tiny_vit()
-    layout = read_layout(dense, ("stream", "heads", *DEFAULT_DIMS))
-    if kind in ("residual-pruned", "thin heads"):
-        only = "stream" if kind == "residual-pruned" else ".head"
-        return apply_cuts(dense, plan_cuts(layout, stream_masks(layout, only)))
-    layout = read_layout(dense)
-    masks = random_masks(layout, keep=0.6)
-    for name, mask in masks.items():
-        if name.startswith("blocks.0") and name.endswith("out" if kind == "vanished block" else ".in"):
-            mask.zero_()
-    return apply_cuts(dense, plan_cuts(layout, masks))
-
-
-def stream_masks(layout: Any, only: str) -> dict[str, torch.Tensor]:
-    """Masks that cut one kind of dimension alone; the residual stream has a mask of its own."""
-    masks = masks_of(layout, lambda _gate, size: torch.ones(size))
-    generator = torch.Generator().manual_seed(0)
-    for name, mask in [*masks.items(), ("stream", torch.ones(layout.stream.size))]:
-        if name.endswith(only):
-            mask.copy_((torch.rand(len(mask), generator=generator) < 0.6).float())
-            mask[0] = 1
-        masks[name] = mask
-    return masks
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", [*KINDS, "vanished block", "constant block", "residual-pruned", "thin heads"])
-@pytest.mark.parametrize("ending", [".onnx", ".pt2"])
-def test_every_kind_of_model_agrees_on_256_photos(kind: str, ending: str, tmp_path: Path) -> None:
-    """Saved and loaded, exported, run in torch or ONNX Runtime and, where it is installed, in OpenVINO."""
-    small, crops = small_of_kind(kind), photo_crops(256)
-    expected, file = expected_of(small, crops), tmp_path / f"small{ending}"
-    reloaded = p3b.load(p3b.save(small, tmp_path / "saved"))
-    assert isinstance(reloaded, VisionTransformer)
-    export(reloaded, METADATA, ExportPlan(file, ("index", "folded")), Evidence(PREPROCESSING, crops))
-    answers = [answers_of(file, crops)]
-    if ending == ".onnx" and importlib.util.find_spec("openvino"):
-        answers.append(openvino_answers(file, np.stack([Preparation(METADATA)(crop) for crop in crops])))
-    for got in answers:
-        agreement = compare(expected, got)
-        assert agreement.images == 256 and agreement.top1 == 1 and agreement.difference < 1e-4
-
-
-def openvino_answers(file: Path, images: Any) -> Any:
-    import openvino
-
-    model = openvino.Core().compile_model(str(file), "CPU", {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1})
-    return np.concatenate([model(images[start : start + 32])[model.output(0)] for start in range(0, len(images), 32)])

@@ -52,6 +52,24 @@ def test_a_vanished_or_constant_block_computes_the_same(gone: str) -> None:
     assert_same(apply_cuts(dense, plan_cuts(layout, masks)))
 
 
+@pytest.mark.parametrize("kind", ["plain", "distilled", "no class token", "registers", "attention pool"])
+def test_after_the_last_attention_only_the_tokens_that_the_classifier_reads_go_on(kind: str) -> None:
+    """Whichever block that is: the one behind it has a constant in the place of its attention."""
+    dense = tiny_vit(dtype=torch.float64, depth=3, **KINDS[kind])
+    layout = read_layout(dense)
+    masks = {
+        name: mask.zero_() if name == "blocks.2.attn.in" else mask for name, mask in random_masks(layout, keep=0.6).items()
+    }
+    flat = assert_same(apply_cuts(dense, plan_cuts(layout, masks)))
+    widths = []
+    for block in flat.get_submodule("blocks"):
+        block.mlp.fc1.register_forward_hook(lambda _module, _inputs, output: widths.append(len(output) // 2))
+    flat(images(2, dtype=torch.float64))
+    tokens = {"plain": 17, "distilled": 18, "no class token": 16, "registers": 19, "attention pool": 16}[kind]
+    read = {"plain": 1, "distilled": 2, "registers": 1}.get(kind, tokens)
+    assert widths == [tokens, read, read]
+
+
 def test_the_root_of_the_head_width_is_counted_once() -> None:
     model = tiny_vit()
     before = model.blocks[0].attn.qkv.weight.clone()

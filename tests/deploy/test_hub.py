@@ -23,7 +23,7 @@ from hub_server import Hub, serving
 from p3b.commands.bench import sides
 from p3b.commands.command_line import main
 from p3b.commands.serve import open_model
-from p3b.deploy.card import card
+from p3b.deploy.card import CARD_FILE, card, has_own_card, write_card
 from p3b.deploy.hub import fetch, local_copy
 from p3b.deploy.plain import plain_call
 from p3b.errors import ConfigError, HubError, ModelError, WeightsError
@@ -31,7 +31,7 @@ from p3b.run.deploy_options import BenchConfig, ExportConfig, check_export
 from p3b.storage.artifact import CONFIG_FILE, WEIGHTS_FILE, read_config
 from p3b.vit.compact import apply_cuts, plan_cuts
 from p3b.vit.layout import read_layout
-from tiny import images, masks_of, tiny_vit
+from tiny import VIT, images, masks_of, tiny_vit
 
 REPO = "somebody/small-vit"
 
@@ -266,13 +266,41 @@ def test_the_card_of_a_model_in_its_run_has_licence_budget_table_and_figure(hub:
     ):
         assert said in text, text
 
-    (pruned / "README.md").write_text("my own card")
-    p3b.push(pruned, REPO)
-    assert pushed["README.md"] == b"my own card"
     (stage / "summary.json").write_text(json.dumps({**summary, "provenance": {**provenance, "seed": 1}}))
-    (pruned / "README.md").unlink()
     p3b.push(pruned, REPO)
     assert b"Measured" not in pushed["README.md"], "of another run that has been in this place since"
+
+
+def test_a_card_that_p3b_wrote_is_renewed_wherever_the_model_lies_and_an_edited_one_stays(hub: Hub, tmp_path: Path) -> None:
+    provenance = {"stage": "prune", "model": VIT, "note": "made on --> the 29th"}
+    pruned = p3b.save(small_vit(), tmp_path / "run" / "pruned", provenance=provenance)
+    stage = tmp_path / "run" / "prune"
+    stage.mkdir()
+    (stage / "keep_ratio.svg").write_text("a picture")
+    (stage / "config.json").write_text(json.dumps({"model": {"model_pretrained": False, "model_path": None}}))
+    (stage / "summary.json").write_text(json.dumps({"pruned": {"top1": 81.25}, "provenance": provenance}))
+    assert write_card(pruned, name="run/pruned") and not has_own_card(pruned)
+    local = (pruned / CARD_FILE).read_text()
+
+    moved = pruned.rename(tmp_path / "elsewhere")
+    p3b.push(moved, REPO)
+    pushed = hub.files[REPO, "main"]
+    assert (moved / CARD_FILE).read_text() == local, "pushing changes nothing here"
+    assert pushed["keep_ratio.svg"] == b"a picture"
+    assert pushed["README.md"].decode().partition("<!--")[0] == local.partition("<!--")[0].replace("run/pruned", REPO).replace(
+        f"local-dir:{REPO}", f"hf-hub:{REPO}"
+    )
+    assert "81.25" in local and "without pretrained weights" in local
+
+    p3b.save(small_vit(), moved, provenance={**provenance, "note": "another run"})
+    assert write_card(moved, name="elsewhere")
+    assert "81.25" not in (moved / CARD_FILE).read_text(), "of the model that lay here before"
+
+    for edited in (local.replace("81.25", "99.99"), local + "More.\n", local[: local.rindex("<!--")], "my own card", ""):
+        (moved / CARD_FILE).write_text(edited)
+        assert has_own_card(moved) and not write_card(moved, name="elsewhere")
+        p3b.push(moved, REPO)
+        assert pushed["README.md"].decode() == edited == (moved / CARD_FILE).read_text()
 
 
 def test_the_command_pushes_and_says_where_to(hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

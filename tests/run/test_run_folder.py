@@ -47,6 +47,10 @@ def test_prune_leaves_its_run_folder(pruned_run: Path) -> None:
         "benefit.png", "keep_ratio.png", "predictions.csv", "examples",
     }  # fmt: skip
     assert {file.name for file in pruned_run.iterdir()} == {".lock", "prune", "pruned", "first_sparse_checkpoint.pth"}
+    assert {file.name for file in (pruned_run / "pruned").iterdir()} == {
+        "config.json", "model.safetensors", "README.md", "keep_ratio.png"
+    }  # fmt: skip
+    assert "| top-1 (%) |" in (pruned_run / "pruned" / "README.md").read_text()
     log = (stage / "log.txt").read_text()
     for said in (
         "19,347 parameters",

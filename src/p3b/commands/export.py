@@ -10,7 +10,7 @@ from PIL import Image
 
 from p3b.data import DataSplits, Preprocessing, open_data
 from p3b.data.images import LabelledImages
-from p3b.deploy.card import write_card
+from p3b.deploy.card import CARD_FILE, write_card
 from p3b.deploy.choice import AUTO, CANDIDATES
 from p3b.deploy.export import DENSE, FP32, WRITTEN, Evidence, ExportPlan, ExportReport, Figures, Labelled, export
 from p3b.deploy.hub import local_copy
@@ -78,7 +78,8 @@ def export_saved(config: ExportConfig) -> ExportReport:
     report = export(model, metadata, plan, gathered.evidence, dense if smaller else None)
     tell(screen, file, plan, report, gathered.origin)
     if config.card:
-        screen.say(f"card:    {write_card(config.model, name=str(config.model))}")
+        written = write_card(config.model, name=str(config.model))
+        screen.say(f"card:    {config.model / CARD_FILE}{'' if written else ', which is yours, stays as it is'}")
     return report
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from timm.models.vision_transformer import VisionTransformer
 
 from p3b.data import DataSplits
+from p3b.deploy.card import write_card
 from p3b.deploy.choice import AUTO, LayoutChoice, choose_layout, with_layout
 from p3b.deploy.layouts import check_layout
 from p3b.methods import effective_options, options_of_one_shot, own_in_warm_up
@@ -98,7 +99,9 @@ def prune(config: PruneConfig, warm_up: Path | None = None, splits: DataSplits |
             train_epochs(stage, model, epochs, distillation=distillation, checkpoint=checkpoint)
         folder = stage.products.save(model)
         accuracy = dense if dense_run is None else dense_run["accuracy"]
-        return _tell(stage, model, folder, options, accuracy, distillation, config.run.figure_format)
+        summary = _tell(stage, model, folder, options, accuracy, distillation, config.run.figure_format)
+        stage.machine.on_main(lambda: write_card(folder, name=str(folder)))
+        return summary
 
 
 def _require_same_images(stage: Stage, dense_run: Mapping[str, Any] | None, folder: Path | None) -> None:

@@ -2,10 +2,14 @@
 
 Everything on it is read from the model's config and, where the model still lies in the run that made it, from that run's files.
 What is not known is said to be so, or left out.
+
+The last line of a card is a comment: a digest of the text above it, and what the run said, as JSON. By the digest a card that
+nobody has edited is known, and renewed. What the run said makes a new card where the folder has been moved away from its run.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Mapping
@@ -25,6 +29,9 @@ from p3b.vit.anatomy.shape import WHOLE
 CARD_FILE = "README.md"
 _FIGURE = "keep_ratio"
 _TEMPLATE = "model_card.md.j2"
+_SEAL, _END = "<!-- Made by p3b, which renews this file until somebody edits it: ", " -->\n"
+_FACTS = ("model", "prune", "dense", "pruned", "accuracy", "reached_prune_ratio", "provenance")
+"""What a card needs to know of the settings and the summary of its run."""
 _ROWS = (
     ("parameters", "params", "{:,.0f}"),
     ("MACs", "macs", "{:,.0f}"),
@@ -52,15 +59,14 @@ class Base:
 
 @dataclass(frozen=True)
 class Run:
-    """Files of the stage that made the model: its settings and its summary."""
+    """What the stage that made the model wrote: its settings and its summary."""
 
-    folder: Path
     settings: Mapping[str, Any]
     summary: Mapping[str, Any]
 
 
-def write_card(folder: Path, *, name: str, on_hub: bool = False, origin: Path | None = None) -> Path:
-    """Write README.md into the folder of a saved model, and beside it the figure that it shows; returns the card.
+def write_card(folder: Path, *, name: str, on_hub: bool = False, origin: Path | None = None) -> bool:
+    """Write README.md into the folder of a saved model, and beside it the figure that it shows.
 
     Args:
         folder: of the saved model.
@@ -68,18 +74,29 @@ def write_card(folder: Path, *, name: str, on_hub: bool = False, origin: Path | 
         on_hub: whether that is a name of the hub.
         origin: where the model lay when it was made, if `folder` is another place; its run is looked for there.
 
+    Returns:
+        Whether it was written: a README.md that is not p3b's, or that somebody has edited, stays as it is.
+
     Raises:
         WeightsError: the folder holds no model.
     """
     config = artifact.read_config(folder)
-    run = run_of(origin or folder, config)
-    drawn = [] if run is None else sorted(run.folder.glob(f"{_FIGURE}.*"))
-    figure = drawn[0] if drawn else None
-    if figure is not None:
-        shutil.copyfile(figure, folder / figure.name)
-    text = card(config, name, on_hub=on_hub, run=run, figure=None if figure is None else figure.name)
-    write_atomically(folder / CARD_FILE, lambda path: path.write_text(text, encoding="utf-8"))
-    return folder / CARD_FILE
+    if has_own_card(folder):
+        return False
+    origin = origin or folder
+    run = run_of(origin, config)
+    drawn = sorted([*_stage_of(origin, config).glob(f"{_FIGURE}.*"), *origin.glob(f"{_FIGURE}.*")]) if run else []
+    figure = drawn[0].name if drawn else None
+    if figure is not None and drawn[0].parent != folder:
+        shutil.copyfile(drawn[0], folder / figure)
+    text = _sealed(card(config, name, on_hub=on_hub, run=run, figure=figure), run)
+    write_atomically(folder / CARD_FILE, lambda path: path.write_text(text, encoding="utf-8", newline="\n"))
+    return True
+
+
+def has_own_card(folder: Path) -> bool:
+    """Whether a folder has a README.md that p3b did not write, or that somebody has edited since."""
+    return (folder / CARD_FILE).exists() and _facts_on(folder / CARD_FILE) is None
 
 
 def card(
@@ -124,14 +141,50 @@ def card(
 
 
 def run_of(folder: Path, config: Mapping[str, Any]) -> Run | None:
-    """The finished run whose model lies in this folder; None where the folder has been moved away from it."""
-    provenance = config["provenance"] or {}
-    stage = folder.parent / str(provenance.get("stage", ""))
+    """The finished run that made the model in a folder: of its files, or of the card, where the folder was moved away from it.
+
+    None where neither is there, or where what is there made another model.
+    """
+    stage = _stage_of(folder, config)
     try:
-        settings, summary = (json.loads((stage / file).read_text("utf-8")) for file in ("config.json", "summary.json"))
+        facts = [json.loads((stage / file).read_text("utf-8")) for file in ("config.json", "summary.json")]
     except (OSError, ValueError):
+        facts = _facts_on(folder / CARD_FILE) or []
+    made = facts[1].get("provenance") if len(facts) == 2 else None
+    provenance = config["provenance"] or {}
+    if not made or any(provenance.get(key) != value for key, value in made.items()):
         return None
-    return Run(stage, settings, summary) if summary.get("provenance") == provenance else None
+    return Run(*facts)  # a model says more of itself than a summary does: which images it was trained on
+
+
+def _stage_of(folder: Path, config: Mapping[str, Any]) -> Path:
+    """Where the files of the stage lie that made the model in a folder."""
+    return folder.parent / str((config["provenance"] or {}).get("stage", ""))
+
+
+def _sealed(text: str, run: Run | None) -> str:
+    """A card with its last line."""
+    files = () if run is None else (run.settings, run.summary)
+    facts = [{key: value for key, value in file.items() if key in _FACTS} for file in files]
+    said = json.dumps(facts).replace(">", "\\u003e")  # a comment ends at the first -->
+    return f"{text}{_SEAL}{_digest(text + said)} {said}{_END}"
+
+
+def _facts_on(file: Path) -> list[Any] | None:
+    """Settings and summary of the run on a card that p3b wrote and nobody has edited, empty without a run; else None."""
+    try:
+        text, found, seal = file.read_bytes().decode().rpartition(_SEAL)
+    except (OSError, UnicodeDecodeError):
+        return None
+    digest, _, said = seal.removesuffix(_END).partition(" ")
+    if not found or not seal.endswith(_END) or digest != _digest(text + said):
+        return None
+    facts: list[Any] = json.loads(said)
+    return facts
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def base_of(provenance: Mapping[str, Any], run: Run | None) -> Base:

@@ -8,16 +8,18 @@ Nothing else is computed; what changes is how an exported graph looks:
                     output (N, S, H, K) is transposed and multiplied. ONNX Runtime multiplies such a transposed tensor where it
                     lies; of one product for all three it copies every element twice before
     shapes          the number of rows is the only one that is not known beforehand, so that nearly no node computes shapes
+    last block      a classifier that reads the class token hears nothing of the others: from the last attention on, they are
+                    keys and values alone
 
-N tokens, S samples, D width, H heads, K head width; I channels read, O channels written.
+N tokens, of which the classifier reads R; S samples, D width, H heads, K head width; I channels read, O channels written.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from copy import deepcopy
 
 from timm.layers import Attention, Mlp
+from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -36,7 +38,7 @@ def for_onnx(model: nn.Module) -> nn.Module:
     copy = deepcopy(model).eval()
     for vit in [module for module in copy.modules() if isinstance(module, VisionTransformer)]:
         if all(_is_plain(block) for block in vit.blocks):
-            vit.blocks = _token_rows(vit.blocks, vit.patch_embed.num_patches + vit.num_prefix_tokens)
+            vit.blocks = _token_rows(vit, vit.patch_embed.num_patches + vit.num_prefix_tokens)
     inside = {id(module) for rows in copy.modules() if isinstance(rows, TokenRows) for module in rows.modules()}
     for name, module in list(copy.named_modules()):
         if type(module) is nn.Linear and id(module) not in inside:
@@ -50,6 +52,7 @@ class FlatLinear(nn.Module):
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features  # timm's and our attentions ask for them
         self.weight, self.bias = linear.weight, linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
@@ -58,20 +61,38 @@ class FlatLinear(nn.Module):
 
 
 class TokenRows(nn.Sequential):
-    """Blocks that work on (N * S, D), token by token: (S, N, D) -> (S, N, D)."""
+    """Blocks that work on (N * S, D), token by token: (S, N, D) -> (S, R, D)."""
+
+    def __init__(self, *blocks: nn.Module, read: int) -> None:
+        super().__init__(*blocks)
+        self.read = read
 
     def forward(self, x: Tensor) -> Tensor:
-        _, tokens, width = x.shape
+        width = x.shape[-1]
         rows = super().forward(x.transpose(0, 1).reshape(-1, width))
-        return rows.reshape(tokens, -1, width).transpose(0, 1)
+        return rows.reshape(self.read, -1, width).transpose(0, 1)
+
+
+class LastBlock(nn.Module):
+    """timm's block, of whose tokens the first are read afterwards: (N * S, D) -> (R * S, D)."""
+
+    def __init__(self, block: Block, tokens: int, read: int) -> None:
+        super().__init__()
+        self.tokens, self.read = tokens, read
+        self.norm1, self.attn, self.ls1 = block.norm1, block.attn, block.ls1
+        self.norm2, self.mlp, self.ls2 = block.norm2, block.mlp, block.ls2
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = _first(x, self.tokens, self.read) + self.ls1(self.attn(self.norm1(x)))
+        return first + self.ls2(self.mlp(self.norm2(first)))
 
 
 class RowAttention(nn.Module):
-    """timm's attention on rows: (N * S, I) -> (N * S, O). The root of the head width is in the queries' weights."""
+    """timm's attention on rows: (N * S, I) -> (R * S, O). The root of the head width is in the queries' weights."""
 
-    def __init__(self, attn: Attention, tokens: int) -> None:
+    def __init__(self, attn: Attention, tokens: int, read: int) -> None:
         super().__init__()
-        self.tokens, self.heads, self.head_dim = tokens, attn.num_heads, attn.head_dim
+        self.tokens, self.read, self.heads, self.head_dim = tokens, read, attn.num_heads, attn.head_dim
         weights = attn.qkv.weight.detach().chunk(3)
         biases = (None, None, None) if attn.qkv.bias is None else attn.qkv.bias.detach().chunk(3)
         self.query, self.key, self.value = (_linear(*pair) for pair in zip(weights, biases, strict=True))
@@ -80,19 +101,38 @@ class RowAttention(nn.Module):
         self.proj = attn.proj
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        query, key, value = (
-            layer(x).reshape(self.tokens, -1, self.heads, self.head_dim) for layer in (self.query, self.key, self.value)
-        )
+        query = self.query(_first(x, self.tokens, self.read)).reshape(self.read, -1, self.heads, self.head_dim)
+        key, value = (layer(x).reshape(self.tokens, -1, self.heads, self.head_dim) for layer in (self.key, self.value))
         weights = (query.permute(1, 2, 0, 3) @ key.permute(1, 2, 3, 0)).softmax(-1)
         mixed = weights @ value.permute(1, 2, 0, 3)
         return self.proj(mixed.permute(2, 0, 1, 3).reshape(-1, self.heads * self.head_dim))
 
 
-def _token_rows(blocks: Iterable[nn.Module], tokens: int) -> TokenRows:
-    for block in blocks:
-        if isinstance(block, Block) and type(block.attn) is Attention:
-            block.attn = RowAttention(block.attn, tokens)
-    return TokenRows(*blocks)
+def _token_rows(vit: VisionTransformer, tokens: int) -> TokenRows:
+    """The blocks of a model on rows; from the last attention on, of the tokens that its classifier reads."""
+    blocks = list(vit.blocks)
+    attentions = [depth for depth, block in enumerate(blocks) if isinstance(block, Block) and type(block.attn) is Attention]
+    read = _tokens_read(vit) or tokens
+    for depth in attentions:
+        block, is_last = blocks[depth], depth == attentions[-1] and read < tokens
+        assert isinstance(block, Block) and isinstance(block.attn, Attention)
+        block.attn = RowAttention(block.attn, tokens, read if is_last else tokens)
+        if is_last:
+            blocks[depth] = LastBlock(block, tokens, read)
+    return TokenRows(*blocks, read=read if attentions else tokens)
+
+
+def _tokens_read(vit: VisionTransformer) -> int | None:
+    """How many tokens, from the first on, the classifier reads; None for all."""
+    if type(vit) is VisionTransformerDistilled:
+        return 2
+    is_class_token = type(vit) is VisionTransformer and vit.attn_pool is None and vit.global_pool == "token"
+    return 1 if is_class_token else None
+
+
+def _first(x: Tensor, tokens: int, read: int) -> Tensor:
+    """The rows of the first tokens: (N * S, D) -> (R * S, D)."""
+    return x if read == tokens else x.reshape(tokens, -1, x.shape[-1])[:read].reshape(-1, x.shape[-1])
 
 
 _BY_TOKEN = (ConstantBranch, NoBranch, Addend)

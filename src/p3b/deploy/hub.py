@@ -26,7 +26,7 @@ from huggingface_hub.errors import (
 )
 from torch import nn
 
-from p3b.deploy.card import CARD_FILE, write_card
+from p3b.deploy.card import CARD_FILE, has_own_card, write_card
 from p3b.errors import ConfigError, HubError, WeightsError
 from p3b.storage import artifact
 from p3b.storage.artifact import CONFIG_FILE, WEIGHTS_FILE
@@ -96,8 +96,8 @@ def push(
     """Put a model on the Hugging Face hub, with a model card; returns the address of the commit.
 
     Args:
-        model: a module, or what p3b saved: run/pruned, or a .pth. A README.md in the folder is taken as the card; otherwise
-            one is made of the model and of the run that it lies in.
+        model: a module, or what p3b saved: run/pruned, or a .pth. A README.md in the folder is taken as the card where it is
+            not p3b's, or was edited; otherwise one is made of the model and of the run that it lies in.
         repo_id: "user/name"; made where it is absent.
         revision: branch, made where it is absent; by default the main branch.
         private: whether a new repository is; by default as the hub does for the user.
@@ -143,9 +143,8 @@ def _staged(model: nn.Module | str | Path, folder: Path, repo_id: str, descripti
     config = artifact.read_config(origin)
     own = {key: config[key] for key in ("class_names", "preprocessing", "provenance")}
     artifact.save(artifact.load(origin), folder, **own)
-    written = origin / CARD_FILE
-    if written.is_file():
-        (folder / CARD_FILE).write_bytes(written.read_bytes())
+    if has_own_card(origin):
+        (folder / CARD_FILE).write_bytes((origin / CARD_FILE).read_bytes())
         for figure in [*origin.glob("*.png"), *origin.glob("*.svg")]:
             (folder / figure.name).write_bytes(figure.read_bytes())
     else:

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from timm.models import beit, swin_transformer, vision_transformer_relpos, vision_transformer_sam
 from torch import Tensor, nn
 
 from p3b.deploy.agreement import Logits
@@ -23,7 +22,6 @@ from p3b.deploy.metadata import Metadata
 from p3b.deploy.program import dynamic_axes
 from p3b.errors import ConfigError, WeightsError
 from p3b.storage.untrusted import first_line
-from p3b.vit.parts import BiasedAttention, CosineWindowAttention, PaddedWindowAttention
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -31,10 +29,6 @@ if TYPE_CHECKING:
 OPSET = 20
 """Of the exported graph: the first with a Gelu of its own, and known to the runtimes of 2024 and later."""
 INPUT, OUTPUT = "images", "logits"
-_WITH_BIASES = (
-    *(beit.Attention, vision_transformer_relpos.RelPosAttention, vision_transformer_sam.Attention),
-    *(swin_transformer.WindowAttention, BiasedAttention, PaddedWindowAttention, CosineWindowAttention),
-)
 _NEEDED = ("onnx", "onnxruntime", "onnxscript")
 
 
@@ -53,7 +47,7 @@ def write_onnx(model: nn.Module, example: Tensor, file: Path, *, optimize: bool 
     """
     require_onnx()
     written = for_onnx(model) if flat else model
-    with _quiet(), _biases_apart(written):
+    with _quiet(), torch.no_grad():  # a mask that wants a gradient takes another way through attention, of other strides
         program = torch.onnx.export(
             written, (example,), dynamo=True, verbose=False, opset_version=OPSET,
             input_names=[INPUT], output_names=[OUTPUT], dynamic_shapes=(dynamic_axes(example),), optimize=optimize,
@@ -61,22 +55,6 @@ def write_onnx(model: nn.Module, example: Tensor, file: Path, *, optimize: bool 
         assert program is not None
         narrow_indices(program.model)
         program.save(file, external_data=False)
-
-
-@contextlib.contextmanager
-def _biases_apart(model: nn.Module) -> Iterator[None]:
-    """Let attentions that add biases of relative positions do so in plain steps.
-
-    torch's exporter takes the fused operation apart, and with biases it then expects its result to lie otherwise in memory.
-    """
-    fused: list[Any] = [module for module in model.modules() if type(module) in _WITH_BIASES and module.fused_attn]
-    try:
-        for module in fused:
-            module.fused_attn = False
-        yield
-    finally:
-        for module in fused:
-            module.fused_attn = True
 
 
 def narrow_indices(model: ir.Model) -> None:

@@ -53,7 +53,7 @@ class ExportConfig:
     threads: int | None = None
     """Threads that are computed with; by default as many as PyTorch takes."""
     card: bool = False
-    """Write a model card (README.md) into the folder of the saved model, too."""
+    """Write a model card (README.md) into the folder of the saved model, too, or renew it; one that was edited stays."""
 
 
 def check_export(config: ExportConfig) -> Path:
@@ -225,7 +225,7 @@ class PushConfig:
     """Put a saved model on the Hugging Face hub, with a model card."""
 
     model: Positional[Path]
-    """A model that p3b saved: run/pruned, or first_sparse_checkpoint.pth. A README.md in the folder is taken as its card."""
+    """A model that p3b saved: run/pruned, or first_sparse_checkpoint.pth. A README.md of yours in it is taken as its card."""
     repo: Positional[str]
     """user/name; made where it is absent."""
     revision: str | None = None
