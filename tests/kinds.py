@@ -8,6 +8,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.models.vitamin import VitCfg
 from torch import Tensor, nn
 
 from p3b.vit.compact import apply_cuts, plan_cuts
@@ -36,7 +37,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "shared positions": ("vit_srelpos_medium_patch16_224", _SHAPE),
     "NaFlex": ("naflexvit_base_patch16_gap", {**_SHAPE, "pos_embed_grid_size": (4, 4)}),
     "hybrid": ("vit_tiny_r_s16_p8_224", _SHAPE),
+    "ViTamin": ("vitamin_small_224", {**_SHAPE, "patch_size": 1, "embed_cfg": VitCfg((8, 12, 24), (1, 2), 8)}),
+    "SAM": ("samvit_base_patch16", {**_SHAPE, "window_size": 3, "global_attn_indexes": (1,), "neck_chans": 8}),
     "Swin": ("swin_tiny_patch4_window7_224", {"img_size": 32, **_STAGES}),
+    "Swin v2": ("swinv2_tiny_window8_256", {"img_size": 32, **_STAGES}),
 }
 """Models of other classes of timm's, as its names and arguments."""
 CUTS: dict[str, Callable[[ModelLayout], Masks]] = {
