@@ -106,6 +106,16 @@ def test_small_images_are_not_blown_up_on_a_cpu() -> None:
     assert "input_size" not in chosen(replace(tiny, resizable=False)) and "crop_pct" not in chosen(PHOTOS)
 
 
+def test_many_classes_get_more_passes_but_not_without_end() -> None:
+    def steps(classes: int, images: int) -> tuple[float, float]:
+        values = chosen(replace(PHOTOS, classes=classes, images=images, prunes=False))
+        passes = float(values["epochs"])  # type: ignore[arg-type]
+        return passes * (images // int(values["batch_size"])), passes  # type: ignore[call-overload]
+
+    assert steps(41, 328)[0] >= 20 * 41 > steps(6, 328)[0] and steps(500, 10_000)[0] >= 20 * 500
+    assert steps(5_000, 10_000)[1] == 100 and steps(101, 75_000) == steps(6, 75_000)
+
+
 def test_augmentation_grows_with_how_often_an_image_is_seen_and_with_the_steps() -> None:
     often = {"epochs": 60, "finetune_epochs": 60}
     seen = [(6_000, {}), (240, {}), (1_000, often), (1_000_000, {})]

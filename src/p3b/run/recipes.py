@@ -186,14 +186,19 @@ def _finetune_epochs(facts: Facts, settled: Settings) -> Choice | None:
 def _passes(facts: Facts, settled: Settings) -> int:
     """Passes over the images: the fewer there are, the more; the steps still grow, with the square root of the images.
 
-    More than 60 passes over the same images hardly teach more, unless they are so few that there would be hardly a step.
+    More than 60 passes over the same images hardly teach more, unless they are so few that there would be hardly a step, or of
+    so many classes that there would be few for each.
     """
+    a_pass = _steps_per_epoch(facts, settled)
     passes = max(10, min(60, round(1000 / math.sqrt(facts.images))))
-    passes = max(passes, math.ceil(_LEAST_STEPS / _steps_per_epoch(facts, settled)))
+    passes = max(
+        passes, min(_MOST_PASSES, math.ceil(_STEPS_A_CLASS * facts.classes / a_pass)), math.ceil(_LEAST_STEPS / a_pass)
+    )
     return passes if facts.pretrained else 2 * passes
 
 
-_LEAST_STEPS = 250
+_LEAST_STEPS, _STEPS_A_CLASS, _MOST_PASSES = 250, 20, 100
+"""Steps of a run; steps for each class, and the passes that these may come to."""
 
 
 def _steps(facts: Facts, settled: Settings, epochs: float) -> int:
