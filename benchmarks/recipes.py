@@ -147,15 +147,6 @@ def quietly(*words: str) -> None:
 # ----------------------------------------------------------------------------------------- the page
 
 
-INTRODUCTION = """# What `--recipe auto` loses
-
-How far is `--recipe auto` behind the best recipe that is found by hand? Every run is `p3b prune --keep 0.5` with few images, of
-a small ViT (0.3 M parameters, 16 x 16 pixels), trained on another domain before: printed letters, or CIFAR-10's vehicles.
-Twelve recipes by hand are three learning rates (2e-3, 5e-3, 12e-3) x mild or medium augmentation x 15 + 15 or 30 + 30 epochs.
-The best of them is chosen on the test images themselves, so it is favoured, by about the noise of one run.
-"""
-
-
 def tables(lines: Sequence[Line]) -> list[str]:
     """What auto loses on each data set, and folded all recipes."""
     head = ["data", "images", "test images", f"{AUTO} (%)", "best by hand (%)", f"{AUTO} - best", "median by hand (%)"]
@@ -180,7 +171,7 @@ def tables(lines: Sequence[Line]) -> list[str]:
         changes += [[name, CHANGED[change], f"{found[change][0]:.2f}", f"{found[change][0] - auto:+.2f}", str(found[change][1])]
                     for change in CHANGED if change in found]  # fmt: skip
         every += [[name, recipe, f"{value:.2f}", str(seeds)] for recipe, (value, seeds) in found.items()]
-    made = [*INTRODUCTION.splitlines(), "", *table(head, rows)]
+    made = table(head, rows)
     if changes:
         made += [
             "What another choice would give:",

@@ -15,6 +15,7 @@ import equal_time
 import estimators
 import layouts
 import narrow
+import recipes
 import scaling
 import table
 from faults import campaign
@@ -22,7 +23,7 @@ from harness.command import Bench
 from harness.pages import END, Part
 from harness.records import ROOT, read_lines
 
-BENCHES = (bench.BENCH, scaling.BENCH, clock.BENCH, layouts.BENCH, narrow.BENCH, estimators.BENCH)
+BENCHES = (bench.BENCH, scaling.BENCH, clock.BENCH, layouts.BENCH, narrow.BENCH, estimators.BENCH, recipes.BENCH)
 STUDIES = (table.STUDY, ablations.STUDY)
 OTHERS = (animals.PART, campaign.PAGE, equal_page.part(equal_time.RECORD))
 PARTS = (*(each.part for each in BENCHES), *(study.part(study.record) for study in STUDIES), *OTHERS)
