@@ -572,7 +572,8 @@ def test_the_command_hands_a_method_what_it_takes_and_refuses_what_it_would_igno
             flag = "--" + setting.replace("_", "-")
             with pytest.raises(ConfigError, match=f"{flag} .* means nothing to --prune-method {name}, only to block_benefit"):
                 _options(prune_method=name, **{setting: value})
-    assert set(METHOD_OPTIONS.values()) | {"probe_weight_decay", "probe_seed", "seed"} == {
+    of_the_library_alone = {"probe_weight_decay", "probe_seed", "probe_outputs"}
+    assert set(METHOD_OPTIONS.values()) | of_the_library_alone | {"seed"} == {
         option for name in METHODS for option in method_options(name)
     }
 
