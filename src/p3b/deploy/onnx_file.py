@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from timm.models.vision_transformer_sam import Attention as SamAttention
 from torch import Tensor, nn
 
 from p3b.deploy.agreement import Logits
@@ -47,7 +48,8 @@ def write_onnx(model: nn.Module, example: Tensor, file: Path, *, optimize: bool 
     """
     require_onnx()
     written = for_onnx(model) if flat else model
-    with _quiet(), torch.no_grad():  # a mask that wants a gradient takes another way through attention, of other strides
+    # Without gradients: a mask that wants one takes another way through attention, of other strides.
+    with _quiet(), _unfused(written), torch.no_grad():
         program = torch.onnx.export(
             written, (example,), dynamo=True, verbose=False, opset_version=OPSET,
             input_names=[INPUT], output_names=[OUTPUT], dynamic_shapes=(dynamic_axes(example),), optimize=optimize,
@@ -55,6 +57,21 @@ def write_onnx(model: nn.Module, example: Tensor, file: Path, *, optimize: bool 
         assert program is not None
         narrow_indices(program.model)
         program.save(file, external_data=False)
+
+
+@contextlib.contextmanager
+def _unfused(model: nn.Module) -> Iterator[None]:
+    """Let SAM's attentions compute in plain steps: they hand three dimensions to the fused operation, of which torch's exporter
+    takes four alone.
+    """
+    fused: list[Any] = [module for module in model.modules() if isinstance(module, SamAttention) and module.fused_attn]
+    try:
+        for module in fused:
+            module.fused_attn = False
+        yield
+    finally:
+        for module in fused:
+            module.fused_attn = True
 
 
 def narrow_indices(model: ir.Model) -> None:
