@@ -127,10 +127,10 @@ def test_the_view_says_phase_time_loss_accuracy_budget_and_each_block() -> None:
     """At 0.3 s a step: 100 steps of the phase and 1,600 of the run are left."""
     found = drawn(80, 24)
     assert found[0] == "sparsify   epoch 4/300  loss 12.35  test top-1 100.00 %"
-    assert found[1].startswith("phase") and found[1].endswith("30.0 s left")
-    assert found[2].startswith("run") and found[2].endswith("8m00s left")
+    assert found[1].startswith("run ") and found[1].endswith("8m00s left")
+    assert found[2].startswith("sparsify ") and found[2].endswith("30.0 s left")
     assert found[3].startswith("kept") and found[3].endswith("2.00 M parameters, goal 1.20 M")
-    assert found[3].index("┃") == pytest.approx(7 + 0.5 * (80 - 7 - 32), abs=1), "half of the dense parameters are the goal"
+    assert found[3].index("┃") == pytest.approx(11 + 0.5 * (80 - 11 - 32), abs=1), "half of the dense parameters are the goal"
     rows = found[5:]
     assert len(rows) == 12 and all(row.count("%") == 2 for row in rows)
     assert rows[11].count("█") > rows[6].count("█") > rows[0].count("█") == 0, "bars grow with what they stand for"

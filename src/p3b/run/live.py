@@ -21,6 +21,7 @@ _EIGHTHS, _RISING = " ▏▎▍▌▋▊▉█", "▁▂▃▄▅▆▇█"
 _LOG_LINES = 5
 """Lines of the terminal that are left to what is said."""
 _LEFT = len("12d04h left")
+_NAME = len("fine-tune")
 _WIDEST_BAR = 40
 
 
@@ -61,8 +62,8 @@ class LiveView:
             return
         start, phase = self._course.phase_at(moment.step)
         yield self._headline(phase.name, moment)
-        yield self._way("phase", moment.step - start, phase.end - start, phase.end, width, ascii_only)
         yield self._way("run", moment.step, self._course.steps, self._course.steps, width, ascii_only)
+        yield self._way(phase.name, moment.step - start, phase.end - start, phase.end, width, ascii_only)
         yield self._budget(moment.kept_params, width, ascii_only)
         if self.blocks:
             depth = max(len(blocks) for blocks in _by_kind(self.blocks).values())
@@ -82,7 +83,7 @@ class LiveView:
         )
 
     def _headline(self, phase: str, moment: Moment) -> Text:
-        line = Text.assemble((f"{phase:<9}", "bold"), f"  epoch {moment.epoch}/{moment.epochs}")
+        line = Text.assemble((f"{phase:<{_NAME}}", "bold"), f"  epoch {moment.epoch}/{moment.epochs}")
         if moment.loss is not None:
             line.append(f"  loss {short_loss(moment.loss)}")
         if moment.accuracy is not None:
@@ -93,7 +94,7 @@ class LiveView:
         """A bar of what is done, and the time that is left."""
         left = self._pace.seconds_until(end)
         told = "measuring" if left is None else f"{duration(left)} left"
-        line = Text(f"{name:<5}  ")
+        line = Text(f"{name:<{_NAME}}  ")
         room = width - len(line) - _LEFT - 2
         line.append_text(_line_bar(done / max(steps, 1), room, "cyan", ascii_only))
         return line.append(f"  {told:>{_LEFT}}")
@@ -102,7 +103,7 @@ class LiveView:
         """Parameters that stay, of those of the dense model, with a mark where they are to end."""
         dense, goal = self._course.dense_params, self._course.goal_params
         told = f"{short_count(kept)} parameters" + ("" if goal is None else f", goal {short_count(goal)}")
-        line = Text(f"{'kept':<5}  ")
+        line = Text(f"{'kept':<{_NAME}}  ")
         room = width - len(line) - len(told) - 2
         bar = _line_bar(kept / dense, room, "green", ascii_only)
         if goal is not None and len(bar):
