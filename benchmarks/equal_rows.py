@@ -68,13 +68,14 @@ class Row:
         return self.prunes and bool(own_in_warm_up(self.method, {}))
 
 
-explored = partial(Row, method="block_benefit", explores=True)
-"""A row that asks what another setting of P3B would give."""
 LINEAR = (("prune_benefit", "linear"),)
 LOW_RANK = (("prune_benefit", "low_rank"),)
 ACTIVE, COMPENSATED = ("prune_compute", "active"), ("compensate", "on")
 ALIGNED = ("align", 8)
 QUICK = (("small_form", "quick"),)
+EARLY = (*LINEAR, ACTIVE)
+explored = partial(Row, method="block_benefit", warm_up=0.25, pruning=0.75, settings=EARLY, explores=True)
+"""A row that asks what another setting of P3B would give."""
 _SOFT = "p3b-early"
 
 ROWS: Mapping[str, Row] = {
@@ -88,57 +89,20 @@ ROWS: Mapping[str, Row] = {
         Row("wdpruning", "WD-Pruning", "wdpruning", 1, 1),
         Row("savit", "SAViT", "savit", 0.8, 0.2, (("savit_every", 2),)),
         Row("p3b-published", "P3B as published", "block_pr", 0.5, 0.5, structure=_SOFT),
-        Row(_SOFT, "P3B, small early", "block_benefit", 0.25, 0.75, (*LINEAR, ACTIVE)),
+        Row(_SOFT, "P3B, small early", "block_benefit", 0.25, 0.75, EARLY),
         Row("uniform-early", "uniform, small early", "uniform", 0.25, 0.75, structure="uniform", cost="uniform"),
         Row("taylor-early", "taylor, small early", "taylor", 0.25, 0.75, structure="taylor", cost="taylor"),
         Row(PEER, "Torch-Pruning (Taylor, isomorphic)", PEER, 1, 0),
-        explored("p3b-early-full", "every element computed", warm_up=0.25, pruning=0.75, settings=LINEAR, structure=_SOFT),
+        explored("p3b-early-full", "every element computed", settings=LINEAR, structure=_SOFT),
         explored(
-            "p3b-early-compensated",
-            "compensated at the cut",
-            warm_up=0.25,
-            pruning=0.75,
-            settings=(*LINEAR, ACTIVE, COMPENSATED),
-            structure=_SOFT,
-            cost=_SOFT,
+            "p3b-early-compensated", "compensated at the cut", settings=(*EARLY, COMPENSATED), structure=_SOFT, cost=_SOFT
         ),
-        explored(
-            "p3b-early-aligned",
-            "widths in multiples of 8, whole heads",
-            warm_up=0.25,
-            pruning=0.75,
-            settings=(*LINEAR, ACTIVE, ALIGNED),
-        ),
-        explored(
-            "p3b-early-quick",
-            "trained in the quick form",
-            warm_up=0.25,
-            pruning=0.75,
-            settings=(*LINEAR, ACTIVE),
-            training=QUICK,
-        ),
-        explored("p3b-early-low_rank", "low_rank probes", warm_up=0.25, pruning=0.75, settings=LOW_RANK, structure=_SOFT),
-        explored(
-            "p3b-early-0.1",
-            "0.1 + 0.9 epochs",
-            warm_up=0.1,
-            pruning=0.9,
-            settings=(*LINEAR, ACTIVE),
-            structure=_SOFT,
-            cost=_SOFT,
-        ),
-        explored(
-            "p3b-early-0.5",
-            "0.5 + 0.5 epochs",
-            warm_up=0.5,
-            pruning=0.5,
-            settings=(*LINEAR, ACTIVE),
-            structure=_SOFT,
-            cost=_SOFT,
-        ),
-        explored(
-            "p3b-late", "0.5 + 1.5 epochs", warm_up=0.5, pruning=1.5, settings=(*LINEAR, ACTIVE), structure=_SOFT, cost=_SOFT
-        ),
+        explored("p3b-early-aligned", "widths in multiples of 8, whole heads", settings=(*EARLY, ALIGNED)),
+        explored("p3b-early-quick", "trained in the quick form", training=QUICK),
+        explored("p3b-early-low_rank", "low_rank probes", settings=LOW_RANK, structure=_SOFT),
+        explored("p3b-early-0.1", "0.1 + 0.9 epochs", warm_up=0.1, pruning=0.9, structure=_SOFT, cost=_SOFT),
+        explored("p3b-early-0.5", "0.5 + 0.5 epochs", warm_up=0.5, pruning=0.5, structure=_SOFT, cost=_SOFT),
+        explored("p3b-late", "0.5 + 1.5 epochs", warm_up=0.5, pruning=1.5, structure=_SOFT, cost=_SOFT),
     )
 }
 """All rows in the order of the table."""
