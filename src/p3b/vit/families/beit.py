@@ -18,13 +18,9 @@ from p3b.vit.anatomy.mlp import mlp_of
 from p3b.vit.anatomy.norms import NORMS
 from p3b.vit.anatomy.relative import BeitSelfAttention
 from p3b.vit.families.family import (
-    CLASSES,
-    DEPTH,
     FLAG,
-    NUMBER,
     NUMBER_OR_NULL,
-    PAIR,
-    SIZE,
+    OF_SHAPE,
     Block,
     BranchOutline,
     Images,
@@ -59,11 +55,7 @@ class BeitFamily:
 
     classes: Mapping[str, type[nn.Module]] = {"Beit": Beit}
     rules: Mapping[str, Rule] = {
-        **dict.fromkeys(("img_size", "patch_size"), PAIR),
-        **dict.fromkeys(("in_chans", "embed_dim", "num_heads"), SIZE),
-        "num_classes": CLASSES,
-        "depth": DEPTH,
-        **dict.fromkeys(("mlp_ratio", "norm_eps"), NUMBER),
+        **OF_SHAPE,
         "init_values": NUMBER_OR_NULL,
         **dict.fromkeys(("qkv_bias", "swiglu_mlp", "scale_mlp", "use_abs_pos_emb", "use_rel_pos_bias", "use_fc_norm"), FLAG),
         "global_pool": one_of(("", "avg", "token"), "a pooling of timm's Beit"),

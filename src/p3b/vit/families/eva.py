@@ -22,15 +22,12 @@ from p3b.vit.anatomy.mlp import mlp_of
 from p3b.vit.anatomy.norms import NORMS
 from p3b.vit.families.activations import activation_name
 from p3b.vit.families.family import (
-    CLASSES,
     COUNT,
-    DEPTH,
     FLAG,
     MOST_CHANNELS,
     NUMBER,
     NUMBER_OR_NULL,
-    PAIR,
-    SIZE,
+    OF_SHAPE,
     Block,
     BranchOutline,
     Images,
@@ -66,12 +63,9 @@ class EvaFamily:
 
     classes: Mapping[str, type[nn.Module]] = {"Eva": Eva}
     rules: Mapping[str, Rule] = {
-        **dict.fromkeys(("img_size", "patch_size"), PAIR),
-        **dict.fromkeys(("in_chans", "embed_dim", "num_heads"), SIZE),
-        "num_classes": CLASSES,
+        **OF_SHAPE,
         "num_reg_tokens": COUNT,
-        "depth": DEPTH,
-        **dict.fromkeys(("mlp_ratio", "norm_eps", "rope_temperature"), NUMBER),
+        "rope_temperature": NUMBER,
         "rope_grid_offset": (lambda value: type(value) in (int, float) and abs(value) <= MOST_CHANNELS, "a number"),
         **dict.fromkeys(
             (

@@ -225,6 +225,14 @@ CLASSES: Rule = (is_whole(0, 1 << 24), "a whole number from 0 to 16777216")
 DEPTH: Rule = (is_whole(1, MOST_BLOCKS), f"a whole number from 1 to {MOST_BLOCKS}")
 NUMBER: Rule = (is_number, f"a number from 0 to {MOST_CHANNELS}")
 NUMBER_OR_NULL: Rule = (lambda value: value is None or is_number(value), "a number or null")
+OF_SHAPE: Mapping[str, Rule] = {
+    **dict.fromkeys(("img_size", "patch_size"), PAIR),
+    **dict.fromkeys(("in_chans", "embed_dim", "num_heads"), SIZE),
+    "num_classes": CLASSES,
+    "depth": DEPTH,
+    **dict.fromkeys(("mlp_ratio", "norm_eps"), NUMBER),
+}
+"""Of the arguments that families of blocks alike have in common."""
 
 
 def one_of(known: Sequence[str], words: str | None = None) -> Rule:

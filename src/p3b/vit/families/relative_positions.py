@@ -17,12 +17,9 @@ from p3b.vit.anatomy.norms import NORMS
 from p3b.vit.anatomy.relative import RelativeAttention
 from p3b.vit.families.activations import ACTIVATIONS, activation_name
 from p3b.vit.families.family import (
-    CLASSES,
-    DEPTH,
     FLAG,
-    NUMBER,
     NUMBER_OR_NULL,
-    PAIR,
+    OF_SHAPE,
     SIZE,
     Block,
     BranchOutline,
@@ -53,11 +50,8 @@ class RelativePositionsFamily:
 
     classes: Mapping[str, type[nn.Module]] = {"VisionTransformerRelPos": VisionTransformerRelPos}
     rules: Mapping[str, Rule] = {
-        **dict.fromkeys(("img_size", "patch_size"), PAIR),
-        **dict.fromkeys(("in_chans", "embed_dim", "num_heads", "rel_pos_dim"), SIZE),
-        "num_classes": CLASSES,
-        "depth": DEPTH,
-        **dict.fromkeys(("mlp_ratio", "norm_eps"), NUMBER),
+        **OF_SHAPE,
+        "rel_pos_dim": SIZE,
         "init_values": NUMBER_OR_NULL,
         **dict.fromkeys(("class_token", "fc_norm", "qkv_bias", "qk_norm", "shared_rel_pos"), FLAG),
         "global_pool": one_of(("", "avg", "token"), "a pooling of timm's VisionTransformerRelPos"),

@@ -22,15 +22,11 @@ from p3b.vit.anatomy.relative import DecomposedAttention
 from p3b.vit.anatomy.window import MapPreNorm, tokens_in_windows
 from p3b.vit.families.activations import ACTIVATIONS, activation_name
 from p3b.vit.families.family import (
-    CLASSES,
     COUNT,
-    DEPTH,
     FLAG,
     MOST_BLOCKS,
-    NUMBER,
     NUMBER_OR_NULL,
-    PAIR,
-    SIZE,
+    OF_SHAPE,
     Block,
     BranchOutline,
     Images,
@@ -58,12 +54,8 @@ class SamFamily:
 
     classes: Mapping[str, type[nn.Module]] = {"VisionTransformerSAM": VisionTransformerSAM}
     rules: Mapping[str, Rule] = {
-        **dict.fromkeys(("img_size", "patch_size"), PAIR),
-        **dict.fromkeys(("in_chans", "embed_dim", "num_heads"), SIZE),
+        **OF_SHAPE,
         **dict.fromkeys(("window_size", "neck_chans"), COUNT),
-        "num_classes": CLASSES,
-        "depth": DEPTH,
-        **dict.fromkeys(("mlp_ratio", "norm_eps"), NUMBER),
         "init_values": NUMBER_OR_NULL,
         **dict.fromkeys(("qkv_bias", "qk_norm", "pre_norm", "use_abs_pos", "use_rel_pos"), FLAG),
         "global_attn_indexes": (
