@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from equal_rows import ROWS, Costs, Row, costs_of, plan
+from equal_rows import ROWS, Costs, Row, costs_of, is_timed, plan
 from harness.pages import Part, how_it_was_run, table
 from harness.paired import Paired, compare, unpack
 from harness.records import Line, read_lines
@@ -32,7 +32,7 @@ def write(record: Path) -> None:
     """Write the page of a record beside it, and its figure."""
     lines = read_lines(record)
     if any(line["kind"] == "run" for line in lines):
-        draw(lines, record.with_suffix(".png"))
+        draw([line for line in lines if is_timed(line)], record.with_suffix(".png"))
     part(record).write()
 
 
@@ -60,7 +60,8 @@ HOW_TO_READ = (
     "- Epochs: of the warm-up, of pruning, and of the small model. Planned: what they take, in epochs of dense training, by",
     "  the costs of steps below; epochs of the small model are whole, so rows differ by up to half of one. The training of a",
     "  teacher does not count; it takes the time of the dense row once more.",
-    "- Measured: processor seconds of the training itself, without evaluation, on a machine that does other work too.",
+    "- Measured: processor seconds of the training itself, without evaluation, on machines that do other work too; of those on",
+    "  processors without AMX, as the costs are. With it products of bf16 are so quick that less is gained.",
     f'- "vs. P3B": top-1 less that of "{ROWS[REFERENCE].title}" learning from the same, over the seeds that both have. Alone',
     "  right: test images that only this row, and only P3B, answers rightly. p over images: would these very networks",
     "  differ on other images (McNemar's test; with more seeds an image counts once)? p over seeds: would the methods differ",
@@ -135,8 +136,8 @@ def _epochs(line: Line) -> str:
 
 
 def _time(lines: Sequence[Line]) -> list[str]:
-    seconds = statistics.fmean(line["processor_seconds"] for line in lines)
-    return [f"{lines[0]['plan']['dense_epochs']:.2f}", f"{seconds:,.0f}"]
+    seconds = [line["processor_seconds"] for line in lines if is_timed(line)]
+    return [f"{lines[0]['plan']['dense_epochs']:.2f}", f"{statistics.fmean(seconds):,.0f}" if seconds else "-"]
 
 
 def _costs(lines: Sequence[Line]) -> list[str]:

@@ -123,6 +123,15 @@ class Costs:
     teacher: float
 
 
+def is_timed(line: Line) -> bool:
+    """Whether times of a line count in the table: its processor has no AMX.
+
+    On one that has, the dense model gains more than the small ones, whose steps are then 0.6 of a dense one and not 0.4. Runs
+    there have the epochs that follow from the others' costs, so their accuracies count and their times do not.
+    """
+    return "instructions" not in line.get("hardware", {})
+
+
 def costs_of(line: Line) -> Costs:
     """The costs that a line of the record tells."""
     ratios = {name: side["ratio"] for name, side in line["sides"].items()}

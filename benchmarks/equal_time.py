@@ -27,7 +27,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 import equal_page
 from equal_costs import ROUNDS, measure_costs
-from equal_rows import PEER, ROWS, Costs, Entry, Plan, Scale, costs_of, plan
+from equal_rows import PEER, ROWS, Costs, Entry, Plan, Scale, costs_of, is_timed, plan
 from harness.paired import pack
 from harness.records import RESULTS, Line, add_line, certified, read_lines, write_lines
 from harness.turns import CPU, take_turns
@@ -86,7 +86,7 @@ def recorded_costs(lines: Sequence[Line], entry: Entry) -> Costs:
     if entry.ratio is None:
         return Costs({}, {}, 0.0)
     asked = entry.ratio, entry.scale.pixels
-    costs = [line for line in [*read_lines(RECORD), *lines] if line["kind"] == "costs"]
+    costs = [line for line in [*read_lines(RECORD), *lines] if line["kind"] == "costs" and is_timed(line)]
     found = [line for line in costs if (line["ratio"], line["pixels"]) == asked]
     if not found:
         asked_for = f"--ratios {entry.ratio:g} --pixels {entry.scale.pixels}"

@@ -95,6 +95,7 @@ def circumstances(line: Line) -> str:
         line.get("date", "")[:10],
         f"commit {line['commit'][:12]}{changed}",
         f"{cores} {machine['machine']}",
+        *([machine["instructions"]] if "instructions" in machine else []),
         machine["accelerator"] or "no accelerator",
         *(f"{package} {version}" for package, version in line.get("versions", {}).items()),
     ]

@@ -77,7 +77,10 @@ def _hardware() -> dict[str, Any]:
 
     accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     threads = torch.get_num_threads()
-    return {"machine": platform.machine(), "cores": os.cpu_count(), "threads": threads, "accelerator": accelerator}
+    found = {"machine": platform.machine(), "cores": os.cpu_count(), "threads": threads, "accelerator": accelerator}
+    # Products of bf16 are about twice as fast with these: what shrinks with the widths is a smaller part of a step.
+    capped = "AMX" not in os.environ.get("ONEDNN_MAX_CPU_ISA", "AMX")
+    return {**found, "instructions": "AMX"} if torch.cpu._is_amx_tile_supported() and not capped else found
 
 
 def _git(*arguments: str) -> str:
