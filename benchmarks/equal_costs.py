@@ -138,7 +138,7 @@ def _small(
         peer.take_gradients(model, [batches.next()], stage.recipe.loss.task)
         return peer.cut_to(model, ratio)[1]
     options = _options(row, ratio)
-    if row.method == "block_benefit":
+    if row.method == "block_benefit" and not options["stream"]:
         options["keep_ratios"] = _recorded_keep_ratios(ratio)
     schedule = p3b.Schedule(start=0, sparse=SMALL_STEPS // 2, final=SMALL_STEPS, update_every=2)
     pruner = p3b.Pruner(model, ratio, row.method, schedule, **options)

@@ -98,6 +98,7 @@ ROWS: Mapping[str, Row] = {
             "p3b-early-compensated", "compensated at the cut", settings=(*EARLY, COMPENSATED), structure=_SOFT, cost=_SOFT
         ),
         explored("p3b-early-aligned", "widths in multiples of 8, whole heads", settings=(*EARLY, ALIGNED)),
+        explored("p3b-early-stream", "half the stream, whole heads", settings=(*EARLY, ALIGNED, ("prune_stream", 0.5))),
         explored("p3b-early-quick", "trained in the quick form", training=QUICK),
         explored("p3b-early-low_rank", "low_rank probes", settings=LOW_RANK, structure=_SOFT),
         explored("p3b-early-0.1", "0.1 + 0.9 epochs", warm_up=0.1, pruning=0.9, structure=_SOFT, cost=_SOFT),

@@ -362,7 +362,7 @@ def test_magnitude_is_its_definition(variant: str, prune_ratio: float) -> None:
     layout = read_layout(model)
     budget = (1 - prune_ratio) * parameters_of(model) - layout.other_params
     norms = _norms_by_hand(model)
-    scores = by_gate(layout.blocks, MagnitudeScores(layout, model, _same).of_interval())
+    scores = by_gate(layout, MagnitudeScores(layout, model, _same).of_interval())
     assert scores.keys() == norms.keys()
     for gate, norm in norms.items():
         torch.testing.assert_close(scores[gate], norm)
@@ -380,7 +380,7 @@ def test_taylor_is_its_definition(seed: int) -> None:
     method = create_method("taylor", model, layout, 0.5, _same, {})
     method.collect(torch.tensor(True))
     flat = method.state_dict()["scores"]["intervals"][-1]["scores"][0]
-    comparable = by_gate(layout.blocks, normalised_by_gate(layout.blocks, flat))
+    comparable = by_gate(layout, normalised_by_gate(layout, flat))
     for gate, values in scores.items():
         torch.testing.assert_close(comparable[gate].float(), values)
     budget = 0.5 * parameters_of(model) - layout.other_params
@@ -391,15 +391,15 @@ def test_taylor_does_not_look_at_the_scale_of_a_gate() -> None:
     layout = read_layout(tiny_vit())
     elements = sum(size for block in layout.blocks for size in block.dims.values())
     scores = torch.rand(elements, generator=torch.Generator().manual_seed(0))
-    scaled = by_gate(layout.blocks, scores.clone())
+    scaled = by_gate(layout, scores.clone())
     scaled["blocks.0.mlp.hidden"] *= 1024
     scaled["blocks.1.attn.in"] /= 2**20
-    ours, theirs = (normalised_by_gate(layout.blocks, s) for s in (scores, torch.cat(list(scaled.values()))))
+    ours, theirs = (normalised_by_gate(layout, s) for s in (scores, torch.cat(list(scaled.values()))))
     assert torch.equal(ours, theirs)
-    for gate in by_gate(layout.blocks, ours).values():
+    for gate in by_gate(layout, ours).values():
         assert gate.norm().item() == pytest.approx(1)
-    assert torch.equal(normalised_by_gate(layout.blocks, torch.zeros(elements)), torch.zeros(elements, dtype=torch.float64))
-    largest = normalised_by_gate(layout.blocks, torch.full((elements,), torch.finfo(torch.float32).max))
+    assert torch.equal(normalised_by_gate(layout, torch.zeros(elements)), torch.zeros(elements, dtype=torch.float64))
+    largest = normalised_by_gate(layout, torch.full((elements,), torch.finfo(torch.float32).max))
     assert largest.isfinite().all()
 
 
@@ -442,8 +442,8 @@ def test_the_walk_equals_removing_element_by_element() -> None:
         scores[: 24 * seed] /= 10  # gates that end early
         for share in (0.9, 0.6, 0.35, 0.1):
             cut = find_cut(layout.blocks, scores, share * dense)
-            by_hand = _drop_lowest(layout, by_gate(layout.blocks, cut.ranking), share * dense)
-            masks = by_gate(layout.blocks, cut.masks(tau=0.0))
+            by_hand = _drop_lowest(layout, by_gate(layout, cut.ranking), share * dense)
+            masks = by_gate(layout, cut.masks(tau=0.0))
             assert {gate: (mask >= 0.5).tolist() for gate, mask in masks.items()} == by_hand
             assert int((cut.masks(tau=0.1) < 0.5).sum()) == cut.num_pruned
 
@@ -484,13 +484,13 @@ def test_the_last_element_of_a_gate_stays_where_it_would_take_the_budget_with_it
 
     inside = dense - mlp + with_one - 1000
     cut = find_cut(layout.blocks, flat, inside)
-    masks = by_gate(layout.blocks, cut.masks(tau=0.0))
+    masks = by_gate(layout, cut.masks(tau=0.0))
     assert masks["blocks.0.mlp.in"].sum() == 1
     assert masks["blocks.0.mlp.in"][scores["blocks.0.mlp.in"].argmax()] == 1
     assert abs(sum(kept_params(layout, masks).values()) - inside) <= _dearest_element(layout.blocks) / 2
 
     beyond = find_cut(layout.blocks, flat, dense - mlp - 200)  # where it fits it goes like any other
-    assert by_gate(layout.blocks, beyond.masks(tau=0.0))["blocks.0.mlp.in"].sum() == 0
+    assert by_gate(layout, beyond.masks(tau=0.0))["blocks.0.mlp.in"].sum() == 0
 
 
 # --- many processes
@@ -558,13 +558,13 @@ def _options(**changed: Any) -> dict[str, Any]:
 def test_the_command_hands_a_method_what_it_takes_and_refuses_what_it_would_ignore() -> None:
     assert _options() == {
         "blocks_only": False, "keep_ratios": None, "alpha": 0.5, "gamma": 0.2, "benefit_scale": 10.0,
-        "align": 1, "probe_lr": 5e-4, "spare": None,
+        "align": 1, "stream": 0.0, "probe_lr": 5e-4, "spare": None,
     }  # fmt: skip
     assert _options(prune_keep_ratios=(0.5, 1.0), prune_alpha=0.1)["keep_ratios"] == (0.5, 1.0)
     for name in REFERENCES:
-        seed = {"seed": 0} if name == "random" else {}
-        assert _options(prune_method=name, prune_blocks_only=True) == {"blocks_only": True, **seed}
-        assert _options(prune_method=name, prune_alpha=0.5) == {"blocks_only": False, **seed}
+        own = {"random": {"seed": 0}, "uniform": {"align": 1, "stream": 0.0}}.get(name, {})
+        assert _options(prune_method=name, prune_blocks_only=True) == {"blocks_only": True, **own}
+        assert _options(prune_method=name, prune_alpha=0.5) == {"blocks_only": False, **own}
         for setting, value in (
             ("prune_alpha", 0.3), ("prune_gamma", 1.0), ("prune_benefit_scale", 1.0), ("probe_lr", 1e-3),
             ("prune_keep_ratios", (0.5,) * 4), ("prune_benefit", "ridge"), ("spare", ("head",)),

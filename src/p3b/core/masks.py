@@ -119,14 +119,14 @@ def count_to_prune(remaining: Tensor, share: float, surplus: float = 0.0) -> int
 
     Args:
         remaining: (n + 1,) parameters left after t elements are gone; it never rises with t.
-        share: parameters that the block may keep, >= 0.
+        share: parameters that the block may keep, >= 0; with less than the last of `remaining` all n go.
         surplus: parameters by which the blocks before this one together miss (below 0) or exceed (above 0) their shares.
 
     Returns:
         t in 0..n. One of the two counts next to the share, so never more than one element away from it: the one that
         brings the total of all blocks nearer to the budget.
     """
-    below = int((remaining > share).sum())  # the first t that meets the share from below
+    below = min(int((remaining > share).sum()), len(remaining) - 1)  # the first t that meets the share from below
     if below == 0 or remaining[below] == share:
         return below
     missed = abs(float(remaining[below]) - share + surplus)

@@ -16,6 +16,7 @@ from p3b.methods.savit import Savit
 from p3b.methods.wdpruning import WDPruning
 from p3b.scoring.interactions import KINDS
 from p3b.scoring.meter import Reduce
+from p3b.vit.anatomy.weights import STREAM
 from p3b.vit.layout import DEFAULT_DIMS, ModelLayout
 
 METHODS: Mapping[str, Callable[..., Method]] = {
@@ -42,7 +43,7 @@ ONE_SHOT_ESTIMATOR = "ridge"
 """Estimator of block benefit in one shot: its probes are solved, not trained."""
 
 _STATELESS_IN_WARM_UP = ("uniform", "random", "magnitude", "taylor", "savit")
-_OF_BLOCK_BENEFIT_LATER = ("alpha", "gamma", "benefit_scale", "blocks_only", "align", "keep_ratios")
+_OF_BLOCK_BENEFIT_LATER = ("alpha", "gamma", "benefit_scale", "blocks_only", "align", "stream", "keep_ratios")
 """Options of block_benefit that come into play when masks are decided: its probes know nothing of them."""
 
 
@@ -80,7 +81,8 @@ def effective_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
 def method_dims(name: str, options: Mapping[str, Any]) -> tuple[str, ...]:
     """The dimensions that a method wants to be prunable: what `read_layout` is to be given.
 
-    Whole heads are among them where counts are to be aligned: they go where heads would be too thin.
+    Whole heads are among them where counts are to be aligned: they go where heads would be too thin. Where the residual stream
+    is narrowed it takes the place of what blocks read and write.
 
     Args:
         name: of the method, or its published name.
@@ -89,8 +91,11 @@ def method_dims(name: str, options: Mapping[str, Any]) -> tuple[str, ...]:
     Raises:
         ConfigError: the name is unknown.
     """
-    aligned = effective_options(name, options).get("align", 1) > 1
+    given = effective_options(name, options)
+    aligned = given.get("align", 1) > 1
     dims = METHOD_DIMS.get(PUBLISHED_NAMES.get(name, name), DEFAULT_DIMS)
+    if given.get("stream", 0) > 0:  # blocks read and write all that is left of it
+        dims = ("head", "hidden", STREAM)
     return ("heads", *dims) if aligned and "heads" not in dims else dims
 
 

@@ -22,11 +22,13 @@ from p3b.core.masks import (
     take_turns,
 )
 from p3b.core.schedule import Schedule, applied_keep_ratio
-from p3b.errors import TrainingError
+from p3b.errors import ConfigError, TrainingError
 from p3b.scoring.scores import ElementScores
+from p3b.vit.anatomy.weights import STREAM
 from p3b.vit.cost import dense_params, kept_params, prefix_cost
 from p3b.vit.gates import Gates
 from p3b.vit.layout import BlockLayout, ModelLayout, alike
+from p3b.vit.narrow_stream import NarrowStream
 
 Criterion = Callable[[Tensor, Any], Tensor]
 
@@ -142,8 +144,8 @@ class Method(Protocol):
         ...
 
 
-Decide = Callable[[Tensor, float, float], Decision]
-"""From (N,) scores of all elements, progress and tau to new masks."""
+Decide = Callable[[Tensor, float, float, bool], Decision]
+"""From (N,) scores of all elements, progress, tau and whether these masks are the last to new masks."""
 
 
 class ScoreMethod:
@@ -182,11 +184,11 @@ class ScoreMethod:
 
     def renew(self, kept_params: Mapping[str, int], progress: float, tau: float) -> Decision:
         self._scores.close()
-        return self._decide(_measured(self._scores.of_interval()), progress, tau)
+        return self._decide(_measured(self._scores.of_interval()), progress, tau, False)
 
     def last(self, kept_params: Mapping[str, int]) -> Decision:
         self._scores.close()
-        return self._decide(_measured(self._scores.of_last_two()), 1.0, 0.0)
+        return self._decide(_measured(self._scores.of_last_two()), 1.0, 0.0, True)
 
     def detach(self) -> None:
         pass
@@ -215,15 +217,24 @@ class BlockShares:
         align: with more than 1 every gate keeps a multiple of it in the last masks. Heads, where they are prunable, then take
             no part in the ranking: they go whole, in the last masks alone, where they would be too thin (`align_counts`).
         spared: numbers of blocks that give up nothing; the rounding of the others is not made good by them.
+        stream: the residual stream where it is narrowed; keep ratios are then shares of what a block has at its width.
 
     Attributes:
         params: (B,) float64, P_b.
+        params_at_goal: (B,) float64, what blocks have where the stream is as narrow as it gets; P_b where it is not narrowed.
     """
 
-    def __init__(self, blocks: Sequence[BlockLayout], align: int = 1, spared: Collection[int] = ()) -> None:
-        self._blocks, self._align = blocks, align
+    def __init__(
+        self,
+        blocks: Sequence[BlockLayout],
+        align: int = 1,
+        spared: Collection[int] = (),
+        stream: NarrowStream | None = None,
+    ) -> None:
+        self._blocks, self._align, self._stream = blocks, align, stream
         self._pruned = [b for b in range(len(blocks)) if b not in spared]
         self.params = torch.tensor([dense_params(block) for block in blocks], dtype=torch.float64)
+        self.params_at_goal = self.params if stream is None else stream.params(stream.goal)
         apart = ("heads",) if align > 1 else ()
         self._ranked = [tuple(dim for dim in block.dims if dim not in apart) for block in blocks]
         """Dimensions of each block that are ranked together."""
@@ -233,7 +244,11 @@ class BlockShares:
         ]
         """Heads of each block that can go whole in the last masks."""
         self._alike = alike(blocks)
+        self._width: int | None = None
+        """Channels of the stream that `_remaining` is for; None where it is not narrowed."""
         self._remaining = self._left_after()
+        self._there = self.params
+        """(B,) float64: what blocks have at this width."""
 
     def decide(
         self,
@@ -249,14 +264,16 @@ class BlockShares:
         """Goals -> applied ratios -> counts -> masks.
 
         Args:
-            goals: k_b in [0, 1] for each block.
+            goals: k_b in [0, 1] for each block, of `params_at_goal`.
             scores: by gate name, on the CPU; only their order within a gate counts.
             progress, tau: from the schedule.
             benefits_2B, importance_B: what the goals come from, where that was measured; it is passed on.
             last: the masks that the model is shrunk by: where counts are to be aligned they are, and the masks are hard.
         """
+        if self._stream is not None:
+            self._narrow_to(self._stream.width(progress))
         applied = [applied_keep_ratio(goal, progress) for goal in goals]
-        shares = [ratio * params for ratio, params in zip(applied, self.params.tolist(), strict=True)]
+        shares = [ratio * params for ratio, params in zip(applied, self._there.tolist(), strict=True)]
         counts = [0] * len(shares)
         found = shares_to_counts([self._remaining[b] for b in self._pruned], [shares[b] for b in self._pruned])
         for b, count in zip(self._pruned, found, strict=True):
@@ -266,6 +283,9 @@ class BlockShares:
         else:
             masks = self._masks(scores, counts, tau)
             kept_params = [int(left[count]) for left, count in zip(self._remaining, counts, strict=True)]
+        if self._stream is not None:
+            masks[STREAM] = self._stream.mask(scores[STREAM], progress, 0.0 if last else tau)
+        of_dense = (self.params_at_goal / self.params).tolist(), (self._there / self.params).tolist()
         decisions = [
             BlockDecision(
                 name=block.name,
@@ -273,14 +293,21 @@ class BlockShares:
                 benefit_cls=None if benefits_2B is None else float(benefits_2B[0, b]),
                 benefit_patch=None if benefits_2B is None else float(benefits_2B[1, b]),
                 importance=None if importance_B is None else float(importance_B[b]),
-                keep_ratio_goal=goals[b],
-                keep_ratio=applied[b],
+                keep_ratio_goal=goals[b] * of_dense[0][b],
+                keep_ratio=applied[b] * of_dense[1][b],
                 kept_params=kept_params[b],
                 params=int(self.params[b]),
             )
             for b, block in enumerate(self._blocks)
         ]
         return Decision(masks, tuple(decisions), progress, tau)
+
+    def _narrow_to(self, width: int) -> None:
+        """Count what blocks have at so many channels of the stream."""
+        assert self._stream is not None
+        if width != self._width:
+            self._width, self._there = width, self._stream.params(width)
+            self._remaining = self._left_after()
 
     def _masks(self, scores: Mapping[str, Tensor], counts: Sequence[int], tau: float) -> dict[str, Tensor]:
         """Masks of all gates, in the order of `scores`, ones where a gate is not ranked; blocks of one shape together."""
@@ -298,7 +325,7 @@ class BlockShares:
         """Hard masks of all gates with aligned counts, and the parameters that each block keeps."""
         blocks = list(zip(self._blocks, self._ranked, self._heads, strict=True))
         orders = [order_elements([scores[block.gate(dim)] for dim in dims], _factors(dims)) for block, dims, _ in blocks]
-        costs = [prefix_cost(block, dims if heads is None else (*dims, "heads")) for block, dims, heads in blocks]
+        costs = [prefix_cost(block, dims if heads is None else (*dims, "heads"), self._width) for block, dims, heads in blocks]
         kept = align_counts(orders, costs, counts, self._align, self._heads)
         found: dict[str, Tensor] = {}
         for (block, dims, heads), order, each in zip(blocks, orders, kept, strict=True):
@@ -307,7 +334,7 @@ class BlockShares:
                 gate = block.gate("heads")
                 found[gate] = soft_mask(scores[gate], heads.count - each[-1] + 0.5, tau=0.0)
         kept_params = [int(cost(torch.tensor(each))) for cost, each in zip(costs, kept, strict=True)]
-        return {gate: found[gate] for gate in scores}, kept_params
+        return {gate: found[gate] for gate in scores if gate != STREAM}, kept_params
 
     def _left_after(self) -> list[Tensor]:
         """Parameters that each block has left after t of its ranked elements are gone, t = 0..n: (n + 1,) float64, exact."""
@@ -315,7 +342,7 @@ class BlockShares:
         for group in self._alike:
             shape, dims = self._blocks[group[0]], self._ranked[group[0]]
             kept = take_turns(tuple(shape.dims[dim] for dim in dims), _factors(dims)).kept
-            found |= dict.fromkeys(group, prefix_cost(shape, dims)(kept).double())
+            found |= dict.fromkeys(group, prefix_cost(shape, dims, self._width)(kept).double())
         return [found[b] for b in range(len(self._blocks))]
 
 
@@ -360,6 +387,12 @@ def overall_keep_ratio(layout: ModelLayout, prune_ratio: float, blocks_only: boo
     """
     in_blocks = float(sum(dense_params(block) for block in layout.blocks))
     return block_budget(in_blocks, 0 if blocks_only else layout.other_params, prune_ratio) / in_blocks
+
+
+def require_align(align: int) -> None:
+    """ConfigError where it is no multiple that counts can have."""
+    if align < 1:
+        raise ConfigError(f"align must lie in [1, inf), got {align}.")
 
 
 def _measured(scores_N: Tensor | None) -> Tensor:

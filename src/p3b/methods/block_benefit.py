@@ -42,7 +42,7 @@ from p3b.core.allocation import (
 )
 from p3b.core.schedule import Schedule
 from p3b.errors import ConfigError, ModelError, TrainingError, unknown_name
-from p3b.methods.base import BlockShares, Criterion, Decision
+from p3b.methods.base import BlockShares, Criterion, Decision, require_align
 from p3b.scoring.criteria import by_gate
 from p3b.scoring.estimator import BenefitEstimator
 from p3b.scoring.estimators import OF_MAPS, ProbeSettings, create_estimator
@@ -50,6 +50,7 @@ from p3b.scoring.first_order import FirstOrder, require_signal
 from p3b.scoring.meter import IntervalMeter, Reduce
 from p3b.vit.gates import Gates
 from p3b.vit.layout import ModelLayout
+from p3b.vit.narrow_stream import narrow_stream
 from p3b.vit.taps import Taps
 
 LEAST_KEPT_SHARE = 0.01
@@ -71,6 +72,8 @@ class BlockBenefit:
         gamma: weight of a new interval in the smoothed importance, in (0, 1].
         benefit_scale: T in [0.01, 1000].
         blocks_only: count the budget over the blocks alone (P_rest = 0).
+        stream: share of the residual stream's channels that goes, in [0, 1), the same ones in the whole model; 0, as published:
+            the stream keeps its width. Else blocks read and write all of it, without indices (`p3b.vit.narrow_stream`).
         align: counts of kept channels are multiples of this in the last masks, and whole heads go where heads would be thin,
             if the layout has the dimension "heads"; 1 is off.
         spare: names of blocks that keep all they have: "blocks.0" (attention and MLP), "blocks.0.mlp"; the others give up more,
@@ -104,6 +107,7 @@ class BlockBenefit:
         benefit_scale: float = 10.0,
         blocks_only: bool = False,
         align: int = 1,
+        stream: float = 0.0,
         spare: Sequence[str] | None = None,
         keep_ratios: Sequence[float] | None = None,
         estimator: str = "low_rank",
@@ -115,7 +119,7 @@ class BlockBenefit:
         _require(0 <= alpha <= 1, "alpha", alpha, "[0, 1]")
         _require(0 < gamma <= 1, "gamma", gamma, "(0, 1]")
         _require(0.01 <= benefit_scale <= 1000, "benefit_scale", benefit_scale, "[0.01, 1000]")
-        _require(align >= 1, "align", align, "[1, inf)")
+        require_align(align)
         _require(probe_lr > 0, "probe_lr", probe_lr, "(0, inf)")
         _require(probe_weight_decay >= 0, "probe_weight_decay", probe_weight_decay, "[0, inf)")
         _require(probe_outputs is None or probe_outputs >= 1, "probe_outputs", probe_outputs, "[1, inf)")
@@ -123,10 +127,11 @@ class BlockBenefit:
         self._alpha, self._gamma, self._benefit_scale = alpha, gamma, benefit_scale
         self._prune_ratio, self._other_params = prune_ratio, 0 if blocks_only else layout.other_params
         spared = spared_blocks(spare or (), layout)
-        if spared and (align > 1 or keep_ratios):
-            other = "align, whose rounding may cut any block" if align > 1 else "keep_ratios, where a spared block has 1"
-            raise ConfigError(f"spare cannot be combined with {other}; give one of them.")
-        self._shares = BlockShares(layout.blocks, align, spared)
+        _require_combined(bool(spared), align, keep_ratios, stream)
+        self._narrow = narrow_stream(layout, stream, align, prune_ratio, blocks_only)
+        if self._narrow is not None:
+            self._prune_ratio, self._other_params = self._narrow.ratio, self._narrow.others
+        self._shares = BlockShares(layout.blocks, align, spared, self._narrow)
         self._params = self._shares.params
         self._spared = torch.tensor([b in spared for b in range(len(layout.blocks))])
         self._given = None if keep_ratios is None else given_keep_ratios(keep_ratios, len(layout.blocks))
@@ -236,7 +241,7 @@ class BlockBenefit:
             cls_B, patch_B = (torch.ones_like(self._params) if each is None else each for each in self._importance)
             importance_B = mix_importance(cls_B, patch_B, self._alpha)
         # Mean scores over the interval and over ranks.
-        scores = by_gate(blocks, self._reduce(mean("scores")).cpu())
+        scores = by_gate(self._layout, self._reduce(mean("scores")).cpu())
         return self._shares.decide(self._goals(importance_B), scores, progress, tau, benefits_2B, importance_B, last=last)
 
     def _require_readable(self, model: VisionTransformer, estimator: str, probe_outputs: int | None) -> None:
@@ -280,7 +285,7 @@ class BlockBenefit:
         if self._given is not None:
             return self._given.tolist()
         assert importance_B is not None
-        budget = (importance_B, self._params, self._other_params, self._prune_ratio)
+        budget = (importance_B, self._shares.params_at_goal, self._other_params, self._prune_ratio)
         shared = keep_ratios_sparing(*budget, self._spared) if self._spared.any() else keep_ratios(*budget)
         return shared.tolist()
 
@@ -299,6 +304,16 @@ def spared_blocks(names: Sequence[str], layout: ModelLayout) -> list[int]:
     if len(found) == len(layout.blocks):
         raise ConfigError("Every block is spared, so there is nothing to prune; spare fewer.")
     return found
+
+
+def _require_combined(spared: bool, align: int, keep_ratios: Sequence[float] | None, stream: float) -> None:
+    """ConfigError where options are given that contradict each other."""
+    if spared and (align > 1 or keep_ratios):
+        other = "align, whose rounding may cut any block" if align > 1 else "keep_ratios, where a spared block has 1"
+        raise ConfigError(f"spare cannot be combined with {other}; give one of them.")
+    if stream and (spared or keep_ratios):
+        other = "spare: a narrower stream cuts every block" if spared else "keep_ratios, which are shares at its full width"
+        raise ConfigError(f"stream cannot be combined with {other}; give one of them.")
 
 
 def _require(holds: bool, name: str, value: float | None, allowed: str) -> None:

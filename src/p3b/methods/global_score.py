@@ -62,15 +62,15 @@ def taylor(
     """
     ranking = GlobalRanking(layout, prune_ratio, blocks_only)
 
-    def decide(scores_N: Tensor, progress: float, tau: float) -> Decision:
-        return ranking.decide(normalised_by_gate(layout.blocks, scores_N), progress, tau)
+    def decide(scores_N: Tensor, progress: float, tau: float, last: bool) -> Decision:
+        return ranking.decide(normalised_by_gate(layout, scores_N), progress, tau, last)
 
     return ScoreMethod("taylor", model, TaylorScores(layout, model, reduce), decide)
 
 
-def normalised_by_gate(blocks: Sequence[BlockLayout], scores_N: Tensor) -> Tensor:
+def normalised_by_gate(layout: ModelLayout, scores_N: Tensor) -> Tensor:
     """(N,) float64 scores >= 0, each gate's divided by their L2 norm; a gate that is all zero stays so."""
-    gates = by_gate(blocks, scores_N.double()).values()
+    gates = by_gate(layout, scores_N.double()).values()
     return torch.cat([scores / scores.norm().clamp(min=torch.finfo(scores.dtype).tiny) for scores in gates])
 
 
@@ -81,7 +81,7 @@ class GlobalRanking:
         self._layout = layout
         self._goal = overall_keep_ratio(layout, prune_ratio, blocks_only)
 
-    def decide(self, scores_N: Tensor, progress: float, tau: float) -> Decision:
+    def decide(self, scores_N: Tensor, progress: float, tau: float, _last: bool = False) -> Decision:
         """The budget walks to its goal as every keep ratio does. A block's goal is what it would keep if the ranking of now
         were cut at the whole budget; its keep ratio is what it keeps.
         """
@@ -89,7 +89,7 @@ class GlobalRanking:
         in_blocks = sum(dense_params(block) for block in layout.blocks)
         goal = find_cut(layout.blocks, scores_N, self._goal * in_blocks)
         now = find_cut(layout.blocks, scores_N, applied_keep_ratio(self._goal, progress) * in_blocks)
-        masks, masks_at_goal = by_gate(layout.blocks, now.masks(tau)), by_gate(layout.blocks, goal.masks(tau=0.0))
+        masks, masks_at_goal = by_gate(layout, now.masks(tau)), by_gate(layout, goal.masks(tau=0.0))
         return Decision(masks, decisions_by_kept(layout, masks, masks_at_goal), progress, tau)
 
 

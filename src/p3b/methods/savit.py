@@ -35,9 +35,7 @@ from p3b.vit.anatomy.weights import STREAM, dims_of
 from p3b.vit.cost import block_params, other_params
 from p3b.vit.gates import Gates
 from p3b.vit.layout import ModelLayout
-
-LEAST_STREAM = 3
-"""Channels of the stream that stay at least: a layer norm over one gives zero and over two a sign, whatever it is given."""
+from p3b.vit.narrow_stream import LEAST_STREAM
 
 
 class Savit:

@@ -17,18 +17,31 @@ from __future__ import annotations
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from p3b.methods.base import BlockShares, Decision, ScoreMethod, overall_keep_ratio
+from p3b.core.allocation import block_budget
+from p3b.methods.base import BlockShares, Decision, ScoreMethod, overall_keep_ratio, require_align
 from p3b.scoring.criteria import by_gate
 from p3b.scoring.meter import Reduce
 from p3b.scoring.scores import RandomScores, TaylorScores
 from p3b.vit.layout import ModelLayout
+from p3b.vit.narrow_stream import narrow_stream
 
 
 def uniform(
-    model: VisionTransformer, layout: ModelLayout, prune_ratio: float, reduce: Reduce, *, blocks_only: bool = False
+    model: VisionTransformer,
+    layout: ModelLayout,
+    prune_ratio: float,
+    reduce: Reduce,
+    *,
+    blocks_only: bool = False,
+    align: int = 1,
+    stream: float = 0.0,
 ) -> ScoreMethod:
-    """The same share for every block, elements by Taylor score; arguments and errors as in `p3b.methods.base.Method`."""
-    shares = EqualShares(layout, prune_ratio, blocks_only)
+    """The same share for every block, elements by Taylor score; arguments and errors as in `p3b.methods.base.Method`.
+
+    `align` and `stream` are those of `p3b.methods.block_benefit`.
+    """
+    require_align(align)
+    shares = EqualShares(layout, prune_ratio, blocks_only, align, stream)
     return ScoreMethod("uniform", model, TaylorScores(layout, model, reduce), shares.decide)
 
 
@@ -46,10 +59,14 @@ def random(
 class EqualShares:
     """From scores to masks, with one keep ratio for all blocks; arguments as in `uniform`."""
 
-    def __init__(self, layout: ModelLayout, prune_ratio: float, blocks_only: bool) -> None:
-        self._blocks, self._shares = layout.blocks, BlockShares(layout.blocks)
-        self._goal = overall_keep_ratio(layout, prune_ratio, blocks_only)
+    def __init__(self, layout: ModelLayout, prune_ratio: float, blocks_only: bool, align: int = 1, stream: float = 0.0) -> None:
+        narrow = narrow_stream(layout, stream, align, prune_ratio, blocks_only)
+        self._layout, self._shares = layout, BlockShares(layout.blocks, align, stream=narrow)
+        if narrow is None:
+            self._goal = overall_keep_ratio(layout, prune_ratio, blocks_only)
+        else:
+            self._goal = block_budget(narrow.in_blocks, narrow.others, narrow.ratio) / narrow.in_blocks
 
-    def decide(self, scores_N: Tensor, progress: float, tau: float) -> Decision:
-        goals = [self._goal] * len(self._blocks)
-        return self._shares.decide(goals, by_gate(self._blocks, scores_N), progress, tau)
+    def decide(self, scores_N: Tensor, progress: float, tau: float, last: bool = False) -> Decision:
+        goals = [self._goal] * len(self._layout.blocks)
+        return self._shares.decide(goals, by_gate(self._layout, scores_N), progress, tau, last=last)

@@ -13,6 +13,7 @@ METHOD_OPTIONS = {
     "prune_blocks_only": "blocks_only",
     "prune_benefit": "estimator",
     "align": "align",
+    "prune_stream": "stream",
     "spare": "spare",
     "prune_keep_ratios": "keep_ratios",
     "prune_alpha": "alpha",

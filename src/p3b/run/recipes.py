@@ -318,6 +318,7 @@ def _one_shot_method(_facts: Facts, settled: Settings) -> Choice | None:
 
 _OF_BLOCK_BENEFIT = {
     "prune_keep_ratios", "prune_benefit", "prune_alpha", "prune_gamma", "prune_benefit_scale", "probe_lr", "align", "spare",
+    "prune_stream",
 }  # fmt: skip
 """Settings by which somebody asks for block_benefit without naming it."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -89,9 +89,9 @@ def of_all(criterion: ElementCriterion, layout: ModelLayout, weights: Mapping[st
     return torch.cat([score for block in layout.blocks for score in criterion(block, weights).values()])
 
 
-def by_gate(blocks: Sequence[BlockLayout], values_N: Tensor) -> dict[str, Tensor]:
-    """Values of all elements, block after block and gate after gate, as one vector for each gate, by its name."""
-    sizes = {block.gate(dim): size for block in blocks for dim, size in block.dims.items()}
+def by_gate(layout: ModelLayout, values_N: Tensor) -> dict[str, Tensor]:
+    """Values of all elements, block after block and gate after gate, then the stream's: a vector for each gate, by its name."""
+    sizes = layout.gates
     return dict(zip(sizes, values_N.split(list(sizes.values())), strict=True))
 
 

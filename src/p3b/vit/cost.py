@@ -53,17 +53,19 @@ def other_params(layout: ModelLayout, stream: Count) -> Count | int:
     return sum(_numel(weight.axes, {STREAM: stream}) for weight in layout.stream.outside)
 
 
-def prefix_cost(block: BlockLayout, dims: Sequence[str] | None = None) -> Callable[[Tensor], Tensor]:
+def prefix_cost(block: BlockLayout, dims: Sequence[str] | None = None, stream: int | None = None) -> Callable[[Tensor], Tensor]:
     """The block's parameters as a function of (n + 1, G) kept elements, G its gates.
 
     Args:
         block: layout of the block.
         dims: its G dimensions in the order of the columns; by default all, as in `block.dims`. What is not named stays whole.
+        stream: channels that the residual stream has, where it is prunable; None: all.
     """
     named = tuple(block.dims if dims is None else dims)
+    narrowed = {} if stream is None else {STREAM: torch.tensor(stream)}
 
     def cost(kept: Tensor) -> Tensor:
-        return block_params(block, dict(zip(named, kept.unbind(-1), strict=True)))
+        return block_params(block, {**dict(zip(named, kept.unbind(-1), strict=True)), **narrowed})
 
     return cost
 
