@@ -80,6 +80,8 @@ def scale_of(given: argparse.Namespace) -> Scale:
 def recorded_costs(lines: Sequence[Line], entry: Entry) -> Costs:
     """The costs that the epochs of a run follow from, of this record or else of the project's; the dense row needs none.
 
+    Of every side the newest counts, so that a row that comes later is measured alone and the others keep their epochs.
+
     Raises:
         ConfigError: they were not measured.
     """
@@ -91,7 +93,7 @@ def recorded_costs(lines: Sequence[Line], entry: Entry) -> Costs:
     if not found:
         asked_for = f"--ratios {entry.ratio:g} --pixels {entry.scale.pixels}"
         raise ConfigError(f"What steps take was not measured: python benchmarks/equal_time.py costs {asked_for}")
-    return costs_of(found[-1])
+    return costs_of({"sides": {name: side for line in found for name, side in line["sides"].items()}})
 
 
 def config_for(entry: Entry, epochs: Plan, data: Path, work: Path) -> TrainConfig | PruneConfig:
