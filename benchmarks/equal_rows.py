@@ -72,6 +72,7 @@ LINEAR = (("prune_benefit", "linear"),)
 LOW_RANK = (("prune_benefit", "low_rank"),)
 ACTIVE, COMPENSATED = ("prune_compute", "active"), ("compensate", "on")
 ALIGNED = ("align", 8)
+NARROW = (ALIGNED, ("prune_stream", "auto"))
 QUICK = (("small_form", "quick"),)
 EARLY = (*LINEAR, ACTIVE)
 explored = partial(Row, method="block_benefit", warm_up=0.25, pruning=0.75, settings=EARLY, explores=True)
@@ -90,6 +91,8 @@ ROWS: Mapping[str, Row] = {
         Row("savit", "SAViT", "savit", 0.8, 0.2, (("savit_every", 2),)),
         Row("p3b-published", "P3B as published", "block_pr", 0.5, 0.5, structure=_SOFT),
         Row(_SOFT, "P3B, small early", "block_benefit", 0.25, 0.75, EARLY),
+        Row("p3b-early-stream", "P3B, small early, narrow stream", "block_benefit", 0.25, 0.75, (*EARLY, *NARROW)),
+        Row("uniform-early-stream", "uniform, small early, narrow stream", "uniform", 0.25, 0.75, (ACTIVE, *NARROW)),
         Row("uniform-early", "uniform, small early", "uniform", 0.25, 0.75, structure="uniform", cost="uniform"),
         Row("taylor-early", "taylor, small early", "taylor", 0.25, 0.75, structure="taylor", cost="taylor"),
         Row(PEER, "Torch-Pruning (Taylor, isomorphic)", PEER, 1, 0),
@@ -98,7 +101,7 @@ ROWS: Mapping[str, Row] = {
             "p3b-early-compensated", "compensated at the cut", settings=(*EARLY, COMPENSATED), structure=_SOFT, cost=_SOFT
         ),
         explored("p3b-early-aligned", "widths in multiples of 8, whole heads", settings=(*EARLY, ALIGNED)),
-        explored("p3b-early-stream", "half the stream, whole heads", settings=(*EARLY, ALIGNED, ("prune_stream", 0.5))),
+        explored("p3b-early-stream-0.69", "0.69 of the stream goes", settings=(*EARLY, ALIGNED, ("prune_stream", 0.6875))),
         explored("p3b-early-quick", "trained in the quick form", training=QUICK),
         explored("p3b-early-low_rank", "low_rank probes", settings=LOW_RANK, structure=_SOFT),
         explored("p3b-early-0.1", "0.1 + 0.9 epochs", warm_up=0.1, pruning=0.9, structure=_SOFT, cost=_SOFT),

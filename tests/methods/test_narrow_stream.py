@@ -15,7 +15,7 @@ from p3b.errors import BudgetError, ConfigError
 from p3b.methods import method_dims
 from p3b.vit.cost import count_parameters, dense_params, other_params
 from p3b.vit.layout import read_layout
-from p3b.vit.narrow_stream import LEAST_STREAM, NarrowStream
+from p3b.vit.narrow_stream import LEAST_STREAM, NarrowStream, narrow_stream
 from p3b.vit.parts import ReadChannels, WriteChannels
 from tiny import images, tiny_vit
 
@@ -80,11 +80,13 @@ def test_the_budget_of_the_blocks_is_what_the_stream_leaves() -> None:
         assert (1 - narrow.ratio) * (narrow.in_blocks + narrow.others) == pytest.approx(0.2 * (dense + others))
     assert narrow.others == 0
     assert NarrowStream(layout, 0.999, 1, 0.999, blocks_only=True).goal == LEAST_STREAM
+    assert [narrow.goal for rho in (0.5, 0.75, 0.9) if (narrow := narrow_stream(layout, "auto", 1, rho, True))] == [26, 21, 16]
+    assert narrow_stream(layout, 0, 1, 0.5, True) is None and narrow_stream(layout, "auto", 1, 0.0, True) is None
     assert NarrowStream(layout, 0.4, 8, 0.8, blocks_only=False).goal == 16, "19.2 in multiples of 8"
 
 
 def test_what_cannot_be_met_is_refused_before_training() -> None:
-    with pytest.raises(ConfigError, match=r"stream must lie in \[0, 1\), got 1.0"):
+    with pytest.raises(ConfigError, match=r'stream must be "auto" or lie in \[0, 1\), got 1.0'):
         loop(stream=1.0)
     with pytest.raises(BudgetError, match=r"--prune-stream 0.9 leaves 3 of 32 channels.*Narrow the stream less, or prune more"):
         loop(prune_ratio=0.5, stream=0.9)

@@ -94,7 +94,7 @@ def method_dims(name: str, options: Mapping[str, Any]) -> tuple[str, ...]:
     given = effective_options(name, options)
     aligned = given.get("align", 1) > 1
     dims = METHOD_DIMS.get(PUBLISHED_NAMES.get(name, name), DEFAULT_DIMS)
-    if given.get("stream", 0) > 0:  # blocks read and write all that is left of it
+    if given.get("stream", 0) != 0:  # blocks read and write all that is left of it
         dims = ("head", "hidden", STREAM)
     return ("heads", *dims) if aligned and "heads" not in dims else dims
 

@@ -73,7 +73,8 @@ class BlockBenefit:
         benefit_scale: T in [0.01, 1000].
         blocks_only: count the budget over the blocks alone (P_rest = 0).
         stream: share of the residual stream's channels that goes, in [0, 1), the same ones in the whole model; 0, as published:
-            the stream keeps its width. Else blocks read and write all of it, without indices (`p3b.vit.narrow_stream`).
+            the stream keeps its width. Else blocks read and write all of it, without indices; "auto" follows from the prune
+            ratio (`p3b.vit.narrow_stream`).
         align: counts of kept channels are multiples of this in the last masks, and whole heads go where heads would be thin,
             if the layout has the dimension "heads"; 1 is off.
         spare: names of blocks that keep all they have: "blocks.0" (attention and MLP), "blocks.0.mlp"; the others give up more,
@@ -107,7 +108,7 @@ class BlockBenefit:
         benefit_scale: float = 10.0,
         blocks_only: bool = False,
         align: int = 1,
-        stream: float = 0.0,
+        stream: float | str = 0.0,
         spare: Sequence[str] | None = None,
         keep_ratios: Sequence[float] | None = None,
         estimator: str = "low_rank",
@@ -306,7 +307,7 @@ def spared_blocks(names: Sequence[str], layout: ModelLayout) -> list[int]:
     return found
 
 
-def _require_combined(spared: bool, align: int, keep_ratios: Sequence[float] | None, stream: float) -> None:
+def _require_combined(spared: bool, align: int, keep_ratios: Sequence[float] | None, stream: float | str) -> None:
     """ConfigError where options are given that contradict each other."""
     if spared and (align > 1 or keep_ratios):
         other = "align, whose rounding may cut any block" if align > 1 else "keep_ratios, where a spared block has 1"

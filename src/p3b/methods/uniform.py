@@ -34,7 +34,7 @@ def uniform(
     *,
     blocks_only: bool = False,
     align: int = 1,
-    stream: float = 0.0,
+    stream: float | str = 0.0,
 ) -> ScoreMethod:
     """The same share for every block, elements by Taylor score; arguments and errors as in `p3b.methods.base.Method`.
 
@@ -59,7 +59,9 @@ def random(
 class EqualShares:
     """From scores to masks, with one keep ratio for all blocks; arguments as in `uniform`."""
 
-    def __init__(self, layout: ModelLayout, prune_ratio: float, blocks_only: bool, align: int = 1, stream: float = 0.0) -> None:
+    def __init__(
+        self, layout: ModelLayout, prune_ratio: float, blocks_only: bool, align: int = 1, stream: float | str = 0.0
+    ) -> None:
         narrow = narrow_stream(layout, stream, align, prune_ratio, blocks_only)
         self._layout, self._shares = layout, BlockShares(layout.blocks, align, stream=narrow)
         if narrow is None:

@@ -196,9 +196,9 @@ class PhaseOptions:
     align: int = 1
     """Widths of the last masks (channels read, inner, written) are multiples of this, the budget being met all the same; where
     heads would be thinner than three quarters, whole heads go instead; 1 is off."""
-    prune_stream: float = 0.0
-    """Share of the residual stream's channels that goes, in [0, 1), the same ones in the whole model; 0, as published: each
-    block reads and writes some of them. A narrower stream needs no indices, so that small models are quicker."""
+    prune_stream: float | Literal["auto"] = 0.0
+    """Share of the residual stream's channels that goes, in [0, 1), the same ones in the whole model, or auto: by the prune
+    ratio; 0, as published: each block reads and writes some of them. A narrower stream makes quicker small models."""
     spare: tuple[str, ...] = ()
     """Blocks that keep all they have: blocks.0 (attention and MLP), blocks.11.mlp; the others give up more for it. Embeddings,
     final norm and head always stay."""
