@@ -63,7 +63,7 @@ def test_the_stream_walks_to_its_width_as_keep_ratios_do() -> None:
 
 def test_channels_with_the_lowest_scores_go() -> None:
     layout = read_layout(tiny_vit(embed_dim=32, num_heads=4), method_dims("uniform", {"stream": 0.5}))
-    narrow = NarrowStream(layout, 0.5, 1, 0.8, blocks_only=False)
+    narrow = NarrowStream(layout, 16, 0.8, blocks_only=False)
     scores = torch.rand(32, generator=torch.Generator().manual_seed(0))
     hard, soft = narrow.mask(scores, 1.0, 0.0), narrow.mask(scores, 1.0, 0.1)
     assert hard.bool().equal(scores >= scores.sort().values[16])
@@ -74,23 +74,34 @@ def test_channels_with_the_lowest_scores_go() -> None:
 def test_the_budget_of_the_blocks_is_what_the_stream_leaves() -> None:
     layout = read_layout(tiny_vit(embed_dim=32, num_heads=4), method_dims("uniform", {"stream": 0.5}))
     for blocks_only in (False, True):
-        narrow = NarrowStream(layout, 0.5, 1, 0.8, blocks_only)
+        narrow = NarrowStream(layout, 16, 0.8, blocks_only)
         dense = sum(map(dense_params, layout.blocks))
         others = 0 if blocks_only else layout.other_params
         assert (1 - narrow.ratio) * (narrow.in_blocks + narrow.others) == pytest.approx(0.2 * (dense + others))
     assert narrow.others == 0
-    assert NarrowStream(layout, 0.999, 1, 0.999, blocks_only=True).goal == LEAST_STREAM
-    assert [narrow.goal for rho in (0.5, 0.75, 0.9) if (narrow := narrow_stream(layout, "auto", 1, rho, True))] == [26, 21, 16]
-    assert narrow_stream(layout, 0, 1, 0.5, True) is None and narrow_stream(layout, "auto", 1, 0.0, True) is None
-    assert NarrowStream(layout, 0.4, 8, 0.8, blocks_only=False).goal == 16, "19.2 in multiples of 8"
+
+
+def test_the_width_follows_from_the_share_or_from_the_budget() -> None:
+    layout = read_layout(tiny_vit(embed_dim=32, num_heads=4), method_dims("uniform", {"stream": 0.5}))
+
+    def width(share: float | str, multiple: int, prune_ratio: float, *, blocks_only: bool = True) -> int | None:
+        narrow = narrow_stream(layout, share, multiple, prune_ratio, blocks_only)
+        return None if narrow is None else narrow.goal
+
+    assert width(0.999, 1, 0.999) == LEAST_STREAM
+    assert width(0.4, 8, 0.8) == 16, "19.2 in multiples of 8"
+    assert [width("auto", 1, prune_ratio) for prune_ratio in (0.0, 0.5, 0.75, 0.9)] == [32, 26, 21, 16]
+    assert [width("auto", 8, prune_ratio) for prune_ratio in (0.1, 0.9)] == [32, 16]
+    assert width("auto", 1, 0.9, blocks_only=False) < 16, "what lies outside the blocks would take all of the budget"
+    assert width(0, 1, 0.5) is None
 
 
 def test_what_cannot_be_met_is_refused_before_training() -> None:
     with pytest.raises(ConfigError, match=r'stream must be "auto" or lie in \[0, 1\), got 1.0'):
         loop(stream=1.0)
-    with pytest.raises(BudgetError, match=r"--prune-stream 0.9 leaves 3 of 32 channels.*Narrow the stream less, or prune more"):
+    with pytest.raises(BudgetError, match=r"0.5 with 3 of 32 channels.*Narrow the stream less"):
         loop(prune_ratio=0.5, stream=0.9)
-    with pytest.raises(BudgetError, match=r"cannot be met with 24 of 32 channels.*Narrow the stream further"):
+    with pytest.raises(BudgetError, match=r"0.99 with 24 of 32 channels.*Narrow the stream further"):
         loop(prune_ratio=0.99, stream=0.25)
     for other in ({"keep_ratios": [0.5] * 6}, {"spare": ["blocks.0"]}):
         with pytest.raises(ConfigError, match=f"stream cannot be combined with {next(iter(other))}"):

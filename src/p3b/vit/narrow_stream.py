@@ -17,6 +17,8 @@ four fifths.
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import torch
 from torch import Tensor
 
@@ -36,13 +38,12 @@ class NarrowStream:
 
     Args:
         layout: of the model, with the dimension "stream".
-        share: of the stream's channels that goes, in (0, 1).
-        multiple: of which its last width is one.
+        goal: D', channels that stay in the end, in [1, D].
         prune_ratio: rho, share of parameters that goes, in [0, 1).
         blocks_only: count the budget over the blocks alone; what the stream saves outside them comes on top.
 
     Attributes:
-        goal: D', channels that stay in the end.
+        goal: D'.
         ratio: of the parameters that there are at D' channels, the share that goes, in [0, 1).
         in_blocks, others: parameters inside the blocks, and outside as far as they count, at D' channels.
 
@@ -50,31 +51,28 @@ class NarrowStream:
         BudgetError: the budget cannot be met at this width.
     """
 
-    def __init__(self, layout: ModelLayout, share: float, multiple: int, prune_ratio: float, blocks_only: bool) -> None:
+    def __init__(self, layout: ModelLayout, goal: int, prune_ratio: float, blocks_only: bool) -> None:
         assert layout.stream is not None
-        self._blocks, self._size = layout.blocks, layout.stream.size
-        wanted = max(LEAST_STREAM, (1 - share) * self._size)
-        self.goal = min(max(1, round(wanted / multiple)) * multiple, self._size)
+        self._blocks, self._size, self.goal = layout.blocks, layout.stream.size, goal
         if not 0 <= prune_ratio < 1:
             raise BudgetError(
-                f"The prune ratio must lie in [0, 1), got {prune_ratio}. It is the share of parameters that goes."
+                f"The prune ratio must lie in [0, 1), got {prune_ratio}; it is the share of parameters that goes."
             )
         dense_blocks = sum(map(dense_params, layout.blocks))
-        self.others = 0 if blocks_only else int(other_params(layout, self.goal))
+        self.others = 0 if blocks_only else int(other_params(layout, goal))
         may_stay = (1 - prune_ratio) * (dense_blocks + (0 if blocks_only else layout.other_params))
-        self.in_blocks = float(self.params(self.goal).sum())
+        self.in_blocks = float(self.params(goal).sum())
         there_are = int(self.in_blocks) + self.others
+        asked = f"prune ratio {prune_ratio:g} with {goal} of {self._size} channels of the residual stream"
         if may_stay < self.others:
             raise BudgetError(
-                f"A prune ratio of {prune_ratio:g} cannot be met with {self.goal} of {self._size} channels of the residual "
-                f"stream: the {self.others:,} parameters outside the blocks stay then and are more than the {may_stay:,.0f} "
-                "that may remain. Narrow the stream further (--prune-stream), or prune less."
+                f"{asked} cannot be met: the {self.others:,} parameters outside the blocks stay and are more than the "
+                f"{may_stay:,.0f} that may remain. Narrow the stream further (--prune-stream), or prune less."
             )
         if may_stay > there_are:
             raise BudgetError(
-                f"--prune-stream {share:g} leaves {self.goal} of {self._size} channels of the residual stream, and with them "
-                f"{there_are:,} parameters, fewer than the {may_stay:,.0f} that prune ratio {prune_ratio:g} asks for. Narrow "
-                "the stream less, or prune more."
+                f"{asked} cannot be met: {there_are:,} parameters are left by the narrower stream alone, fewer than the "
+                f"{may_stay:,.0f} that are to remain. Narrow the stream less (--prune-stream), or prune more."
             )
         self.ratio = max(0.0, 1 - may_stay / there_are)
 
@@ -96,11 +94,37 @@ class NarrowStream:
 def narrow_stream(
     layout: ModelLayout, share: float | str, multiple: int, prune_ratio: float, blocks_only: bool
 ) -> NarrowStream | None:
-    """A `NarrowStream`, or None where the share is 0 and the stream stays; arguments and errors as there, and "auto"."""
+    """The stream as an option asks for it.
+
+    Args:
+        layout: of the model; with the dimension "stream" unless the share is 0.
+        share: of the stream's channels that goes, in [0, 1), or "auto": by the prune ratio, and where the budget cannot be met
+            at that width, the nearest at which it can.
+        multiple: of which D' is one, to the nearest.
+        prune_ratio, blocks_only: as in `NarrowStream`.
+
+    Returns:
+        None where the share is 0: the stream keeps its width.
+
+    Raises:
+        ConfigError: another share.
+        BudgetError: the budget cannot be met.
+    """
+    if share == 0:
+        return None
+    assert layout.stream is not None
+    size = layout.stream.size
     if share == AUTO:
-        share = 1 - (1 - prune_ratio) ** AUTO_POWER if 0 <= prune_ratio < 1 else 0.0
-    if isinstance(share, str) or not 0 <= share < 1:
+        wanted = max(0.0, 1 - prune_ratio) ** AUTO_POWER * size
+        widths = sorted({*range(multiple, size, multiple), size}, key=lambda width: (abs(width - wanted), width))
+        widths = [width for width in widths if width >= LEAST_STREAM] or [size]
+        for width in widths:
+            with suppress(BudgetError):
+                return NarrowStream(layout, width, prune_ratio, blocks_only)
+        return NarrowStream(layout, widths[0], prune_ratio, blocks_only)
+    if isinstance(share, str) or not 0 < share < 1:
         raise ConfigError(
             f'stream must be "auto" or lie in [0, 1), got {share}: the share of the residual stream\'s channels that goes.'
         )
-    return None if share == 0 else NarrowStream(layout, share, multiple, prune_ratio, blocks_only)
+    wanted = max(LEAST_STREAM, (1 - share) * size)
+    return NarrowStream(layout, min(max(1, round(wanted / multiple)) * multiple, size), prune_ratio, blocks_only)
