@@ -259,7 +259,7 @@ def again(entry: Entry) -> str:
 
 
 def measure_all_costs(given: argparse.Namespace) -> None:
-    """Record what steps take at each prune ratio; a new line replaces an earlier one."""
+    """Record what steps take at each prune ratio; a new line replaces an earlier one of the same rows."""
     for ratio in given.ratios:
         entry = Entry(ROWS[DENSE], None, 0, scale_of(given))
         config = config_for(entry, Plan(0, 0, 1, 1.0), given.shared / "data", given.work / "costs")
@@ -267,7 +267,8 @@ def measure_all_costs(given: argparse.Namespace) -> None:
         only = f" --only {' '.join(given.only)}" if given.only else ""
         command = f"python benchmarks/equal_time.py costs --ratios {ratio:g} --pixels {given.pixels}{only}"
         made = certified(lambda: {"sides": measure_costs(config, rows, ratio, given.rounds)}, command, *PACKAGES)  # noqa: B023
-        told = {"kind": "costs", "name": f"costs-{ratio:g}-{given.pixels}px", "ratio": ratio, "pixels": given.pixels}
+        name = "-".join([f"costs-{ratio:g}-{given.pixels}px", *(given.only or [])])
+        told = {"kind": "costs", "name": name, "ratio": ratio, "pixels": given.pixels}
         _replace(given.record, {**told, "rounds": given.rounds, **made})
 
 

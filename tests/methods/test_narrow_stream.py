@@ -133,3 +133,8 @@ def test_a_share_below_what_a_constant_takes_gives_up_all() -> None:
     remaining = torch.tensor([100.0, 60.0, 8.0])
     assert count_to_prune(remaining, 4.0) == 2
     assert count_to_prune(remaining, 4.0, surplus=-60.0) == 1, "what the blocks before have missed is made good"
+
+
+def test_auto_says_what_the_most_is_where_no_width_will_do() -> None:
+    with pytest.raises(BudgetError, match=r"0.999 cannot be met: even with 4 of 32 channels.*at most 9\d.\d% can go"):
+        loop(prune_ratio=0.999, stream="auto", align=4)

@@ -562,7 +562,8 @@ def test_the_command_hands_a_method_what_it_takes_and_refuses_what_it_would_igno
     }  # fmt: skip
     assert _options(prune_keep_ratios=(0.5, 1.0), prune_alpha=0.1)["keep_ratios"] == (0.5, 1.0)
     for name in REFERENCES:
-        own = {"random": {"seed": 0}, "uniform": {"align": 1, "stream": 0.0}}.get(name, {})
+        widths = {"align": 1, "stream": 0.0}
+        own = {"random": {"seed": 0, **widths}, "uniform": widths}.get(name, {})
         assert _options(prune_method=name, prune_blocks_only=True) == {"blocks_only": True, **own}
         assert _options(prune_method=name, prune_alpha=0.5) == {"blocks_only": False, **own}
         for setting, value in (

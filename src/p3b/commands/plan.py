@@ -41,16 +41,21 @@ def show_plan(config: PlanConfig, splits: DataSplits | None = None) -> list[Budg
         for line in (*data_lines(splits, config.plan.look_at), "", *recipe_lines(config), ""):
             screen.say(line)
         model = machine.put(_shape(config, len(splits.class_names)))
-        if config.prune.prune_ratio > (largest := largest_ratio(model)) and not config.prune.prune_blocks_only:
+        widths = method_options_of(config.prune, run.seed)
+        narrows = widths.get("stream", 0) != 0  # then embeddings and head shrink as well
+        largest = 1.0 if narrows else largest_ratio(model)
+        if config.prune.prune_ratio > largest and not config.prune.prune_blocks_only:
             raise BudgetError(f"A prune ratio of {config.prune.prune_ratio:g} cannot be met; the largest is {largest:.3f}.")
         steps_per_epoch = steps_of_epoch(len(splits.train), config.training, machine.processes.world_size)
         plan = plan_pruning(config.prune, config.training.epochs, steps_per_epoch, config.training.grad_accum_steps)
         seconds = _seconds(config, model, splits, plan, steps_per_epoch, machine)
         _say_run(screen, plan, steps_per_epoch, seconds)
         ratios = sorted({*config.plan.budgets, config.prune.prune_ratio} - {0.0})
-        forecasts = budget_forecasts(model, ratios, machine)
-        _show_budgets(screen, config.model.model, forecasts, [ratio for ratio in ratios if ratio > largest])
-        screen.result(f"at most {largest:.1%} of the parameters can go: the rest lies outside the blocks and stays")
+        forecasts = budget_forecasts(model, ratios, machine, widths)
+        met = {forecast.prune_ratio for forecast in forecasts}
+        _show_budgets(screen, config.model.model, forecasts, [ratio for ratio in ratios if ratio not in met])
+        if not narrows:
+            screen.result(f"at most {largest:.1%} of the parameters can go: the rest lies outside the blocks and stays")
         return forecasts
 
 

@@ -46,13 +46,22 @@ def uniform(
 
 
 def random(
-    model: nn.Module, layout: ModelLayout, prune_ratio: float, reduce: Reduce, *, blocks_only: bool = False, seed: int = 0
+    model: nn.Module,
+    layout: ModelLayout,
+    prune_ratio: float,
+    reduce: Reduce,
+    *,
+    blocks_only: bool = False,
+    align: int = 1,
+    stream: float | str = 0.0,
+    seed: int = 0,
 ) -> ScoreMethod:
     """The same share for every block, elements at random; nothing is measured, so nothing is reduced over ranks.
 
-    Arguments and errors as every method has them, and `seed` of the draw, the same on all ranks.
+    Arguments and errors as `uniform` has them, and `seed` of the draw, the same on all ranks.
     """
-    shares = EqualShares(layout, prune_ratio, blocks_only)
+    require_align(align)
+    shares = EqualShares(layout, prune_ratio, blocks_only, align, stream)
     return ScoreMethod("random", model, RandomScores(layout, seed), shares.decide)
 
 

@@ -66,19 +66,22 @@ def largest_ratio(model: VisionTransformer) -> float:
     return 1 - read_layout(model).other_params / count_parameters(model)
 
 
-def budget_forecasts(model: VisionTransformer, ratios: Sequence[float], machine: Machine) -> list[BudgetForecast]:
+def budget_forecasts(
+    model: VisionTransformer, ratios: Sequence[float], machine: Machine, widths: Mapping[str, Any]
+) -> list[BudgetForecast]:
     """Size and speed of the dense model and of a stand-in for each ratio that can be met, measured side by side.
 
     Args:
         model: dense, on the device; it is not changed.
         ratios: that are asked for.
         machine: that it runs on.
+        widths: as of `stand_in`.
     """
     shape = images_of(model).shape
     models, kept = [copy.deepcopy(model).eval()], [0.0]
     for ratio in ratios:
         try:
-            models.append(stand_in(model, ratio).eval())
+            models.append(stand_in(model, ratio, widths).eval())
         except BudgetError:
             continue
         kept.append(ratio)
@@ -95,13 +98,20 @@ def budget_forecasts(model: VisionTransformer, ratios: Sequence[float], machine:
     ]
 
 
-def stand_in(model: VisionTransformer, prune_ratio: float) -> VisionTransformer:
+def stand_in(model: VisionTransformer, prune_ratio: float, widths: Mapping[str, Any]) -> VisionTransformer:
     """A small model of that budget, every block with the same share; `model` is not changed.
+
+    Args:
+        model: dense.
+        prune_ratio: share of the parameters that goes.
+        widths: options of a method, of which those that say what widths are like ("align", "stream") are taken.
 
     Raises:
         BudgetError: the ratio cannot be met.
     """
-    pruner = Pruner(copy.deepcopy(model), prune_ratio, "random", Schedule(start=0, sparse=1, final=1, update_every=1))
+    taken = {key: widths[key] for key in ("align", "stream") if key in widths}
+    schedule = Schedule(start=0, sparse=1, final=1, update_every=1)
+    pruner = Pruner(copy.deepcopy(model), prune_ratio, "random", schedule, **taken)
     small = pruner.finalize()
     return cast("VisionTransformer", small)
 
@@ -130,7 +140,7 @@ def seconds_of_run(
     never = Schedule(start=0, sparse=10**6, final=10**6, update_every=10**6)
     pruned = copy.deepcopy(model)
     step = _seconds_a_step(pruned, Pruner(pruned, schedule=never, **pruning), options, machine, measured_steps)
-    small = stand_in(model, pruning["prune_ratio"])
+    small = stand_in(model, pruning["prune_ratio"], pruning)
     small_step = _seconds_a_step(small, None, options, machine, measured_steps) if steps[1] else 0.0
     images = _images(model, options.batch_size, machine)
     with torch.no_grad(), machine.precision.autocast():

@@ -15,14 +15,16 @@ from timm.models.vision_transformer import VisionTransformer
 from p3b.data import DataSplits
 from p3b.data.cache import available_memory
 from p3b.data.images import LabelledImages
-from p3b.errors import DataError
+from p3b.errors import DataError, ModelError
 from p3b.run.inputs import open_model
 from p3b.run.options import ModelOptions, TrainingOptions
 from p3b.run.recipes import Facts
 from p3b.storage import artifact
 from p3b.storage.models import parse_model_kwargs
 from p3b.train.distributed import Processes
+from p3b.vit.anatomy.weights import STREAM
 from p3b.vit.families import family_of, images_of
+from p3b.vit.layout import read_layout
 
 LOOKED_AT = 48
 """Images whose size is looked up."""
@@ -63,7 +65,17 @@ def read_facts(
         memory=_memory(device) // (1 if device.type == "cuda" else processes.local_world_size),
         processes=processes.world_size,
         prunes=prunes,
+        narrows=prunes and _narrows(model),
     )
+
+
+def _narrows(model: VisionTransformer) -> bool:
+    """Whether the residual stream and whole heads are prunable; models in stages have more than one stream."""
+    try:
+        read_layout(model, ("heads", "head", "hidden", STREAM))
+    except ModelError:  # what cannot be pruned at all is refused later, in the words of its method
+        return False
+    return True
 
 
 def steps_of_epoch(images: int, training: TrainingOptions, processes: int) -> int:

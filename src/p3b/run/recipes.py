@@ -38,6 +38,7 @@ class Facts:
         memory: of the device, in bytes, for each process that uses it.
         processes: that train together.
         prunes: whether the model is pruned.
+        narrows: whether its residual stream and whole heads can be pruned, too.
     """
 
     images: int
@@ -56,6 +57,7 @@ class Facts:
     memory: int
     processes: int
     prunes: bool
+    narrows: bool
 
 
 @dataclass(frozen=True)
@@ -170,8 +172,8 @@ def _power_of_two(most: float) -> int:
 
 def _epochs(facts: Facts, settled: Settings) -> Choice:
     passes = _passes(facts, settled)
-    count = math.ceil(passes / 2) if facts.prunes else passes
-    what = "half to prune, half to fine-tune" if facts.prunes else "of training"
+    count = math.ceil(passes / _PRUNING_PART) if facts.prunes else passes
+    what = "a third to prune, the rest with the small model, whose steps cost less" if facts.prunes else "of training"
     return Choice(
         "epochs", count, f"{passes} passes over {facts.images:,} images, about {_steps(facts, settled, passes):,} steps: {what}"
     )
@@ -180,7 +182,9 @@ def _epochs(facts: Facts, settled: Settings) -> Choice:
 def _finetune_epochs(facts: Facts, settled: Settings) -> Choice | None:
     if not facts.prunes:
         return None
-    return Choice("finetune_epochs", _passes(facts, settled) // 2, "the small model has to recover")
+    passes = _passes(facts, settled)
+    left = passes - math.ceil(passes / _PRUNING_PART)
+    return Choice("finetune_epochs", left, "the sooner the model is small, the more it learns in the same time")
 
 
 def _passes(facts: Facts, settled: Settings) -> int:
@@ -197,6 +201,8 @@ def _passes(facts: Facts, settled: Settings) -> int:
     return passes if facts.pretrained else 2 * passes
 
 
+_PRUNING_PART = 3
+"""One in so many passes is for pruning."""
 _LEAST_STEPS, _STEPS_A_CLASS, _MOST_PASSES = 250, 20, 100
 """Steps of a run; steps for each class, and the passes that these may come to."""
 
@@ -292,7 +298,7 @@ def _model_ema(_facts: Facts, _settled: Settings) -> Choice:
 def _prune_start(facts: Facts, settled: Settings) -> Choice | None:
     if not facts.prunes:
         return None
-    return Choice("prune_start_epoch", "20%", f"{_steps(facts, settled, 0.2 * settled['epochs'])} steps of warm-up")
+    return Choice("prune_start_epoch", "25%", f"{_steps(facts, settled, 0.25 * settled['epochs'])} steps of warm-up")
 
 
 def _prune_update(facts: Facts, settled: Settings) -> Choice | None:
@@ -310,6 +316,44 @@ def _prune_update(facts: Facts, settled: Settings) -> Choice | None:
     )
 
 
+def _narrow(setting: str, value: Any, reason: str) -> Callable[[Facts, Settings], Choice | None]:
+    """A rule for what makes the small model an ordinary narrower one: of the methods that can, and where nothing forbids it."""
+
+    def rule(facts: Facts, settled: Settings) -> Choice | None:
+        able = facts.narrows and any(method in _NARROWING for method in _methods(settled))
+        by_hand = any(settled.get(other) for other in ("spare", "prune_keep_ratios"))
+        return Choice(setting, value, reason) if facts.prunes and able and not by_hand else None
+
+    return rule
+
+
+def _prune_benefit(facts: Facts, settled: Settings) -> Choice | None:
+    if not (facts.prunes and facts.images >= _MANY and "block_benefit" in _methods(settled)):
+        return None
+    return Choice("prune_benefit", "linear", f"{facts.images:,} images: the probes that cost least are good enough")
+
+
+def _prune_compute(facts: Facts, settled: Settings) -> Choice | None:
+    if not (facts.prunes and facts.images >= _MANY and any(method in _NARROWING for method in _methods(settled))):
+        return None
+    if settled.get("compile"):
+        return None
+    return Choice("prune_compute", "active", f"{facts.images:,} images: steps that get quicker as pruning goes on")
+
+
+def _methods(settled: Settings) -> tuple[str, ...]:
+    """Methods that are asked for."""
+    return tuple(settled.get("methods") or ()) or (settled.get("prune_method", "block_benefit"),)
+
+
+_NARROWING = ("block_benefit", "uniform", "random")
+"""Methods that can, and that need not compute all that is closed; block_pr is P3B as published, and keeps its widths."""
+_WIDTHS = (
+    _narrow("prune_stream", "auto", "a narrower residual stream: a small model without indices, which trains and runs faster"),
+    _narrow("align", 8, "whole heads and widths in multiples of 8 are faster"),
+)
+
+
 def _one_shot_method(_facts: Facts, settled: Settings) -> Choice | None:
     if settled.keys() & _OF_BLOCK_BENEFIT:
         return None
@@ -325,7 +369,7 @@ _OF_BLOCK_BENEFIT = {
 
 _RULES: tuple[Callable[[Facts, Settings], Choice | None], ...] = (
     _input_size, _crop_pct, _batch_size, _epochs, _finetune_epochs, _lr, *map(_augmentation, _MILD), _class_balance, _hflip,
-    _drop_path, _model_ema, _prune_start, _prune_update,
+    _drop_path, _model_ema, _prune_start, _prune_update, _prune_benefit, _prune_compute, *_WIDTHS,
 )  # fmt: skip
 """In the order in which one depends on the other."""
 _RULES_OF_CUT = (_batch_size, _one_shot_method)

@@ -148,8 +148,8 @@ class RandomScores(_Unmeasured):
     """
 
     def __init__(self, layout: ModelLayout, seed: int) -> None:
-        elements = sum(size for block in layout.blocks for size in block.dims.values())
-        self._scores_N = torch.rand(elements, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        drawn = torch.Generator().manual_seed(seed)
+        self._scores_N = torch.rand(sum(layout.gates.values()), generator=drawn, dtype=torch.float64)
 
     def of_interval(self) -> Tensor:
         return self._scores_N

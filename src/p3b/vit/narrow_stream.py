@@ -121,10 +121,22 @@ def narrow_stream(
         for width in widths:
             with suppress(BudgetError):
                 return NarrowStream(layout, width, prune_ratio, blocks_only)
-        return NarrowStream(layout, widths[0], prune_ratio, blocks_only)
+        raise _never_met(layout, min(widths), prune_ratio)
     if isinstance(share, str) or not 0 < share < 1:
         raise ConfigError(
             f'stream must be "auto" or lie in [0, 1), got {share}: the share of the residual stream\'s channels that goes.'
         )
     wanted = max(LEAST_STREAM, (1 - share) * size)
     return NarrowStream(layout, min(max(1, round(wanted / multiple)) * multiple, size), prune_ratio, blocks_only)
+
+
+def _never_met(layout: ModelLayout, narrowest: int, prune_ratio: float) -> BudgetError:
+    """What to say where no width of the stream will do."""
+    assert layout.stream is not None
+    others = int(other_params(layout, narrowest))
+    largest = 1 - others / (layout.other_params + sum(map(dense_params, layout.blocks)))
+    return BudgetError(
+        f"A prune ratio of {prune_ratio:g} cannot be met: even with {narrowest} of {layout.stream.size} channels of the "
+        f"residual stream the {others:,} parameters outside the blocks stay, so that at most {largest:.1%} can go. Prune "
+        "less, or count the blocks alone (--prune-blocks-only)."
+    )
