@@ -18,8 +18,8 @@ from measured import spread_cell
 from p3b.errors import ConfigError
 from p3b.run.series_plan import DENSE
 
-REFERENCE = "p3b-early"
-"""Row that the others are compared with."""
+REFERENCE, EXPLORED = "p3b-early-stream", "p3b-early"
+"""Rows that the others are compared with, and that the explored ones change in one thing."""
 SURE = 0.05
 PLANNED = (3, 8)
 """Epochs of dense training that rows are planned for from the costs."""
@@ -32,7 +32,7 @@ def write(record: Path) -> None:
     """Write the page of a record beside it, and its figure."""
     lines = read_lines(record)
     if any(line["kind"] == "run" for line in lines):
-        draw([line for line in lines if is_timed(line)], record.with_suffix(".png"))
+        draw(lines, record.with_suffix(".png"))
     part(record).write()
 
 
@@ -104,7 +104,7 @@ def _by_row(lines: Sequence[Line]) -> dict[str, list[Line]]:
 
 def _title(row: str) -> str:
     explored = ROWS[row].explores
-    return f"{ROWS[REFERENCE].title}: {ROWS[row].title}" if explored else ROWS[row].title
+    return f"{ROWS[EXPLORED].title}: {ROWS[row].title}" if explored else ROWS[row].title
 
 
 def correct(lines: Sequence[Line]) -> dict[int, list[bool]]:
@@ -221,9 +221,10 @@ def _scale_in_words(scale: Mapping[str, int]) -> str:
 
 
 def draw(lines: Sequence[Line], out: Path) -> object:
-    """Top-1 on the validation images over processor seconds of training, and on the test images over latency at batch 32.
+    """Top-1 on the validation images over the time of training, and on the test images over latency at batch 32.
 
-    Of one scale and budget: those that most runs are of.
+    Time is told in epochs of dense training, of which a run takes as many as it was planned for. Of one scale and budget:
+    those that most runs are of.
     """
     import matplotlib  # here, where it is needed
 
@@ -248,10 +249,11 @@ def draw(lines: Sequence[Line], out: Path) -> object:
             }
             for number, line in enumerate(found):
                 seconds, top1 = zip(*_cumulated(line["curve"]), strict=True)
-                over_time.plot(seconds, top1, linewidth=1.2, label="_" if number else title, **style)
+                epochs = [each / seconds[-1] * line["plan"]["dense_epochs"] for each in seconds]
+                over_time.plot(epochs, top1, linewidth=1.2, label="_" if number else title, **style)
                 if line["name"] in latency:
                     over_latency.plot(latency[line["name"]], line["top1"], linestyle="", **style)
-        over_time.set_xlabel("processor seconds of training")
+        over_time.set_xlabel("time of training (epochs of dense training)")
         over_time.set_ylabel("validation top-1 (%), after each epoch")
         over_latency.set_xlabel("time of a batch of 32 (dense = 1)")
         over_latency.set_ylabel("test top-1 (%)")

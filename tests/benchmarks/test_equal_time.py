@@ -195,17 +195,18 @@ def run_line(row: str, seed: int = 0, top1: float = 50.0, *, distilled: bool = F
 def test_the_page_compares_alike_with_alike(tmp_path: Path) -> None:
     lines = [
         run_line(DENSE, top1=60.0),
-        run_line("p3b-early", top1=55.0),
+        run_line("p3b-early-stream", top1=55.0),
         run_line("uniform-early", top1=50.0),
-        run_line("p3b-early", top1=58.0, distilled=True),
+        run_line("p3b-early-stream", top1=58.0, distilled=True),
         run_line("uniform-early", top1=58.5, distilled=True),
-        {**run_line("p3b-early"), "kind": "speed", "name": "speed", "batch": 32, "sides": {
-            f"{run_line('p3b-early')['name']} {layout}": {"ratio": ratio} for layout, ratio in (("index", 0.4), ("folded", 0.3))
+        {**run_line("p3b-early-stream"), "kind": "speed", "name": "speed", "batch": 32, "sides": {
+            f"{run_line('p3b-early-stream')['name']} {layout}": {"ratio": ratio}
+            for layout, ratio in (("index", 0.4), ("folded", 0.3))
         }},
-        {**run_line("p3b-early"), "kind": "costs", "name": "costs", "pixels": 32, "rounds": 3, "sides": {
-            "dense": {"ratio": 1.0, "seconds": 0.3}, "teacher": {"ratio": 0.3}, "small p3b-early": {"ratio": 0.4},
-            "pruning p3b-early-low_rank": {"ratio": 2.6},
-            "pruning p3b-early": {"ratio": 1.2, "seconds": 0.4, "ratio_range": [1.1, 1.3]},
+        {**run_line("p3b-early-stream"), "kind": "costs", "name": "costs", "pixels": 32, "rounds": 3, "sides": {
+            "dense": {"ratio": 1.0, "seconds": 0.3}, "teacher": {"ratio": 0.3}, "small p3b-early-stream": {"ratio": 0.4},
+            "pruning p3b-early-low_rank": {"ratio": 2.6}, "small p3b-early": {"ratio": 0.4},
+            "pruning p3b-early-stream": {"ratio": 1.2, "seconds": 0.4, "ratio_range": [1.1, 1.3]},
         }},
     ]  # fmt: skip
     write_lines(tmp_path / "equal_time.jsonl", lines)
@@ -219,11 +220,11 @@ def test_the_page_compares_alike_with_alike(tmp_path: Path) -> None:
     assert rows["dense"][4:] == ["60.00", "+5.00", "10 : 0", "**0.002**", "-"]
     assert rows["uniform, small early"][1:7] == ["0.25 + 0.75 + 5", "3.15", "250", "50.00", "-5.00", "0 : 10"]
     assert rows["uniform, small early, distilled"][4:7] == ["58.50", "+0.50", "1 : 0"]
-    assert rows["P3B, small early"][5:9] == [""] * 4
-    assert rows["P3B, small early"][9:11] == ["0.25 + 0.75 + 4 (2.80)", "0.25 + 0.75 + 2 (2.83)"]
+    assert rows["P3B, small early, narrow stream"][5:9] == [""] * 4
+    assert rows["P3B, small early, narrow stream"][9:11] == ["0.25 + 0.75 + 4 (2.80)", "0.25 + 0.75 + 2 (2.83)"]
     assert rows["P3B, small early: low_rank probes"][:2] == ["0.25 + 0.75 + 1 (3.00)", "does not fit"]
-    assert rows["pruning, P3B, small early"] == ["1.200 (1.100 to 1.300)"]
-    assert rows[run_line("p3b-early")["name"]] == ["folded", "0.300", "3.33"]
+    assert rows["pruning, P3B, small early, narrow stream"] == ["1.200 (1.100 to 1.300)"]
+    assert rows[run_line("p3b-early-stream")["name"]] == ["folded", "0.300", "3.33"]
     assert "## 90% of the parameters pruned, the time of 3 dense epochs of 10,000 images of 32 pixels" in page
 
 
