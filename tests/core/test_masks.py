@@ -27,6 +27,7 @@ from p3b.core.masks import (
     rank_scores,
     shares_to_counts,
     soft_mask,
+    spend_rest,
 )
 from p3b.core.schedule import Schedule
 from p3b.vit.cost import block_params, dense_params, prefix_cost
@@ -404,3 +405,18 @@ def test_a_block_without_inputs_or_outputs_keeps_its_heads() -> None:
     found = align_counts([order] * 4, [cost] * 4, [0, 1, 2, 3], 8, [own] * 4)
     assert [counts[-1] for counts in found] == [4, 4, 4, 1]
     assert align_counts([order] * 4, [cost] * 4, [0, 1, 2, 3], 1, [own] * 4) == [(*each, 4) for each in kept.tolist()]
+
+
+@pytest.mark.parametrize("rest", [-130.0, -7.0, 0.0, 3.0, 120.0])
+def test_one_gate_takes_up_what_multiples_leave_over(rest: float) -> None:
+    costs = [lambda kept: 10 * kept[:, 0] * kept[:, 1], lambda kept: 7 * kept[:, 0] + kept[:, 1], lambda kept: kept.sum(-1)]
+    kept, sizes = [(8, 8), (4, 24), (4, 0)], [(16, 16), (8, 64), (4, 64)]
+    found = spend_rest(kept, costs, [None, 1, 1], sizes, rest)
+    spent = sum(
+        int(cost(torch.tensor([after])) - cost(torch.tensor([before])))
+        for cost, before, after in zip(costs, kept, found, strict=True)
+    )
+    if -24 < rest <= 40:
+        assert spent == rest and found[0] == kept[0] and found[2] == kept[2]
+    else:
+        assert found == kept, "it has too few, or would be emptied"

@@ -241,6 +241,39 @@ def align_counts(
         surplus, params[b] = surplus + now - params[b], now
 
 
+def spend_rest(
+    kept: Sequence[tuple[int, ...]],
+    costs: Sequence[Callable[[Tensor], Tensor]],
+    gates: Sequence[int | None],
+    sizes: Sequence[Sequence[int]],
+    rest: float,
+) -> list[tuple[int, ...]]:
+    """Let the widest of some gates take up what counts in multiples have left over of a budget, to one element.
+
+    Args:
+        kept: B tuples of kept elements, as `align_counts` returns them.
+        costs: B functions from (n, G) kept elements to (n,) parameters that remain.
+        gates: of each block which gate may keep no multiple, or None.
+        sizes: of the gates of each block.
+        rest: parameters that are still to be spent, or below 0 to be saved.
+
+    Returns:
+        The same with at most one count changed. None is emptied.
+    """
+    found = list(kept)
+    able = [(b, gate) for b, gate in enumerate(gates) if gate is not None and 0 not in kept[b]]
+    for b, gate in sorted(able, key=lambda each: -kept[each[0]][each[1]]):
+        counts = torch.tensor(kept[b]).repeat(sizes[b][gate], 1)
+        counts[:, gate] = torch.arange(1, len(counts) + 1)
+        params = costs[b](counts).double()
+        missed = (params - params[kept[b][gate] - 1] - rest).abs()
+        best = int(missed.argmin())
+        if 2 * missed[best] <= params[-1] - params[-2]:
+            found[b] = (*kept[b][:gate], best + 1, *kept[b][gate + 1 :])
+            break
+    return found
+
+
 def gate_masks(order: BlockOrder, kept: Sequence[int]) -> list[Tensor]:
     """Hard masks of a block's gates that keep so many elements of each, those that would go last."""
     places = torch.split(order.positions, list(order.sizes))

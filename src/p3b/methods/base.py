@@ -19,6 +19,7 @@ from p3b.core.masks import (
     order_elements,
     shares_to_counts,
     soft_mask,
+    spend_rest,
     take_turns,
 )
 from p3b.core.schedule import Schedule, applied_keep_ratio
@@ -279,7 +280,7 @@ class BlockShares:
         for b, count in zip(self._pruned, found, strict=True):
             counts[b] = count
         if last and self._align > 1:
-            masks, kept_params = self._aligned_masks(scores, counts)
+            masks, kept_params = self._aligned_masks(scores, counts, sum(shares))
         else:
             masks = self._masks(scores, counts, tau)
             kept_params = [int(left[count]) for left, count in zip(self._remaining, counts, strict=True)]
@@ -321,12 +322,18 @@ class BlockShares:
                 found |= zip((self._blocks[b].gate(dim) for b in group), masks, strict=True)
         return {gate: found[gate] if gate in found else torch.ones(len(each)) for gate, each in scores.items()}
 
-    def _aligned_masks(self, scores: Mapping[str, Tensor], counts: Sequence[int]) -> tuple[dict[str, Tensor], list[int]]:
-        """Hard masks of all gates with aligned counts, and the parameters that each block keeps."""
+    def _aligned_masks(
+        self, scores: Mapping[str, Tensor], counts: Sequence[int], budget: float
+    ) -> tuple[dict[str, Tensor], list[int]]:
+        """Hard masks of all gates with aligned counts, and the parameters that each block keeps, of a budget of all of them."""
         blocks = list(zip(self._blocks, self._ranked, self._heads, strict=True))
         orders = [order_elements([scores[block.gate(dim)] for dim in dims], _factors(dims)) for block, dims, _ in blocks]
         costs = [prefix_cost(block, dims if heads is None else (*dims, "heads"), self._width) for block, dims, heads in blocks]
         kept = align_counts(orders, costs, counts, self._align, self._heads)
+        if self._stream is not None:  # gates are few and wide then, so that multiples alone would miss the budget
+            rest = budget - sum(float(cost(torch.tensor(each))) for cost, each in zip(costs, kept, strict=True))
+            hidden = [dims.index("hidden") if "hidden" in dims else None for _, dims, _ in blocks]
+            kept = spend_rest(kept, costs, hidden, [order.sizes for order in orders], rest)
         found: dict[str, Tensor] = {}
         for (block, dims, heads), order, each in zip(blocks, orders, kept, strict=True):
             found |= zip((block.gate(dim) for dim in dims), gate_masks(order, each[: len(dims)]), strict=True)
