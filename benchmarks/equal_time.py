@@ -80,7 +80,7 @@ def scale_of(given: argparse.Namespace) -> Scale:
 def recorded_costs(lines: Sequence[Line], entry: Entry) -> Costs:
     """The costs that the epochs of a run follow from, of this record or else of the project's; the dense row needs none.
 
-    Of every side the newest counts, so that a row that comes later is measured alone and the others keep their epochs.
+    Of every side the first that was measured counts, so that rows keep their epochs where others come later.
 
     Raises:
         ConfigError: they were not measured.
@@ -93,7 +93,7 @@ def recorded_costs(lines: Sequence[Line], entry: Entry) -> Costs:
     if not found:
         asked_for = f"--ratios {entry.ratio:g} --pixels {entry.scale.pixels}"
         raise ConfigError(f"What steps take was not measured: python benchmarks/equal_time.py costs {asked_for}")
-    return costs_of({"sides": {name: side for line in found for name, side in line["sides"].items()}})
+    return costs_of({"sides": {name: side for line in reversed(found) for name, side in line["sides"].items()}})
 
 
 def config_for(entry: Entry, epochs: Plan, data: Path, work: Path) -> TrainConfig | PruneConfig:
