@@ -55,7 +55,7 @@ KINDS = (*ARCHITECTURES, *FAMILIES, *CUTS)
 
 def masked_and_small(kind: str) -> tuple[nn.Module, nn.Module]:
     """The same pruned model twice, for (3, 32, 32) images: dense behind hard masks, and cut."""
-    model = _dense(kind)
+    model = dense_of(kind)
     layout = read_layout(
         model, ("stream", "heads", *DEFAULT_DIMS) if kind in ("residual-pruned", "thin heads") else DEFAULT_DIMS
     )
@@ -67,7 +67,8 @@ def masked_and_small(kind: str) -> tuple[nn.Module, nn.Module]:
     return masked, apply_cuts(model, plan_cuts(layout, masks))
 
 
-def _dense(kind: str) -> nn.Module:
+def dense_of(kind: str) -> nn.Module:
+    """A tiny dense model of a kind."""
     if kind not in FAMILIES:
         return tiny_vit(**ARCHITECTURES.get(kind, {}))
     name, arguments = FAMILIES[kind]

@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 import p3b
+from kinds import ARCHITECTURES, FAMILIES, dense_of
 from loops import Loop
 from p3b.core.masks import count_to_prune
-from p3b.errors import BudgetError, ConfigError
+from p3b.errors import BudgetError, ConfigError, ModelError
 from p3b.methods import method_dims
 from p3b.vit.cost import count_parameters, dense_params, other_params
 from p3b.vit.layout import read_layout
@@ -20,6 +21,10 @@ from p3b.vit.parts import ReadChannels, WriteChannels
 from tiny import images, tiny_vit
 
 PLAN = p3b.Schedule(start=1, sparse=3, final=5, update_every=1)
+OF_FIXED_WIDTH = (
+    "attention pool", "Perception Encoder", "Qwen3", "RoPE, mixed", "shared positions", "SAM", "Swin", "Swin v2",
+)  # fmt: skip
+"""Kinds whose stream, or whose whole heads, cannot be pruned."""
 OPTIONS: dict[str, dict[str, Any]] = {"block_benefit": {"estimator": "linear"}, "uniform": {}}
 
 
@@ -141,3 +146,27 @@ def test_a_share_below_what_a_constant_takes_gives_up_all() -> None:
 def test_auto_says_what_the_most_is_where_no_width_will_do() -> None:
     with pytest.raises(BudgetError, match=r"0.999 cannot be met: even with 4 of 32 channels.*at most 9\d.\d% can go"):
         loop(prune_ratio=0.999, stream="auto", align=4)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in (*ARCHITECTURES, *FAMILIES) if kind not in OF_FIXED_WIDTH])
+def test_every_kind_that_has_one_stream_is_cut_exactly_and_comes_back_bit_for_bit(kind: str, tmp_path: Any) -> None:
+    model = dense_of(kind).double()
+    dense = count_parameters(model)
+    pruner = p3b.Pruner(model, prune_ratio=0.5, method="random", stream="auto", align=4, schedule=PLAN)
+    pruner.decide_last()
+    batch = images().double()
+    with torch.no_grad():
+        masked = model.eval()(batch)
+        small = pruner.shrink()
+        after = small(batch)
+    assert (after - masked).abs().max() < 1e-10
+    assert count_parameters(small) == pytest.approx(dense / 2, rel=5e-3), "an element of such a small model is much"
+    p3b.save(small, tmp_path / "small")
+    with torch.no_grad():
+        assert p3b.load(tmp_path / "small")(batch).equal(after)
+
+
+@pytest.mark.parametrize("kind", OF_FIXED_WIDTH)
+def test_a_stream_that_cannot_be_narrowed_is_refused_with_the_reason(kind: str) -> None:
+    with pytest.raises(ModelError, match=r"cannot be pruned|not covered|prune th"):
+        p3b.Pruner(dense_of(kind), prune_ratio=0.5, stream="auto", align=4, schedule=PLAN)
