@@ -156,7 +156,8 @@ def _batch_size(facts: Facts, settled: Settings) -> Choice:
 
 
 _MANY, _STEPS_AN_EPOCH, _USABLE = 5_000, 5, 0.6
-"""Images from which on batches are of 64; steps that an epoch should have; share of the memory that training may take."""
+"""Images from which on batches are of 64 and models are made small early; steps that an epoch should have; share of the memory
+that training may take."""
 
 
 def _training_bytes(facts: Facts, side: int) -> float:
@@ -172,8 +173,11 @@ def _power_of_two(most: float) -> int:
 
 def _epochs(facts: Facts, settled: Settings) -> Choice:
     passes = _passes(facts, settled)
-    count = math.ceil(passes / _PRUNING_PART) if facts.prunes else passes
-    what = "a third to prune, the rest with the small model, whose steps cost less" if facts.prunes else "of training"
+    count = math.ceil(passes / _pruning_part(facts)) if facts.prunes else passes
+    what = "of training"
+    if facts.prunes:
+        small = "the rest with the small model, whose steps cost less"
+        what = f"a third to prune, {small}" if _is_early(facts) else "half to prune, half to fine-tune"
     return Choice(
         "epochs", count, f"{passes} passes over {facts.images:,} images, about {_steps(facts, settled, passes):,} steps: {what}"
     )
@@ -183,8 +187,23 @@ def _finetune_epochs(facts: Facts, settled: Settings) -> Choice | None:
     if not facts.prunes:
         return None
     passes = _passes(facts, settled)
-    left = passes - math.ceil(passes / _PRUNING_PART)
-    return Choice("finetune_epochs", left, "the sooner the model is small, the more it learns in the same time")
+    left = passes - math.ceil(passes / _pruning_part(facts))
+    early = "the sooner the model is small, the more it learns in the same time"
+    return Choice("finetune_epochs", left, early if _is_early(facts) else "the small model has to recover")
+
+
+def _is_early(facts: Facts) -> bool:
+    """Whether the model is made small early and narrow: from so many images on that there are steps to do so.
+
+    With 10,000 images that is worth 2 points and more at 50, 75 and 90 % pruned (docs/results/equal_time.md); with a few
+    hundred it costs one (docs/experiments.md).
+    """
+    return facts.images >= _MANY
+
+
+def _pruning_part(facts: Facts) -> int:
+    """One in so many passes is for pruning."""
+    return 3 if _is_early(facts) else 2
 
 
 def _passes(facts: Facts, settled: Settings) -> int:
@@ -201,8 +220,6 @@ def _passes(facts: Facts, settled: Settings) -> int:
     return passes if facts.pretrained else 2 * passes
 
 
-_PRUNING_PART = 3
-"""One in so many passes is for pruning."""
 _LEAST_STEPS, _STEPS_A_CLASS, _MOST_PASSES = 250, 20, 100
 """Steps of a run; steps for each class, and the passes that these may come to."""
 
@@ -298,7 +315,9 @@ def _model_ema(_facts: Facts, _settled: Settings) -> Choice:
 def _prune_start(facts: Facts, settled: Settings) -> Choice | None:
     if not facts.prunes:
         return None
-    return Choice("prune_start_epoch", "25%", f"{_steps(facts, settled, 0.25 * settled['epochs'])} steps of warm-up")
+    share = 25 if _is_early(facts) else 20
+    steps = _steps(facts, settled, share / 100 * settled["epochs"])
+    return Choice("prune_start_epoch", f"{share}%", f"{steps} steps of warm-up")
 
 
 def _prune_update(facts: Facts, settled: Settings) -> Choice | None:
@@ -320,7 +339,7 @@ def _narrow(setting: str, value: Any, reason: str) -> Callable[[Facts, Settings]
     """A rule for what makes the small model an ordinary narrower one: of the methods that can, and where nothing forbids it."""
 
     def rule(facts: Facts, settled: Settings) -> Choice | None:
-        able = facts.narrows and any(method in _NARROWING for method in _methods(settled))
+        able = facts.narrows and _is_early(facts) and any(method in _NARROWING for method in _methods(settled))
         by_hand = any(settled.get(other) for other in ("spare", "prune_keep_ratios"))
         return Choice(setting, value, reason) if facts.prunes and able and not by_hand else None
 
@@ -328,13 +347,13 @@ def _narrow(setting: str, value: Any, reason: str) -> Callable[[Facts, Settings]
 
 
 def _prune_benefit(facts: Facts, settled: Settings) -> Choice | None:
-    if not (facts.prunes and facts.images >= _MANY and "block_benefit" in _methods(settled)):
+    if not (facts.prunes and _is_early(facts) and "block_benefit" in _methods(settled)):
         return None
     return Choice("prune_benefit", "linear", f"{facts.images:,} images: the probes that cost least are good enough")
 
 
 def _prune_compute(facts: Facts, settled: Settings) -> Choice | None:
-    if not (facts.prunes and facts.images >= _MANY and any(method in _NARROWING for method in _methods(settled))):
+    if not (facts.prunes and _is_early(facts) and any(method in _NARROWING for method in _methods(settled))):
         return None
     if settled.get("compile"):
         return None
