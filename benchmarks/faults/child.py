@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 
+import p3b.commands.prune
 import p3b.run.final_table
 import p3b.run.records
 import p3b.run.stage
@@ -63,6 +64,7 @@ def run(arguments: list[str]) -> int:
     """Exit status of `p3b` with these arguments; everything is real, but throughput is measured more briefly."""
     torch.set_num_threads(1)
     p3b.run.final_table.images_per_second = partial(p3b.run.final_table.images_per_second, rounds=1, seconds_per_round=0.0)
+    p3b.commands.prune.choose_layout = partial(p3b.commands.prune.choose_layout, seconds=0.0)
     p3b.run.records.Records.draw = lambda _records, _figure_format: []
     return main(arguments)
 
