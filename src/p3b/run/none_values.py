@@ -39,7 +39,8 @@ def _spelled(value: str, flag: str, spelling: dict[str, str]) -> str:
 @cache
 def types_of(config_class: type) -> Mapping[str, Any]:
     """Every setting of a command with its type, those of its groups in their places."""
-    hints, found = get_type_hints(config_class), {}
+    hints = get_type_hints(config_class)
+    found: dict[str, Any] = {}
     for field in fields(config_class):
         kind = hints[field.name]
         found |= types_of(kind) if isinstance(kind, type) and is_dataclass(kind) else {field.name: kind}
