@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # the process that only hands the tests out to workers reads 
 os.environ["OMP_NUM_THREADS"] = "1"  # the networks here are so small that threads of torch only wait for each other
 gc.disable()  # until everything is imported, which leaves next to no garbage
 _MEMORY = Path("/dev/shm")
-if _MEMORY.is_dir() and shutil.disk_usage(_MEMORY).free > 4 << 30:
+if _MEMORY.is_dir() and shutil.disk_usage(_MEMORY).free > 1 << 30:
     # A file system like any other, but for the wait until a disk has what runs flush to it, thousands of times.
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(_MEMORY))
 
