@@ -11,10 +11,10 @@ SHELL  := /bin/bash
 demo: $(READY)  ## the whole job on embedded data, in minutes
 	$(BIN)/p3b demo
 
-test: $(READY)  ## the default tests
+test: $(READY)  ## the default tests: every law, each kind of model and setting at least once
 	$(BIN)/python -m pytest -n auto --dist worksteal
 
-test-slow: $(READY)  ## the real thing at full size
+test-slow: $(READY)  ## what the default tests leave out: the other pairs of long products, exports of every family
 	$(BIN)/python -m pytest -n auto --dist worksteal -m slow
 
 faults: $(READY)  ## laws, damaged files, killed runs and other numbers of processes in large numbers: a quarter of an hour (docs/reliability.md)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,12 +16,19 @@ if TYPE_CHECKING:  # the process that only hands the tests out to workers reads 
     from refusals import Refusals
 
 os.environ["OMP_NUM_THREADS"] = "1"  # the networks here are so small that threads of torch only wait for each other
+gc.disable()  # until everything is imported, which leaves next to no garbage
+_MEMORY = Path("/dev/shm")
+if _MEMORY.is_dir() and shutil.disk_usage(_MEMORY).free > 1 << 30:
+    # A file system like any other, but for the wait until a disk has what runs flush to it, thousands of times.
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(_MEMORY))
 
 
 def pytest_collection_finish() -> None:
     """What has been imported by now stays: collecting garbage never looks at it again, nor do forks copy it for that."""
     gc.collect()
     gc.freeze()
+    gc.enable()
+    gc.set_threshold(20_000, 20, 20)  # tests are short: what they leave is little, and was looked through many times a second
 
 
 @pytest.fixture(scope="session")

@@ -19,6 +19,7 @@ from torch import Tensor
 
 import p3b
 from p3b.commands.command_line import main, published_main
+from p3b.deploy.speed import images_per_second
 from p3b.train.checkpoint import Checkpoints
 from tiny import DISTILLED, VIT
 
@@ -94,6 +95,10 @@ def flags(data: Path, out: Path, *more: str, model: Sequence[str] = MODEL, recip
     return ["--data-path", str(data), "--output-dir", str(out), *model, *MACHINE, *recipe, *more]
 
 
+ONE_BATCH: dict[str, Any] = {"rounds": 1, "seconds_per_round": 0.0}
+"""Of throughput, in place of seconds."""
+
+
 @contextmanager
 def brief(*, figures: bool = False) -> Iterator[None]:
     """Everything is real, but what takes longer than a tiny run itself: throughput is measured more briefly and in two layouts,
@@ -106,11 +111,12 @@ def brief(*, figures: bool = False) -> Iterator[None]:
     import p3b.run.records
     import p3b.run.series_speed
 
-    measure = partial(p3b.run.final_table.images_per_second, rounds=1, seconds_per_round=0.0)
+    measure = partial(images_per_second, **ONE_BATCH)
     with pytest.MonkeyPatch.context() as patch:
         for module in (p3b.run.final_table, p3b.run.series_speed):
             patch.setattr(module, "images_per_second", measure)
         patch.setattr(p3b.commands.prune, "choose_layout", partial(p3b.commands.prune.choose_layout, seconds=0.0))
+        patch.setattr(p3b.deploy.choice, "images_per_second", lambda *given, **more: measure(*given, **{**more, **ONE_BATCH}))
         patch.setattr(p3b.deploy.choice, "CANDIDATES", p3b.deploy.choice.CANDIDATES[:2])
         if not figures:
             patch.setattr(p3b.run.records.Records, "draw", lambda _records, _figure_format: [])

@@ -40,12 +40,12 @@ def wait_for(condition: Callable[[], Any]) -> None:
 # --- signals ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize(("number", "workers"), [(signal.SIGTERM, 1), (signal.SIGINT, 0), (signal.SIGUSR1, 0)])
 def test_a_signal_finishes_the_step_saves_and_has_a_status_of_its_own(
-    data: Path, undisturbed: Path, tmp_path: Path, number: signal.Signals
+    data: Path, undisturbed: Path, tmp_path: Path, number: signal.Signals, workers: int
 ) -> None:
     """No checkpoint within epochs was asked for; the stop makes one, and going on from it equals never stopping."""
-    given = flags(data, tmp_path, *RANDOM, "--checkpoint-minutes", "0", "--num-workers", "1")
+    given = flags(data, tmp_path, *RANDOM, "--checkpoint-minutes", "0", "--num-workers", str(workers))
 
     def signalled() -> int:
         real, calls = kills.p3b.pruner.Pruner.step, 0

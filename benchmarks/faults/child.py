@@ -22,18 +22,19 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+import p3b.deploy.choice
 import p3b.run.final_table
 import p3b.run.records
 import p3b.run.stage
 import p3b.run.training
 import p3b.storage.files
 from p3b.commands.command_line import main
+from p3b.deploy.speed import images_per_second
 
 
 def set_trap(trap: str) -> None:
@@ -62,9 +63,15 @@ def set_trap(trap: str) -> None:
 def run(arguments: list[str]) -> int:
     """Exit status of `p3b` with these arguments; everything is real, but throughput is measured more briefly."""
     torch.set_num_threads(1)
-    p3b.run.final_table.images_per_second = partial(p3b.run.final_table.images_per_second, rounds=1, seconds_per_round=0.0)
+    for module in (p3b.run.final_table, p3b.deploy.choice):
+        module.images_per_second = _one_batch  # type: ignore[attr-defined]
     p3b.run.records.Records.draw = lambda _records, _figure_format: []
     return main(arguments)
+
+
+def _one_batch(*given: Any, **more: Any) -> list[float]:
+    """Throughput by a batch of each model."""
+    return images_per_second(*given, **{**more, "rounds": 1, "seconds_per_round": 0.0})
 
 
 def _at_call(owner: Any, name: str, count: int, act: Callable[..., object], *, after: bool = False) -> None:

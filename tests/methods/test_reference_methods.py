@@ -26,6 +26,7 @@ from p3b.scoring.scores import MagnitudeScores, RandomScores
 from p3b.vit.cost import block_params, dense_params, kept_params
 from p3b.vit.layout import BlockLayout, ModelLayout, read_layout
 from runs import CALM, flags, lines, read, run
+from thinning import thinned
 from tiny import VARIANTS, images, labels, parameters_of, tiny_vit
 
 PLAN = p3b.Schedule(start=3, sparse=9, final=14, update_every=2)
@@ -138,8 +139,9 @@ def test_pruning_nothing_keeps_everything(name: str) -> None:
 # --- the whole way
 
 
-@pytest.mark.parametrize("variant", ["plain", "layer scale", "registers", "no bias, sigmoid"])
-@pytest.mark.parametrize("name", REFERENCES)
+@pytest.mark.parametrize(
+    ("name", "variant"), thinned(REFERENCES, ["plain", "layer scale", "registers", "no bias, sigmoid"], 2, whole=0)
+)
 def test_the_small_network_is_the_masked_one(name: str, variant: str) -> None:
     model = tiny_vit(**VARIANTS[variant], dtype=torch.float64)
     dense, run = parameters_of(model), Run(model, name)
@@ -179,7 +181,7 @@ def test_stopping_and_resuming_equals_never_stopping_bit_for_bit(name: str) -> N
     straight = Run(tiny_vit(), name, **options)
     small = straight.to_the_end()
     before = Run(tiny_vit(), name, **options)  # a second run: taking its states must not change what comes after them
-    for stop in (1, 4, 5, 9, 12, 14):
+    for stop in (1, 5, 12) if name in ("uniform", "taylor") else (4, 9, 14):
         before.steps(stop - before.pruner.steps_done)
         model_state, optimizer_state, pruner_state = torch.load(_stopped(before), weights_only=True)
         after = Run(tiny_vit(seed=5), name)  # another seed of the method as well: what was drawn is part of the state

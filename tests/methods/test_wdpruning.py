@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -317,20 +318,32 @@ def test_rounding_gives_multiples_and_says_what_it_costs() -> None:
 # --- stopping and going on
 
 
-@pytest.mark.parametrize("options", [{}, {"classifiers": [1], "classifier_choose": 1}])
+def _to_be_stopped(chosen: int | None, seed: int = 0) -> Run:
+    """A run with the classifier of that number, or with none."""
+    options = {} if chosen is None else {"classifiers": [chosen], "classifier_choose": chosen}
+    return Run(tiny_vit(seed=seed), 0.6, p3b.Schedule(start=3, sparse=12, final=22, update_every=4), **options)
+
+
+@cache
+def _never_stopped(chosen: int | None) -> tuple[Run, nn.Module]:
+    """The run and the small model at its end, only to be read."""
+    run = _to_be_stopped(chosen)
+    return run, run.to_the_end()
+
+
+@pytest.mark.parametrize("chosen", [None, 1])
 @pytest.mark.parametrize("stop", [2, 3, 4, 17])
-def test_a_run_that_stops_and_goes_on_is_the_one_that_never_stopped(stop: int, options: dict[str, Any]) -> None:
-    plan = p3b.Schedule(start=3, sparse=12, final=22, update_every=4)
-    straight, before = Run(tiny_vit(), 0.6, plan, **options), Run(tiny_vit(), 0.6, plan, **options).steps(stop)
+def test_a_run_that_stops_and_goes_on_is_the_one_that_never_stopped(stop: int, chosen: int | None) -> None:
+    before = _to_be_stopped(chosen).steps(stop)
     buffer = io.BytesIO()
     torch.save([before.model.state_dict(), before.optimizer.state_dict(), before.pruner.state_dict()], buffer)
     buffer.seek(0)
     model_state, optimizer_state, pruner_state = torch.load(buffer, weights_only=True)
-    after = Run(tiny_vit(seed=5), 0.6, plan, **options)
+    after = _to_be_stopped(chosen, seed=5)
     after.model.load_state_dict(model_state)
     after.optimizer.load_state_dict(optimizer_state)
     after.pruner.load_state_dict(pruner_state)
-    straight_small, small = straight.to_the_end(), after.to_the_end()
+    (straight, straight_small), small = _never_stopped(chosen), after.to_the_end()
     for ours, theirs in zip([*before.decisions, *after.decisions], straight.decisions, strict=True):
         assert ours.blocks == theirs.blocks
         assert all(torch.equal(ours.masks[gate], theirs.masks[gate]) for gate in theirs.masks)

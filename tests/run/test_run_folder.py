@@ -265,7 +265,6 @@ def uninterrupted(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.param("saved", 1, id="after the warm-up"),
         pytest.param("unsaved", 1, id="before the first checkpoint"),
         pytest.param("unsaved", 3, id="while sparsifying"),
-        pytest.param("saved", 4, id="between the last pruning epoch and shrinking"),
         pytest.param("unsaved", 5, id="in the first epoch of fine-tuning"),
         pytest.param("unsaved", 7, id="in the last epoch of fine-tuning"),
     ],

@@ -46,6 +46,7 @@ from p3b.vit.gates import Gates
 from p3b.vit.layout import DEFAULT_DIMS, DIMS, ModelLayout, read_layout
 from p3b.vit.parts import ConstantBranch, NoBranch, ReadChannels, WriteChannels
 from p3b.vit.shapes import branch_shapes
+from thinning import thinned
 from tiny import DISTILLED, VARIANTS, images, labels, parameters_of, tiny_vit
 
 Masks = dict[str, Tensor]
@@ -127,8 +128,7 @@ def _assert_exact(dense: VisionTransformer, layout: ModelLayout, masks: Masks) -
 # --- what is cut computes what was masked
 
 
-@pytest.mark.parametrize("dims", SETS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "dims"), thinned(FAMILIES, SETS, 3))
 def test_small_equals_masked(family: str, dims: str) -> None:
     dense = tiny_vit(dtype=torch.float64, **FAMILIES[family])
     layout = read_layout(dense, SETS[dims])
@@ -477,9 +477,13 @@ def test_a_pruned_model_is_not_taken_for_a_dense_one(dims: tuple[str, ...]) -> N
 # --- what a small model goes through
 
 
-@pytest.mark.parametrize("dims", ["heads", "stream", "all"])
 @pytest.mark.parametrize(
-    "family", [name for name in FAMILIES if name not in ("norm without affine", "unfused", "images of any size")]
+    ("family", "dims"),
+    thinned(
+        [name for name in FAMILIES if name not in ("norm without affine", "unfused", "images of any size")],
+        ["heads", "stream", "all"],
+        3,
+    ),
 )
 def test_a_saved_model_comes_back_bit_for_bit(family: str, dims: str, tmp_path: Path) -> None:
     small = _small(SETS[dims], **FAMILIES[family])
@@ -561,8 +565,7 @@ def test_a_config_that_was_edited_is_refused(spoil: str, tmp_path: Path) -> None
     assert "digest" not in str(caught.value)
 
 
-@pytest.mark.parametrize("dims", SETS)
-@pytest.mark.parametrize("family", ["plain", "layer scale", "distilled", "no class token"])
+@pytest.mark.parametrize(("family", "dims"), thinned(["plain", "layer scale", "distilled", "no class token"], SETS, 3))
 def test_every_layout_computes_the_same(family: str, dims: str) -> None:
     small = _small(SETS[dims], depth=3, **FAMILIES[family])
     with torch.no_grad():

@@ -146,7 +146,7 @@ def _count(flag: str, takes: Mapping[str, int]) -> int:
 
 def _values_taken(settings: type) -> Iterator[tuple[str, int]]:
     """Every setting with the number of values that its flag takes."""
-    return ((name, _values_of(kind)) for name, kind in types_of(settings) if name not in NO_FLAG)
+    return ((name, _values_of(kind)) for name, kind in types_of(settings).items() if name not in NO_FLAG)
 
 
 def _values_of(kind: Any) -> int:

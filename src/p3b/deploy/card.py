@@ -14,6 +14,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -111,16 +112,8 @@ def card(
         run: that made it.
         figure: file beside the card.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("p3b.deploy", "."),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        autoescape=False,  # Markdown: what is put in is quoted here
-        keep_trailing_newline=True,
-    )
     provenance = config["provenance"] or {}
-    return environment.get_template(_TEMPLATE).render(
+    return _template().render(
         name=name,
         on_hub=on_hub,
         is_small=any(block["form"] != WHOLE for block in config["blocks"]),
@@ -138,6 +131,20 @@ def card(
         figure=figure,
         plain=plain_call(config),
     )
+
+
+@cache
+def _template() -> jinja2.Template:
+    """Compiled once, since a series of runs writes a card for each."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("p3b.deploy", "."),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        autoescape=False,  # Markdown: what is put in is quoted here
+        keep_trailing_newline=True,
+    )
+    return environment.get_template(_TEMPLATE)
 
 
 def run_of(folder: Path, config: Mapping[str, Any]) -> Run | None:

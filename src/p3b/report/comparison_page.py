@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import matplotlib
 from matplotlib.figure import Figure
 
@@ -15,6 +14,7 @@ from p3b.errors import RunFolderError
 from p3b.report.comparison import Comparison, Row, notes, read_lines, subject, summarise, table
 from p3b.report.figures import SOFT_INK, STYLE, new_figure, save_figure
 from p3b.report.svg import Picture, picture
+from p3b.report.templates import template
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8A6D00", "#8C8C8C")
 """Okabe and Ito's, told apart by every eye; its yellow, which is lost on white, made darker; and grey."""
@@ -83,10 +83,7 @@ def markdown(comparison: Comparison, figure: Path | None, name: str = "compare",
 def page(comparison: Comparison, name: str = "compare", answer: Sequence[str] = ()) -> str:
     """<name>.html: the same in one file that needs no other."""
     head, cells = table(comparison)
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("p3b.report", "."), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
-    )
-    return environment.get_template("comparison.html.j2").render(
+    return template("comparison.html.j2").render(
         title=_TITLES[name],
         subject=subject(comparison),
         answer=answer,

@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from p3b.errors import RunFolderError
 from p3b.report.charts import draw_all, watched_part
 from p3b.report.diagnosis import Finding, diagnose
@@ -20,6 +18,7 @@ from p3b.report.evaluation import class_accuracies
 from p3b.report.figures import whole_file
 from p3b.report.record import EXAMPLES_FOLDER, StageRecord, read_run
 from p3b.report.svg import Picture
+from p3b.report.templates import template
 from p3b.report.thresholds import FEWEST_FOR_TOP5
 
 MOST_EXAMPLES = 24
@@ -78,11 +77,8 @@ def write_run_report(runs: Sequence[Path], out: Path, *, reload_seconds: int | N
         RunFolderError: a folder holds no run, a file is damaged, or the page cannot be written.
     """
     sections = [_section(run, stage) for run in runs for stage in read_run(run)]
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("p3b.report", "."), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
-    )
     title = " and ".join(run.name or str(run) for run in runs)
-    page = environment.get_template("run.html.j2").render(title=f"P3B: {title}", sections=sections, reload=reload_seconds)
+    page = template("run.html.j2").render(title=f"P3B: {title}", sections=sections, reload=reload_seconds)
     return _write(out, page)
 
 

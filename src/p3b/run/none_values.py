@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
-from types import NoneType
+from functools import cache
+from types import MappingProxyType, NoneType
 from typing import Any, get_args, get_type_hints
 
 
@@ -17,7 +18,7 @@ def with_one_none(config_class: type, words: Sequence[str]) -> list[str]:
         config_class: settings of the command.
         words: flags and values.
     """
-    spelling = {name: "None" if NoneType in get_args(kind) else "none" for name, kind in types_of(config_class)}
+    spelling = {name: "None" if NoneType in get_args(kind) else "none" for name, kind in types_of(config_class).items()}
     written: list[str] = []
     flag = ""
     for word in words:
@@ -35,12 +36,12 @@ def _spelled(value: str, flag: str, spelling: dict[str, str]) -> str:
     return spelling.get(name, value) if value.casefold() == "none" else value
 
 
-def types_of(config_class: type) -> Iterator[tuple[str, Any]]:
+@cache
+def types_of(config_class: type) -> Mapping[str, Any]:
     """Every setting of a command with its type, those of its groups in their places."""
     hints = get_type_hints(config_class)
+    found: dict[str, Any] = {}
     for field in fields(config_class):
         kind = hints[field.name]
-        if isinstance(kind, type) and is_dataclass(kind):
-            yield from types_of(kind)
-        else:
-            yield field.name, kind
+        found |= types_of(kind) if isinstance(kind, type) and is_dataclass(kind) else {field.name: kind}
+    return MappingProxyType(found)

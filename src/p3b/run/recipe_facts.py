@@ -25,6 +25,7 @@ from p3b.train.distributed import Processes
 from p3b.vit.anatomy.weights import STREAM
 from p3b.vit.families import family_of, images_of
 from p3b.vit.layout import read_layout
+from p3b.vit.valueless import without_values
 
 LOOKED_AT = 48
 """Images whose size is looked up."""
@@ -100,7 +101,7 @@ def shape_of(options: ModelOptions, num_classes: int, seed: int) -> VisionTransf
     brings_shape = path is not None and artifact.is_artifact(path)
     options = replace(options, model_pretrained=False, model_path=path if brings_shape else None)
     is_known = timm.is_model(split_model_name_tag(options.model)[0])  # what others are called alike is looked for by building
-    with torch.device("meta") if is_known and not brings_shape else nullcontext():  # where a model costs nothing
+    with without_values() if is_known and not brings_shape else nullcontext():  # where a model costs nothing
         return open_model(options, num_classes, seed).model
 
 

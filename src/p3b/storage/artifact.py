@@ -92,9 +92,9 @@ def save(
             hook, a pruner that is still attached), or values that are not finite.
         RunFolderError: the folder cannot be written.
     """
-    folder, model = Path(folder), _saveable(model)
-    config = model_config(model, class_names=class_names, preprocessing=preprocessing, provenance=provenance)
-    tensors = _tensors_of(model)
+    folder, vit = Path(folder), _saveable(model)
+    config = _config_of(vit, class_names=class_names, preprocessing=preprocessing, provenance=provenance)
+    tensors = _tensors_of(vit)
     text = sealed(config, tensors)
     try:
         _settle(folder)
@@ -114,9 +114,9 @@ def save_checkpoint(model: nn.Module, file: str | Path, **description: Any) -> P
         ModelError: as for `save`.
         RunFolderError: the file cannot be written.
     """
-    model = _saveable(model)
-    tensors = _tensors_of(model)
-    content = {CHECKPOINT_KEY: sealed(model_config(model, **description), tensors), "model": tensors}
+    vit = _saveable(model)
+    tensors = _tensors_of(vit)
+    content = {CHECKPOINT_KEY: sealed(_config_of(vit, **description), tensors), "model": tensors}
     try:
         write_atomically(Path(file), lambda path: torch.save(content, path))
     except (OSError, RuntimeError) as error:  # torch tells of a full disk by a RuntimeError
@@ -189,7 +189,16 @@ def model_config(
         ModelError: the architecture cannot be described, so that `load` would not give the model back, or the class names are
             not as many as the head's outputs.
     """
-    vit = _saveable(model)
+    return _config_of(_saveable(model), class_names=class_names, preprocessing=preprocessing, provenance=provenance)
+
+
+def _config_of(
+    vit: VisionTransformer,
+    class_names: Sequence[str] | None = None,
+    preprocessing: Mapping[str, Any] | None = None,
+    provenance: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The same of a model that has been looked at."""
     if class_names is not None and len(class_names) != classes_of(vit):
         raise ModelError(f"Got {len(class_names)} class names for a head of {classes_of(vit)} outputs.")
     shapes, architecture = branch_shapes(vit), describe_dense(vit)

@@ -15,6 +15,7 @@ from torch import Tensor
 from p3b.errors import WeightsError
 from p3b.storage.untrusted import READ_ERRORS, first_line
 from p3b.vit.families.family import MOST_BLOCKS
+from p3b.vit.valueless import without_values
 
 
 def convert_npz(arrays: Mapping[str, np.ndarray], path: Path) -> dict[str, Tensor]:
@@ -46,7 +47,7 @@ def _require_room(arguments: Mapping[str, Any], arrays: Mapping[str, np.ndarray]
     """ValueError where the shapes of a few arrays speak of a model that is larger than all of them."""
     if not 1 <= arguments["depth"] <= MOST_BLOCKS:
         raise ValueError(f"it speaks of {arguments['depth']} blocks")
-    with torch.device("meta"):
+    with without_values():
         wanted = sum(parameter.numel() for parameter in VisionTransformer(**arguments, weight_init="skip").parameters())
     held = sum(array.size for array in arrays.values())
     if wanted > held:

@@ -25,6 +25,7 @@ from p3b.storage.hub_folder import Facts, facts_of_preprocessor, facts_of_transf
 from p3b.storage.load_report import first
 from p3b.storage.naming import to_timm_names
 from p3b.storage.preparation import decide_preparation
+from p3b.vit.valueless import without_values
 
 _ENCODERS = {
     "vit": ("ViTModel", "ViTForImageClassification", "ViTForMaskedImageModeling"),
@@ -93,7 +94,7 @@ def from_transformers(model: nn.Module, image_processor: Any = None) -> VisionTr
         raise ModelError(f"{type(model).__name__} has the activation '{facts.activation}', which timm does not know.")
     plan = _plan(type(model).__name__, config, facts, renamed.state)
     state = {plan.renames.get(key, key): tensor for key, tensor in renamed.state.items()}
-    with torch.device("meta"):
+    with without_values():
         built = plan.kind(**plan.arguments, weight_init="skip")
     _require_same_parts(type(model).__name__, state, built)
     own = {key: state[key].detach().clone(memory_format=torch.contiguous_format) for key in built.state_dict()}

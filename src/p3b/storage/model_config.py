@@ -26,6 +26,7 @@ from p3b.vit.architecture import branches_of, build_skeleton, check_description
 from p3b.vit.compact import reshape_branches
 from p3b.vit.cost import count_parameters
 from p3b.vit.shapes import shapes_from_plain
+from p3b.vit.valueless import NoValues
 
 FORMAT = "p3b-model"
 TRAINING_IMAGES = "training_images"
@@ -114,7 +115,8 @@ def skeleton_of(config: Mapping[str, Any], file: Path) -> VisionTransformer:
     """The model that a checked config describes, without memory for its weights."""
     try:
         model = build_skeleton(config["architecture"])
-        reshape_branches(model, *_shapes_of(config))
+        with NoValues():
+            reshape_branches(model, *_shapes_of(config))
         if config["params"] != count_parameters(model):
             raise ModelError(f"params is {str(config['params'])[:40]}, the model has {count_parameters(model)}")
     except (ModelError, *READ_ERRORS) as error:

@@ -40,6 +40,7 @@ from p3b.storage.weights_file import Weights, open_weights
 from p3b.vit.families import CLASSES, family_of, patch_embed_of
 from p3b.vit.fresh import initialise
 from p3b.vit.parts import ConstantBranch, NoBlock, NoBranch
+from p3b.vit.valueless import without_values
 
 _BUILD_ERRORS = (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
 
@@ -208,9 +209,9 @@ def _check_kwargs(name: str, kwargs: Mapping[str, Any]) -> None:
 def _outline(name: str) -> nn.Module:
     """The model as timm builds it by default, on the meta device: its class and sizes are known before anything is allocated.
 
-    Only to be read. Kept, since timm draws every weight on that device as well, which takes most of a tiny model's time.
+    Only to be read, and kept for the next to ask.
     """
-    with torch.device("meta"):
+    with without_values():
         return _build(name, {})
 
 
@@ -297,7 +298,7 @@ def _implied(name: str, facts: Facts, kwargs: Mapping[str, Any]) -> dict[str, An
     """Arguments that the weights need and nobody gave: the activation, where the model of that name has another one."""
     if facts.activation is None or "act_layer" in kwargs or not is_known_activation(facts.activation):
         return {}
-    with torch.device("meta"):
+    with without_values():
         plain = _build(name, {})
     return {} if same_activation(plain, facts.activation) else {"act_layer": facts.activation}
 

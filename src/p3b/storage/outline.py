@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import timm
-import torch
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch import nn
 
 from p3b.errors import ModelError
 from p3b.vit.coverage import require_prunable_layers
 from p3b.vit.described import require_described
 from p3b.vit.layout import ModelLayout, read_layout
-
-_VALUES_ALONE = {"normal_", "uniform_", "erfinv_", "fill_", "zero_", "clamp_", "mul_", "add_"}
-"""Methods that change the values of a tensor and nothing else of it."""
+from p3b.vit.valueless import without_values
 
 
 def outline(name: str, **arguments: Any) -> nn.Module:
@@ -32,7 +27,7 @@ def outline(name: str, **arguments: Any) -> nn.Module:
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # on names that timm gives up: not what was asked
-        with torch.device("meta"), _NoValues():
+        with without_values():
             return timm.create_model(name, **arguments)
 
 
@@ -55,18 +50,3 @@ def can_be_pruned(name: str) -> bool:
     except (ModelError, AssertionError, RuntimeError, NotImplementedError, TypeError):
         return False
     return True
-
-
-class _NoValues(TorchFunctionMode):
-    """Leaves out what sets values of tensors on the meta device. They have none, and it takes most of the time."""
-
-    def __torch_function__(
-        self,
-        function: Callable[..., Any],
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        if getattr(function, "__name__", "") in _VALUES_ALONE and args and isinstance(args[0], Tensor) and args[0].is_meta:
-            return args[0]
-        return function(*args, **(kwargs or {}))

@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, cast
 
-import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from p3b.errors import ModelError
 from p3b.vit.families import CLASSES, family_of, family_of_class
 from p3b.vit.families.family import BranchOutline, Family, is_one_of
+from p3b.vit.valueless import without_values
 
 BLOCK_ARGUMENTS = "p3b_block_arguments"
 """Attribute of a small model that keeps what it was built with where it does not tell: cut blocks, and a narrower stream."""
@@ -97,8 +97,8 @@ def build_skeleton(architecture: Mapping[str, Any]) -> VisionTransformer:
     Raises:
         ModelError: the description is not one of `describe_dense`.
     """
-    with torch.device("meta"):
-        return _build(architecture, values=False)  # drawing values that nobody holds takes most of the time
+    with without_values():  # drawing values that nobody holds takes most of the time
+        return _build(architecture, values=False)
 
 
 def _build(architecture: Mapping[str, Any], *, values: bool) -> VisionTransformer:

@@ -23,6 +23,7 @@ from p3b.vit.families.activations import activation_name
 from p3b.vit.layout import require_standard_blocks
 from p3b.vit.parts import NoBlock
 from p3b.vit.shapes import branch_shapes
+from p3b.vit.valueless import NoValues
 from p3b.vit.wrappers import is_sharded
 
 _SAME_KIND: dict[type[nn.Module], type[nn.Module]] = {nn.LayerNorm: LayerNorm, DropPath: nn.Identity, PatchDropout: nn.Identity}
@@ -58,7 +59,8 @@ def require_described(model: VisionTransformer, purpose: str = "saved") -> None:
         require_standard_blocks(model)
     described = build_skeleton(describe_dense(model))
     try:
-        reshape_branches(described, branch_shapes(model), model.embed_dim)
+        with NoValues():
+            reshape_branches(described, branch_shapes(model), model.embed_dim)
     except ModelError as error:
         raise ModelError(f"The model cannot be {purpose}: {error}.") from error
     for difference in _differences(model, described):
