@@ -37,6 +37,14 @@ FAMILIES: dict[str, dict[str, str]] = {
         "depths": "(1,1)",
         "num_heads": "(2,4)",
     },
+    "hiera_tiny_224": {
+        "img_size": "16",
+        "embed_dim": "16",
+        "num_heads": "2",
+        "stages": "(1,1)",
+        "q_pool": "1",
+        "mask_unit_size": "(2,2)",
+    },
 }
 PHASES = ("--epochs", "2", "--prune-start-epoch", "1", "--prune-ratio", "0.3", "--prune-benefit", "linear")
 

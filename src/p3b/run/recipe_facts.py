@@ -23,7 +23,7 @@ from p3b.storage import artifact
 from p3b.storage.models import parse_model_kwargs
 from p3b.train.distributed import Processes
 from p3b.vit.anatomy.weights import STREAM
-from p3b.vit.families import family_of, images_of
+from p3b.vit.families import family_of, images_of, width_of
 from p3b.vit.layout import read_layout
 
 LOOKED_AT = 48
@@ -58,7 +58,7 @@ def read_facts(
         input_size=images_of(model).size[0],
         resizable=_is_resizable(options, model),
         patch_size=images_of(model).patch[0],
-        width=model.embed_dim,
+        width=width_of(model),
         depth=len(family_of(model).blocks(model)),
         pretrained=options.model_pretrained or options.model_path is not None,
         on_gpu=device.type == "cuda",
