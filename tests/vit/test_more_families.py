@@ -346,6 +346,19 @@ def test_fresh_weights_leave_no_value_of_the_trained_ones(kind: str) -> None:
     assert small(_images(small)).isfinite().all()
 
 
+@pytest.mark.parametrize("kind", ["Qwen3", "SAM", "Swin", "Hiera"])
+def test_the_basis_of_its_heads_stays_in_one_shot(kind: str) -> None:
+    """Regression: blocks that do not lie in `model.blocks` ended a run in one shot."""
+    model = _tiny(kind, torch.float32)
+    batch, targets = _images(model), torch.arange(2)
+    pruner = Pruner(model, 0.3, method="taylor")
+    pruner.calibrate([(batch, targets)], CE)
+    pruner.decide_last()
+    with torch.no_grad():
+        masked = model.eval()(batch)
+        torch.testing.assert_close(pruner.shrink()(batch), masked, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", ["hybrid", "BEiT", "SAM", "Swin", "Swin v2", "Hiera"])
 @pytest.mark.parametrize("layout", ["balanced", "reordered"])
 @torch.no_grad()
