@@ -130,7 +130,9 @@ def _problems(pruner: p3b.Pruner, model: nn.Module, dense: int, ratio: float) ->
 
 def costliest_element(block: BlockLayout) -> int:
     """Parameters that go with one element of a block's gates, with those that go along with its last one."""
-    alone = sum(_numel(weight.axes) for weight in block.weights if all(isinstance(f, int) for axis in weight.axes for f in axis))
+    alone = sum(
+        _numel(weight.axes) for weight in block.weights if all(isinstance(f, int) for axis in weight.axes for f in axis)
+    )
     left = [int(block_params(block, {dim: torch.tensor(size - 1)})) for dim, size in block.dims.items()]
     return dense_params(block) - min(left) + alone
 
@@ -226,9 +228,13 @@ def tables(lines: Sequence[Line]) -> list[str]:
     for kind, families in result["kinds"].items():
         sums = [sum(counts[i] for counts in families.values()) for i in range(4)]
         rows.append([f"`{kind}`", ", ".join(families), *map(str, sums)])
-    text += table(["class of timm", "families", "entries", "weights", "models that differ", "entries found exact"], rows, text=2)
+    text += table(
+        ["class of timm", "families", "entries", "weights", "models that differ", "entries found exact"], rows, text=2
+    )
     if result["wrong"]:
-        text += table(["model", "what does not hold"], [[name, "; ".join(each)] for name, each in result["wrong"].items()], text=2)
+        text += table(
+            ["model", "what does not hold"], [[name, "; ".join(each)] for name, each in result["wrong"].items()], text=2
+        )
     if result["unasked"]:
         text += folded("Not asked", [f"- `{name}`: {reason}" for name, reason in result["unasked"].items()])
     return [*text, *how_it_was_run(lines)]

@@ -24,6 +24,7 @@ from harness.records import read_lines
 from harness.turns import CPU
 from p3b.scoring import batched
 from p3b.scoring.ridge import SOLVE_EVERY
+from p3b.vit import products
 from tiny import VIT, in_ranks
 from training import Entry, Shape, Training, measure_memory
 
@@ -166,6 +167,21 @@ def test_operators_are_as_many_as_counted(side: str) -> None:
         for _ in range(cycle):
             trained.step()
     assert operators.count / cycle == pytest.approx(scaling.predicted(side, scaling.size_of(shape, 4)).operators, rel=0.05)
+
+
+def test_products_that_are_computed_again_take_as_many_operators_as_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = _shape(3)
+    size = scaling.size_of(shape, 4)
+    kept, work = cost.memory_gates(size), cost.gates(size)
+    trained = _settled("gated", shape)
+    monkeypatch.setattr(products, "FREED_FROM", 24**2)
+    with _Operators() as operators:
+        trained.step()
+    assert operators.count == pytest.approx(scaling.predicted("gated", size).operators, rel=0.02)
+    assert operators.count > (cost.plain(size) + work).operators
+    assert kept - cost.memory_gates(size) == (3 * 12 - 4) * 24**2 * cost.FLOAT and cost.gates(size).traffic > work.traffic
+    half = replace(size, feature_bytes=2)
+    assert cost.memory_gates(half) == cost.memory_gates(size)
 
 
 @pytest.mark.parametrize("estimator", AT_ONCE)

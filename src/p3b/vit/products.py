@@ -50,7 +50,8 @@ def _is_kept(product: Tensor, scales: Sequence[Tensor]) -> bool:
     return (
         product.numel() >= FREED_FROM
         and not product.is_meta
-        and torch._C._current_graph_task_id() == -1  # within a backward pass, checkpointing computes what that pass reads at once
+        and torch._C._current_graph_task_id()
+        == -1  # within a backward pass, checkpointing computes what that pass reads at once
         and not torch.is_autocast_enabled(product.device.type)
         and not any(scale.requires_grad for scale in scales)  # the gradient of a mask may read half a product
     )
