@@ -252,7 +252,7 @@ def memory_plain(size: Size) -> int:
 def memory_gates(size: Size) -> int:
     """Bytes that the gated weights take beside the weights: autograd keeps products and the masks along their axes.
 
-    Of the large ones there is one at a time. Under bf16 that goes for all: what is kept is a copy in half precision, as in plain
+    Of the large ones there is one at a time. Under bf16 that goes for all: a copy in half precision is kept, as in plain
     training.
     """
     D = size.width

@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+import large
 import projection
 from cost_model import (
     ESTIMATED,
@@ -237,7 +238,7 @@ def tables(lines: Sequence[Line]) -> list[str]:
         for kind, made in KINDS:
             if found := [line for line in here if line["table"] == kind]:
                 text += made(found)
-    return [*text, *projection.tables(), *how_it_was_run(lines, *rounds_of(lines))]
+    return [*text, *large.tables(), *projection.tables(), *how_it_was_run(lines, *rounds_of(lines))]
 
 
 def _size(line: Line) -> Size:

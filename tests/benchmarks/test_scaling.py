@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import cost_model as cost
+import large
 import projection
 import scaling
 import training
@@ -335,3 +336,13 @@ def test_what_is_recorded_is_known_and_counted_as_the_model_counts() -> None:
             size = scaling.size_of(scaling.SHAPES[line["shape"]], line["result"]["batch"])
             for name, side in line["result"]["sides"].items():
                 assert name == "plain" or side["bytes"] == scaling.handed_over(name, size)
+
+
+def test_large_models_take_a_tenth_more_at_most_from_so_many_images_on() -> None:
+    for _, size in large.sizes():
+        images = large.fewest_images(large.DEFAULT, size)
+        assert large.added(large.DEFAULT, replace(size, batch=images)) <= large.BUDGET
+        assert large.added(large.DEFAULT, replace(size, batch=images - 1)) > large.BUDGET
+    names = [name for name, _ in large.sizes()]
+    assert all(f"| {name} (" in "\n".join(large.tables()) for name in names)
+    assert dict(large.sizes())["ViT-L/16"].parameters == 304_326_632  # as timm counts vit_large_patch16_224

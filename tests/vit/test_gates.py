@@ -161,11 +161,16 @@ def _large_products_freed(model: nn.Module) -> tuple[Tensor, dict[str, Tensor], 
     gates.set(soft_random_masks(read_layout(model)))
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     saved: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+
+    def keep(tensor: Tensor) -> Tensor:
+        saved.append(tensor.detach())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         loss = nn.functional.cross_entropy(model(images()), labels())
-    square = {tensor.untyped_storage() for tensor in saved if tensor.ndim == 2 and min(tensor.shape) >= 24}
+    square = [tensor.untyped_storage() for tensor in saved if tensor.ndim == 2 and min(tensor.shape) >= 24]
     kept = sum(memory.nbytes() for memory in square if memory.data_ptr() not in own)
-    del saved, square
+    saved.clear()
     loss.backward()
     gradients = {key: parameter.grad.clone() for key, parameter in model.named_parameters() if parameter.grad is not None}
     gates.detach()

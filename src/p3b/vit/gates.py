@@ -257,7 +257,7 @@ class Gates:
 
         def restore(layer: nn.Module, _args: object, output: object) -> None:
             holders = layer.__dict__.get("_ungated_parameters", {})
-            # torch.compile computes again what is worth it by itself. With active widths no layer computes with a whole product.
+            # torch.compile sees to it by itself, and with active widths no layer computes with a whole product.
             if holders and self.active is None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
                 for gated in gated_weights:
                     product = layer.get_submodule(gated.holder)._parameters[gated.parameter]

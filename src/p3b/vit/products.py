@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from p3b.errors import TrainingError
 
 FREED_FROM = 2**20
-"""Numbers of a weight from which on its product is let go of. Narrow models are quicker with fewer calls, and have the memory."""
+"""Numbers of a weight from which on its product is let go of: narrow models are quicker with fewer calls."""
 
 
 def product_of(weight: Tensor, scales: Sequence[Tensor], out: Tensor | None = None) -> Tensor:
@@ -67,8 +67,8 @@ def _refill(freed: list[Tensor], size: int, weight: nn.Parameter, scales: Sequen
             return
         if weight._version != version:
             raise TrainingError(
-                "A weight was changed between the forward pass and its backward pass, so that gradients would be those of another "
-                "model. Step the optimizer after loss.backward()."
+                "A weight was changed between the forward pass and its backward pass, so that gradients would be those of "
+                "another model. Step the optimizer after loss.backward()."
             )
         memory = freed.pop()
         memory.untyped_storage().resize_(size)

@@ -1,8 +1,8 @@
 """Which of timm's Vision Transformers can be pruned, and is what comes out exact? Every model that is accepted is asked.
 
-    python benchmarks/coverage.py run                     # all of them: about ten minutes of one core
-    python benchmarks/coverage.py run --models 'hiera_*'  # some of them; prints what it finds and records nothing
-    python benchmarks/coverage.py table                   # the table of docs/families.md from the JSON line
+    python benchmarks/timm_models.py run                     # all of them: about ten minutes of one core
+    python benchmarks/timm_models.py run --models 'hiera_*'  # some of them; prints what it finds and records nothing
+    python benchmarks/timm_models.py table                   # the table of docs/families.md from the JSON line
 
 A model is taken with its own widths, heads and parts, but with two blocks (one in each stage of a hierarchy) and a small image:
 what a family gets wrong, it gets wrong in one block. Names that differ in depth, image or weights alone are one model then, and
@@ -219,9 +219,9 @@ def tables(lines: Sequence[Line]) -> list[str]:
     text = [_sentence(group, told) for group, told in result["accepted"].items()]
     asked = sum(counts[3] for families in result["kinds"].values() for counts in families.values())
     text += [
-        f"{asked} of these models were pruned here, with their own widths, two blocks and small images ({result['models']} that "
-        f"differ): {len(result['wrong'])} are inexact, miss their budget or crash; {len(result['unasked'])} could not be made "
-        "small enough to be asked.",
+        f"{asked} of these models were pruned here, with their own widths, two blocks and small images ({result['models']} "
+        f"that differ): {len(result['wrong'])} are inexact, miss their budget or crash; {len(result['unasked'])} could not be "
+        "made small enough to be asked.",
         "",
     ]
     rows = []
@@ -243,8 +243,8 @@ def tables(lines: Sequence[Line]) -> list[str]:
 def _sentence(group: str, told: Mapping[str, int]) -> str:
     share = told["accepted_weights"] / max(told["weights"], 1)
     return (
-        f"Of timm's {group} models {told['accepted']} of {told['entries']} entries can be pruned, with {told['accepted_weights']} "
-        f"of {told['weights']} pretrained weights ({share:.0%})."
+        f"Of timm's {group} models {told['accepted']} of {told['entries']} entries can be pruned, with "
+        f"{told['accepted_weights']} of {told['weights']} pretrained weights ({share:.0%})."
     )
 
 
@@ -261,7 +261,7 @@ def flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, default=1)
 
 
-PART = Part("coverage.py", RESULTS / "coverage.jsonl", ROOT / "docs" / "families.md", tables)
+PART = Part("timm_models.py", RESULTS / "timm_models.jsonl", ROOT / "docs" / "families.md", tables)
 BENCH = Bench(__doc__, PART, ("timm",), measure, flags)
 
 if __name__ == "__main__":
