@@ -75,3 +75,11 @@ def test_the_small_model_is_exported_and_agrees_with_itself(name: str, data: Pat
         file = tmp_path / f"small.{ending}"
         assert run("export", str(small), "--output", str(file)) == 0  # refused where its answers differ
         assert file.stat().st_size > 0
+
+
+def test_inspect_tells_a_hierarchy_stage_by_stage(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Regression: it asked for a depth, which a model of stages does not have."""
+    small = _pruned("hiera_tiny_224", data, tmp_path)
+    assert run("inspect", str(small)) == 0
+    said = capsys.readouterr().out
+    assert "width 16, depth 2" in said and "blocks.1.mlp" in said
