@@ -64,10 +64,11 @@ TITLES = {
     "image": f"Image size (pixels; patches of {PATCH})",
     "classes": "Classes",
 }
-LARGE = "large-vit-l"
-"""A few blocks of ViT-L/16 at 224 pixels, with the batch that its memory is measured with."""
+LARGE: Mapping[str, int] = {"fp32": 32, "bf16": 64}
+"""Images of a batch, by precision, that memory is measured with at the width of ViT-L/16 at 224 pixels."""
+LARGE_BLOCKS = 4
+"""Of ViT-L's 24 blocks."""
 LARGE_SIDES = ("plain", "gated", "linear", "low_rank")
-PRECISIONS = ("fp32", "bf16")
 RANKS = (1, 2)
 PRUNING = ("gated", *ESTIMATED)
 SIDES = ("plain", *PRUNING)
@@ -184,24 +185,30 @@ def _together(act: Callable[[], object]) -> Callable[[], object]:
 
 
 SHAPES: dict[str, Shape] = {f"{axis}-{value}": shape_of(**{axis: value}) for axis, values in AXES.items() for value in values}
-SHAPES[LARGE] = Shape(
-    "4 of 24 blocks of ViT-L/16",
-    MODEL,
-    32,
-    ROUNDS,
-    {"img_size": 224, "patch_size": 16, "embed_dim": 1024, "depth": 4, "num_heads": 16},
-    1_000,
-)
+LARGE_SHAPES = {
+    f"large-{precision}": Shape(
+        f"{LARGE_BLOCKS} of 24 blocks of ViT-L/16",
+        MODEL,
+        images,
+        ROUNDS,
+        {"img_size": 224, "patch_size": 16, "embed_dim": 1024, "depth": LARGE_BLOCKS, "num_heads": 16},
+        1_000,
+    )
+    for precision, images in LARGE.items()
+}
 ENTRIES: dict[str, Entry] = {
-    **{f"time-{name}": Entry("time", name, "fp32", measure_time) for name in SHAPES if name != LARGE},
-    **{f"memory-{name}": Entry("memory", name, "fp32", measure_peaks, 2) for name in SHAPES if name != LARGE},
-    **{f"memory-{LARGE}-{p}": Entry("large", LARGE, p, partial(measure_peaks, names=LARGE_SIDES), 2) for p in PRECISIONS},
+    **{f"time-{name}": Entry("time", name, "fp32", measure_time) for name in SHAPES},
+    **{f"memory-{name}": Entry("memory", name, "fp32", measure_peaks, 2) for name in SHAPES},
+    **{
+        f"memory-{n}": Entry("large", n, n.partition("-")[2], partial(measure_peaks, names=LARGE_SIDES), 2)
+        for n in LARGE_SHAPES
+    },
     **{f"ranks-{n}": Entry("ranks", "classes-1000", "fp32", partial(measure_ranks, ranks=n), 7) for n in RANKS},
 }
 
 
 def measure(name: str, given: Given) -> dict[str, Any]:
-    return ENTRIES[name].run(SHAPES, given)
+    return ENTRIES[name].run(SHAPES | LARGE_SHAPES, given)
 
 
 # --- tables
@@ -242,7 +249,7 @@ def tables(lines: Sequence[Line]) -> list[str]:
 
 
 def _size(line: Line) -> Size:
-    return size_of(SHAPES[line["shape"]], line["result"]["batch"], line["precision"])
+    return size_of((SHAPES | LARGE_SHAPES)[line["shape"]], line["result"]["batch"], line["precision"])
 
 
 def _time_tables(lines: Sequence[Line]) -> list[str]:
@@ -327,8 +334,12 @@ def _large_table(lines: Sequence[Line]) -> list[str]:
             for side in LARGE_SIDES[1:]
         ]
         rows.append([line["precision"], str(size.batch), f"{_mib(plain_bytes)} / {_mib(on_paper)} MiB", *more])
-    title = f"### Memory at ViT-L's width: {SHAPES[LARGE].title}, {SHAPES[LARGE].classes:,} classes"
-    return [title, "", *table(["precision", "images", "plain step", *LARGE_SIDES[1:]], rows)]
+    shape = next(iter(LARGE_SHAPES.values()))
+    return [
+        f"### Memory at ViT-L's width: {shape.title}, {shape.classes:,} classes",
+        "",
+        *table(["precision", "images", "plain step", *LARGE_SIDES[1:]], rows),
+    ]
 
 
 def _rate(seconds: float, unit: float) -> str:

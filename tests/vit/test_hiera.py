@@ -167,6 +167,14 @@ def test_pooled_queries_are_exact_behind_soft_masks_too() -> None:
     torch.testing.assert_close(_gated(model, layout, masks)(batch), by_hand(batch), rtol=0, atol=1e-10)
 
 
+def test_timm_opens_a_saved_one_and_knows_its_head(tmp_path: Path) -> None:
+    model = _tiny(dtype=torch.float32)
+    save(apply_cuts(model, plan_cuts(layout := read_layout(model), random_masks(layout))), tmp_path)  # type: ignore[arg-type]
+    opened = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    assert torch.equal(opened(images()), load(tmp_path)(images()))
+    assert opened.get_submodule(opened.pretrained_cfg["classifier"]) is opened.get_classifier()
+
+
 @pytest.mark.parametrize("estimator", ["low_rank", "linear", "paper"])
 def test_every_estimator_measures_a_block_in_its_stage(estimator: str) -> None:
     model = _tiny(dtype=torch.float32).train()
