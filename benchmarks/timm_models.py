@@ -1,8 +1,8 @@
 """Which of timm's Vision Transformers can be pruned, and is what comes out exact? Every model that is accepted is asked.
 
-    python benchmarks/timm_models.py run                     # all of them: about ten minutes of one core
-    python benchmarks/timm_models.py run --models 'hiera_*'  # some of them; prints what it finds and records nothing
-    python benchmarks/timm_models.py table                   # the table of docs/families.md from the JSON line
+    python benchmarks/timm_models.py run                 # all of them: about a quarter of an hour of one core
+    python benchmarks/timm_models.py run --only hiera    # those of one module of timm's
+    python benchmarks/timm_models.py table               # the table of docs/families.md from the JSON lines
 
 A model is taken with its own widths, heads and parts, but with two blocks (one in each stage of a hierarchy) and a small image:
 what a family gets wrong, it gets wrong in one block. Names that differ in depth, image or weights alone are one model then, and
@@ -21,9 +21,7 @@ import math
 import sys
 import tempfile
 import traceback
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from fnmatch import fnmatchcase
 from typing import Any, cast
 
 import timm
@@ -148,16 +146,14 @@ def check(found: Entry, arguments: Mapping[str, Any]) -> list[str]:
         return [f"crashed: {traceback.format_exc(limit=-2)}"]
 
 
-def look(pattern: str) -> dict[str, Any]:
-    """All models whose names fit a pattern: what is accepted, and what does not hold of it."""
-    entries = [entry(name, CLASSES) for name in matching("") if fnmatchcase(name, pattern) and module_of(name) in MODULES]
+def look(module: str) -> dict[str, Any]:
+    """All models of a module of timm's: how many there are and are accepted, and what does not hold of those."""
+    entries = [entry(name, CLASSES) for name in matching("") if module_of(name) == module]
+    accepted = [each for each in entries if each.prunable]
     seen: dict[str, list[str]] = {}
-    kinds: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(lambda: [0, 0, 0, 0]))
     wrong: dict[str, list[str]] = {}
     unasked: dict[str, str] = {}
-    for found in [each for each in entries if each.prunable]:
-        counts = kinds[found.kind][found.family]
-        counts[0], counts[1] = counts[0] + 1, counts[1] + len(found.weights)
+    for found in accepted:
         try:
             arguments = arguments_of(found)
             model = same_model(found, arguments)
@@ -166,14 +162,21 @@ def look(pattern: str) -> dict[str, Any]:
             continue
         if model not in seen:
             seen[model] = check(found, arguments)
-            counts[2] += 1
             print(f"{found.name}: {'; '.join(seen[model]) or 'exact'}", flush=True)
         if seen[model]:
             wrong[found.name] = seen[model]
-        else:
-            counts[3] += 1
-    accepted = {group: _counts(entries, modules) for group, modules in GROUPS.items()}
-    return {"accepted": accepted, "kinds": kinds, "models": len(seen), "wrong": wrong, "unasked": unasked}
+    weights, accepted_weights = (sum(len(each.weights) for each in some) for some in (entries, accepted))
+    return {
+        "entries": len(entries),
+        "weights": weights,
+        "accepted": len(accepted),
+        "accepted_weights": accepted_weights,
+        "families": sorted({each.family for each in accepted}),
+        "models": len(seen),
+        "exact": len(accepted) - len(wrong) - len(unasked),
+        "wrong": wrong,
+        "unasked": unasked,
+    }
 
 
 GROUPS: Mapping[str, Sequence[str]] = {"isotropic": ISOTROPIC, "hierarchical": HIERARCHIES}
@@ -183,13 +186,6 @@ MODULES = (*ISOTROPIC, *HIERARCHIES)
 def module_of(name: str) -> str:
     """timm's module that a model is defined in."""
     return timm.model_entrypoint(name).__module__.rpartition(".")[2]
-
-
-def _counts(entries: Sequence[Entry], modules: Sequence[str]) -> dict[str, int]:
-    there = [each for each in entries if module_of(each.name) in modules]
-    accepted = [each for each in there if each.prunable]
-    weights, accepted_weights = (sum(len(each.weights) for each in some) for some in (there, accepted))
-    return {"entries": len(there), "weights": weights, "accepted": len(accepted), "accepted_weights": accepted_weights}
 
 
 def _answer(model: nn.Module, batch: Tensor) -> Tensor:
@@ -213,56 +209,66 @@ def _numel(axes: Any) -> int:
 
 
 def tables(lines: Sequence[Line]) -> list[str]:
-    """The table of families, made from the line."""
-    (line,) = lines
-    result = line["result"]
-    text = [_sentence(group, told) for group, told in result["accepted"].items()]
-    asked = sum(counts[3] for families in result["kinds"].values() for counts in families.values())
+    """The table of families, made from the lines."""
+    results = {line["name"]: line["result"] for line in sorted(lines, key=lambda line: MODULES.index(line["name"]))}
+    missing = [module for module in MODULES if module not in results]
+    text = [_of_group(group, results) for group, modules in GROUPS.items() if not set(modules) & set(missing)]
+    text += [f"Not looked at yet: {', '.join(missing)}."] if missing else []
+    wrong, unasked = ({name: told for each in results.values() for name, told in each[key].items()} for key in _TOLD)
     text += [
-        f"{asked} of these models were pruned here, with their own widths, two blocks and small images ({result['models']} "
-        f"that differ): {len(result['wrong'])} are inexact, miss their budget or crash; {len(result['unasked'])} could not be "
-        "made small enough to be asked.",
+        f"{_sum(results, 'exact')} of {_sum(results, 'accepted')} accepted entries were pruned and are exact "
+        f"({_sum(results, 'models')} models that differ). {len(wrong)} are inexact, miss their budget or crash. "
+        f"{len(unasked)} cannot be made small enough to be asked.",
         "",
     ]
-    rows = []
-    for kind, families in result["kinds"].items():
-        sums = [sum(counts[i] for counts in families.values()) for i in range(4)]
-        rows.append([f"`{kind}`", ", ".join(families), *map(str, sums)])
-    text += table(
-        ["class of timm", "families", "entries", "weights", "models that differ", "entries found exact"], rows, text=2
+    rows = [
+        [
+            f"`{module}`",
+            ", ".join(each["families"]) or "none",
+            f"{each['accepted']} of {each['entries']}",
+            f"{each['accepted_weights']} of {each['weights']}",
+            str(each["models"]),
+            str(each["exact"]),
+        ]
+        for module, each in results.items()
+    ]
+    text += table(_HEAD, rows, text=2)
+    text += (
+        table(["model", "what does not hold"], [[name, "; ".join(each)] for name, each in wrong.items()], text=2)
+        if wrong
+        else []
     )
-    if result["wrong"]:
-        text += table(
-            ["model", "what does not hold"], [[name, "; ".join(each)] for name, each in result["wrong"].items()], text=2
-        )
-    if result["unasked"]:
-        text += folded("Not asked", [f"- `{name}`: {reason}" for name, reason in result["unasked"].items()])
+    text += folded("Not asked", [f"- `{name}`: {reason}" for name, reason in unasked.items()]) if unasked else []
     return [*text, *how_it_was_run(lines)]
 
 
-def _sentence(group: str, told: Mapping[str, int]) -> str:
-    share = told["accepted_weights"] / max(told["weights"], 1)
+_TOLD = ("wrong", "unasked")
+_HEAD = ("module of timm", "families that can be pruned", "entries", "pretrained weights", "models that differ", "found exact")
+
+
+def _of_group(group: str, results: Mapping[str, Any]) -> str:
+    there = {module: results[module] for module in GROUPS[group]}
+    some, weights = _sum(there, "accepted_weights"), _sum(there, "weights")
     return (
-        f"Of timm's {group} models {told['accepted']} of {told['entries']} entries can be pruned, with "
-        f"{told['accepted_weights']} of {told['weights']} pretrained weights ({share:.0%})."
+        f"Of the {group} models below {_sum(there, 'accepted')} of {_sum(there, 'entries')} entries can be pruned, "
+        f"with {some} of {weights} pretrained weights ({some / weights:.0%})."
     )
 
 
+def _sum(results: Mapping[str, Any], key: str) -> int:
+    return sum(each[key] for each in results.values())
+
+
 def measure(name: str, given: Given) -> dict[str, Any]:
-    result = look(given.models)
-    if given.models != "*":
-        print(json.dumps(result, indent=1))
-        raise SystemExit(1 if result["wrong"] else 0)
-    return {"result": result, "threads": torch.get_num_threads()}
+    return {"result": look(name), "threads": torch.get_num_threads()}
 
 
 def flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--models", default="*", metavar="GLOB", help="some of timm's names alone; nothing is recorded")
     parser.add_argument("--threads", type=int, default=1)
 
 
 PART = Part("timm_models.py", RESULTS / "timm_models.jsonl", ROOT / "docs" / "families.md", tables)
-BENCH = Bench(__doc__, PART, ("timm",), measure, flags)
+BENCH = Bench(__doc__, PART, MODULES, measure, flags)
 
 if __name__ == "__main__":
     status = main(BENCH)
