@@ -60,9 +60,9 @@ def test_what_crashes_or_is_refused_after_all_is_told() -> None:
 
 def test_a_module_becomes_a_row() -> None:
     made_by = {"command": "c", "commit": "0" * 40, "hardware": {"machine": "m", "cores": 2, "accelerator": None}}
-    lines = [{"name": module, "result": timm_models.look(module), **made_by} for module in ("cait", "convit")]
+    lines = [{"name": module, "result": timm_models.look(module), **made_by} for module in ("convit",)]
     text = "\n".join(timm_models.tables(lines))
-    assert "| `cait` | none | 0 of 10 |" in text and "Not looked at yet: vision_transformer, " in text
+    assert "| `convit` | none | 0 of 3 |" in text and "Not looked at yet: vision_transformer, " in text
 
 
 def test_what_is_recorded_holds() -> None:

@@ -247,7 +247,7 @@ class Gates:
                 weight = kept[gated.holder, gated.parameter] = holder._parameters[gated.parameter]
                 product = product_of(weight, self._scales[layer_name, gated.holder, gated.parameter])
                 # The registry may hold any tensor while the layer computes; __setattr__ would refuse it.
-                holder._parameters[gated.parameter] = product  # type: ignore[assignment]
+                holder._parameters[gated.parameter] = product
             layer._ungated_parameters = kept
 
         return swap
