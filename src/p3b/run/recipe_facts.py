@@ -125,7 +125,8 @@ def _is_resizable(options: ModelOptions, model: VisionTransformer) -> bool:
     height, width = images_of(model).size
     is_given = "img_size" in parse_model_kwargs(options.model_kwargs) or options.input_size is not None
     is_saved = options.model_path is not None and artifact.is_artifact(options.model_path)
-    return height == width and not is_given and not is_saved
+    in_units = any(block.unrolled for block in family_of(model).blocks(model))  # sides have to be multiples of a mask unit
+    return height == width and not is_given and not is_saved and not in_units
 
 
 def _memory(device: torch.device) -> int:
