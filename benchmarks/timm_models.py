@@ -6,7 +6,8 @@
 
 A model is taken with its own widths, heads and parts, but with two blocks (one in each stage of a hierarchy) and a small image:
 what a family gets wrong, it gets wrong in one block. Names that differ in depth, image or weights alone are one model then, and
-are looked at once. It is pruned by steps of training with the default method (a tower without a head by Taylor scores), and has to hold:
+are looked at once. It is pruned by steps of training with the default method, a tower without a head by Taylor scores, and
+has to hold:
 
 - in float64 the small model gives what the masked one gives, logits and features, to 1e-9 of the largest;
 - parameters are those that were asked for, to one element of the costliest gate;
