@@ -52,8 +52,10 @@ def test_names_that_are_one_model_here_are_known_as_one() -> None:
 
 
 def test_what_crashes_or_is_refused_after_all_is_told() -> None:
-    told = timm_models.check(entry("vit_tiny_patch16_224"), {"depth": 1, "img_size": 16, "num_classes": 0})
-    assert told[0].startswith("accepted, then refused: The model has no head")
+    told = timm_models.check(entry("vit_tiny_patch16_224"), {"depth": 1, "img_size": 32, "patch_drop_rate": 0.5})
+    assert told[0].startswith("accepted, then refused: patch_drop_rate=0.5")
+    headless = {"depth": 1, "img_size": 32, "num_classes": 0}
+    assert not timm_models.check(entry("vit_tiny_patch16_224"), headless)
     crashed = timm_models.check(replace(entry("vit_tiny_patch16_224"), name="no such model"), {})
     assert crashed[0].startswith("crashed")
 
