@@ -23,6 +23,7 @@ import torch
 from p3b.scoring import batched
 from p3b.scoring.estimators import LOW_RANK
 from p3b.scoring.ridge import SOLVE_EVERY
+from p3b.vit import products
 
 ESTIMATED = ("linear", "ridge", "low_rank", "paper")
 """Estimators of benefit that the model knows."""
@@ -31,6 +32,8 @@ FLOAT, DOUBLE = 4, 8
 """Bytes of a number."""
 ADAMW = 28
 """Bytes that AdamW moves for a parameter: it reads value, gradient and two moments, and writes all but the gradient."""
+REFILLED = 1
+"""Calls of an operator for a product that is computed again, beside one for each of its gates."""
 TRAINED = 4 * FLOAT
 """Bytes that a parameter in training holds: value, gradient, two moments."""
 LAYER_PASSES = 41
@@ -108,6 +111,13 @@ class Size:
         return self.blocks * (self.head + narrowing + 18 * K**2 + 4 * K + K * self.classes + self.classes)
 
     @property
+    def freed(self) -> list[tuple[int, int]]:
+        """(numbers, gates) of those weights of a layer whose products are computed again in the backward pass."""
+        D = self.width
+        weights = [(3 * D**2, 2), (D**2, 1), (4 * D**2, 1), (4 * D**2, 2)]  # qkv, projection, fc1, fc2
+        return [each for each in weights if each[0] >= products.FREED_FROM and self.feature_bytes == FLOAT]
+
+    @property
     def elements(self) -> int:
         """Elements of all gates."""
         return self.depth * (8 * self.width + self.head_width)
@@ -153,11 +163,11 @@ def plain(size: Size) -> Work:
 def gates(size: Size) -> Work:
     """What a pruning step adds by itself: gated weights forward and backward, scores of all elements, a look at gradients."""
     D = size.width
-    products = size.depth * (18 * D**2 + 5 * D)  # two gates on qkv and fc2, one on proj and fc1
+    multiplied = size.depth * (18 * D**2 + 5 * D)  # two gates on qkv and fc2, one on proj and fc1
     weights = size.depth * (12 * D**2 + 5 * D)
-    multiplied = 2 * products * 2 * FLOAT
-    scored = weights * 3 * FLOAT + products * FLOAT
-    return Work(traffic=multiplied + scored + size.parameters * FLOAT, operators=27 + 73 * size.depth)
+    again = size.depth * sum(numbers * gates for numbers, gates in size.freed)
+    traffic = (2 * multiplied + again) * 2 * FLOAT + weights * 3 * FLOAT + multiplied * FLOAT + size.parameters * FLOAT
+    return Work(traffic=traffic, operators=27 + size.depth * (73 + sum(REFILLED + gates for _, gates in size.freed)))
 
 
 def bytes_of_block(estimator: str, size: Size) -> int:
@@ -240,9 +250,15 @@ def memory_plain(size: Size) -> int:
 
 
 def memory_gates(size: Size) -> int:
-    """Bytes that the gated weights take beside the weights: autograd keeps the products and the masks along their axes."""
+    """Bytes that the gated weights take beside the weights: autograd keeps products and the masks along their axes.
+
+    Of the large ones there is one at a time. Under bf16 that goes for all: a copy in half precision is kept, as in plain
+    training.
+    """
     D = size.width
-    return (size.depth * (12 * D**2 + 3 * D) + size.elements) * FLOAT
+    freed = 12 * D**2 if size.feature_bytes < FLOAT else sum(numbers for numbers, _ in size.freed)
+    at_a_time = 4 * D**2 if freed else 0
+    return (size.depth * (12 * D**2 - freed + 3 * D) + size.elements + at_a_time) * FLOAT
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+import large
 import projection
 from cost_model import (
     ESTIMATED,
@@ -63,6 +64,11 @@ TITLES = {
     "image": f"Image size (pixels; patches of {PATCH})",
     "classes": "Classes",
 }
+LARGE: Mapping[str, int] = {"fp32": 32, "bf16": 64}
+"""Images of a batch, by precision, that memory is measured with at the width of ViT-L/16 at 224 pixels."""
+LARGE_BLOCKS = 4
+"""Of ViT-L's 24 blocks."""
+LARGE_SIDES = ("plain", "gated", "linear", "low_rank")
 RANKS = (1, 2)
 PRUNING = ("gated", *ESTIMATED)
 SIDES = ("plain", *PRUNING)
@@ -82,11 +88,12 @@ def shape_of(**values: int) -> Shape:
     return Shape(title, MODEL, BATCH, ROUNDS, arguments, chosen["classes"])
 
 
-def size_of(shape: Shape, batch: int) -> Size:
+def size_of(shape: Shape, batch: int, precision: str = "fp32") -> Size:
     """The same for the cost model."""
     given = shape.arguments
     grid = given["img_size"] // given["patch_size"]
-    return Size(given["depth"], given["embed_dim"], given["num_heads"], grid, given["patch_size"], shape.classes, batch)
+    sizes = (given["depth"], given["embed_dim"], given["num_heads"], grid, given["patch_size"], shape.classes, batch)
+    return Size(*sizes, feature_bytes=2 if precision == "bf16" else 4)
 
 
 # --- measuring
@@ -110,9 +117,9 @@ def measure_time(shape: Shape, machine: Machine, precision: str, rounds: int) ->
     return {"sides": take_turns(machine, acts, rounds, CYCLES)}
 
 
-def measure_peaks(shape: Shape, machine: Machine, precision: str, rounds: int) -> dict[str, Any]:
+def measure_peaks(shape: Shape, machine: Machine, precision: str, rounds: int, names: Sequence[str] = SIDES) -> dict[str, Any]:
     """The most memory that some steps of each side take."""
-    return measure_memory({side: prune_options(side, shape) for side in SIDES}, shape, machine, precision, rounds)
+    return measure_memory({side: prune_options(side, shape) for side in names}, shape, machine, precision, rounds)
 
 
 def measure_ranks(shape: Shape, machine: Machine, precision: str, rounds: int, ranks: int) -> dict[str, Any]:
@@ -178,15 +185,30 @@ def _together(act: Callable[[], object]) -> Callable[[], object]:
 
 
 SHAPES: dict[str, Shape] = {f"{axis}-{value}": shape_of(**{axis: value}) for axis, values in AXES.items() for value in values}
+LARGE_SHAPES = {
+    f"large-{precision}": Shape(
+        f"{LARGE_BLOCKS} of 24 blocks of ViT-L/16",
+        MODEL,
+        images,
+        ROUNDS,
+        {"img_size": 224, "patch_size": 16, "embed_dim": 1024, "depth": LARGE_BLOCKS, "num_heads": 16},
+        1_000,
+    )
+    for precision, images in LARGE.items()
+}
 ENTRIES: dict[str, Entry] = {
     **{f"time-{name}": Entry("time", name, "fp32", measure_time) for name in SHAPES},
     **{f"memory-{name}": Entry("memory", name, "fp32", measure_peaks, 2) for name in SHAPES},
+    **{
+        f"memory-{n}": Entry("large", n, n.partition("-")[2], partial(measure_peaks, names=LARGE_SIDES), 2)
+        for n in LARGE_SHAPES
+    },
     **{f"ranks-{n}": Entry("ranks", "classes-1000", "fp32", partial(measure_ranks, ranks=n), 7) for n in RANKS},
 }
 
 
 def measure(name: str, given: Given) -> dict[str, Any]:
-    return ENTRIES[name].run(SHAPES, given)
+    return ENTRIES[name].run(SHAPES | LARGE_SHAPES, given)
 
 
 # --- tables
@@ -220,14 +242,14 @@ def tables(lines: Sequence[Line]) -> list[str]:
     text: list[str] = []
     for device in dict.fromkeys(line["device"] for line in lines):
         here = [line for line in lines if line["device"] == device]
-        for kind, made in (("time", _time_tables), ("memory", _memory_tables), ("ranks", _ranks_table)):
+        for kind, made in KINDS:
             if found := [line for line in here if line["table"] == kind]:
                 text += made(found)
-    return [*text, *projection.tables(), *how_it_was_run(lines, *rounds_of(lines))]
+    return [*text, *large.tables(), *projection.tables(), *how_it_was_run(lines, *rounds_of(lines))]
 
 
 def _size(line: Line) -> Size:
-    return size_of(SHAPES[line["shape"]], line["result"]["batch"])
+    return size_of((SHAPES | LARGE_SHAPES)[line["shape"]], line["result"]["batch"], line["precision"])
 
 
 def _time_tables(lines: Sequence[Line]) -> list[str]:
@@ -301,6 +323,25 @@ def _ranks_table(lines: Sequence[Line]) -> list[str]:
     return ["### Ranks", "", *table(head, rows, text=2)]
 
 
+def _large_table(lines: Sequence[Line]) -> list[str]:
+    rows = []
+    for line in lines:
+        size, sides = _size(line), line["result"]["sides"]
+        plain_bytes, on_paper = sides["plain"]["peak_bytes"], predicted_bytes("plain", size)
+        more = [
+            f"{_mib(sides[side]['peak_bytes'] - plain_bytes, '+')} MiB ({sides[side]['peak_bytes'] / plain_bytes - 1:+.1%}) / "
+            f"{predicted_bytes(side, size) / on_paper - 1:+.1%}"
+            for side in LARGE_SIDES[1:]
+        ]
+        rows.append([line["precision"], str(size.batch), f"{_mib(plain_bytes)} / {_mib(on_paper)} MiB", *more])
+    shape = next(iter(LARGE_SHAPES.values()))
+    return [
+        f"### Memory at ViT-L's width: {shape.title}, {shape.classes:,} classes",
+        "",
+        *table(["precision", "images", "plain step", *LARGE_SIDES[1:]], rows),
+    ]
+
+
 def _rate(seconds: float, unit: float) -> str:
     return f"{1 / seconds / unit:,.1f}" if seconds else "any number of"
 
@@ -309,6 +350,8 @@ def _mib(count: float, sign: str = "") -> str:
     return f"{count / 2**20:{sign},.0f}"
 
 
+KINDS = (("time", _time_tables), ("memory", _memory_tables), ("large", _large_table), ("ranks", _ranks_table))
+"""What is made of the lines of each kind."""
 PART = Part("scaling.py", RESULTS / "scaling.jsonl", ROOT / "docs" / "scaling.md", tables)
 BENCH = Bench(__doc__, PART, tuple(ENTRIES), measure, machine_flags)
 

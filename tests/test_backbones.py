@@ -41,6 +41,10 @@ FEATURES: dict[str, tuple[str, dict[str, Any]]] = {
         "swin_tiny_patch4_window7_224",
         {**SWIN, "feature_cls": "getter"},
     ),
+    "Hiera": (
+        "hiera_tiny_224",
+        {"img_size": 32, "embed_dim": 12, "num_heads": 2, "stages": (1, 1), "q_pool": 1, "mask_unit_size": (4, 4)},
+    ),
 }
 SCHEDULE = Schedule(start=0, sparse=2, final=2, update_every=1)
 

@@ -18,6 +18,7 @@ import narrow
 import recipes
 import scaling
 import table
+import timm_models
 from faults import campaign
 from harness.command import Bench
 from harness.pages import END, Part
@@ -25,7 +26,7 @@ from harness.records import ROOT, read_lines
 
 BENCHES = (bench.BENCH, scaling.BENCH, clock.BENCH, layouts.BENCH, narrow.BENCH, estimators.BENCH, recipes.BENCH)
 STUDIES = (table.STUDY, ablations.STUDY)
-OTHERS = (animals.PART, campaign.PAGE, equal_page.part(equal_time.RECORD))
+OTHERS = (animals.PART, campaign.PAGE, timm_models.PART, equal_page.part(equal_time.RECORD))
 PARTS = (*(each.part for each in BENCHES), *(study.part(study.record) for study in STUDIES), *OTHERS)
 
 

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import cost_model as cost
+import large
 import projection
 import scaling
 import training
@@ -24,6 +25,7 @@ from harness.records import read_lines
 from harness.turns import CPU
 from p3b.scoring import batched
 from p3b.scoring.ridge import SOLVE_EVERY
+from p3b.vit import products
 from tiny import VIT, in_ranks
 from training import Entry, Shape, Training, measure_memory
 
@@ -166,6 +168,21 @@ def test_operators_are_as_many_as_counted(side: str) -> None:
         for _ in range(cycle):
             trained.step()
     assert operators.count / cycle == pytest.approx(scaling.predicted(side, scaling.size_of(shape, 4)).operators, rel=0.05)
+
+
+def test_products_that_are_computed_again_take_as_many_operators_as_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = _shape(3)
+    size = scaling.size_of(shape, 4)
+    kept, work = cost.memory_gates(size), cost.gates(size)
+    trained = _settled("gated", shape)
+    monkeypatch.setattr(products, "FREED_FROM", 24**2)
+    with _Operators() as operators:
+        trained.step()
+    assert operators.count == pytest.approx(scaling.predicted("gated", size).operators, rel=0.02)
+    assert operators.count > (cost.plain(size) + work).operators
+    assert kept - cost.memory_gates(size) == (3 * 12 - 4) * 24**2 * cost.FLOAT and cost.gates(size).traffic > work.traffic
+    half = replace(size, feature_bytes=2)
+    assert cost.memory_gates(half) == cost.memory_gates(size)
 
 
 @pytest.mark.parametrize("estimator", AT_ONCE)
@@ -319,3 +336,13 @@ def test_what_is_recorded_is_known_and_counted_as_the_model_counts() -> None:
             size = scaling.size_of(scaling.SHAPES[line["shape"]], line["result"]["batch"])
             for name, side in line["result"]["sides"].items():
                 assert name == "plain" or side["bytes"] == scaling.handed_over(name, size)
+
+
+def test_large_models_take_a_tenth_more_at_most_from_so_many_images_on() -> None:
+    for _, size in large.sizes():
+        images = large.fewest_images(large.DEFAULT, size)
+        assert large.added(large.DEFAULT, replace(size, batch=images)) <= large.BUDGET
+        assert large.added(large.DEFAULT, replace(size, batch=images - 1)) > large.BUDGET
+    names = [name for name, _ in large.sizes()]
+    assert all(f"| {name} (" in "\n".join(large.tables()) for name in names)
+    assert dict(large.sizes())["ViT-L/16"].parameters == 304_326_632  # as timm counts vit_large_patch16_224

@@ -37,6 +37,14 @@ FAMILIES: dict[str, dict[str, str]] = {
         "depths": "(1,1)",
         "num_heads": "(2,4)",
     },
+    "hiera_tiny_224": {
+        "img_size": "16",
+        "embed_dim": "16",
+        "num_heads": "2",
+        "stages": "(1,1)",
+        "q_pool": "1",
+        "mask_unit_size": "(2,2)",
+    },
 }
 PHASES = ("--epochs", "2", "--prune-start-epoch", "1", "--prune-ratio", "0.3", "--prune-benefit", "linear")
 
@@ -67,3 +75,11 @@ def test_the_small_model_is_exported_and_agrees_with_itself(name: str, data: Pat
         file = tmp_path / f"small.{ending}"
         assert run("export", str(small), "--output", str(file)) == 0  # refused where its answers differ
         assert file.stat().st_size > 0
+
+
+def test_inspect_tells_a_hierarchy_stage_by_stage(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Regression: it asked for a depth, which a model of stages does not have."""
+    small = _pruned("hiera_tiny_224", data, tmp_path)
+    assert run("inspect", str(small)) == 0
+    said = capsys.readouterr().out
+    assert "width 16, depth 2" in said and "blocks.1.mlp" in said

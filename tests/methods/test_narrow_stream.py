@@ -22,7 +22,8 @@ from tiny import images, tiny_vit
 
 PLAN = p3b.Schedule(start=1, sparse=3, final=5, update_every=1)
 OF_FIXED_WIDTH = (
-    "attention pool", "Perception Encoder", "Qwen3", "RoPE, mixed", "shared positions", "SAM", "Swin", "Swin v2",
+    "attention pool", "Perception Encoder", "Qwen3", "RoPE, mixed", "shared positions", "SAM", "Swin", "Swin v2", "Hiera",
+    "Hiera, positions in windows",
 )  # fmt: skip
 """Kinds whose stream, or whose whole heads, cannot be pruned."""
 OPTIONS: dict[str, dict[str, Any]] = {"block_benefit": {"estimator": "linear"}, "uniform": {}}

@@ -6,9 +6,9 @@ from copy import deepcopy
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from p3b.errors import ModelError
+from p3b.errors import ModelError, TrainingError
 from p3b.vit.gates import Gates
 from p3b.vit.layout import DEFAULT_DIMS, read_layout
 from tiny import CLASSES, VARIANTS, images, labels, masks_of, multiply_activations, random_masks, soft_random_masks, tiny_vit
@@ -153,6 +153,68 @@ def test_mixed_precision_computes_with_gated_weights() -> None:
     assert low.dtype == torch.bfloat16
     torch.testing.assert_close(low.float(), model(images()), rtol=0.1, atol=0.1)
     assert low.shape == (2, CLASSES)
+
+
+def _large_products_freed(model: nn.Module) -> tuple[Tensor, dict[str, Tensor], int]:
+    """Loss, gradients, and how many bytes of products autograd keeps between the passes."""
+    gates = _gated(model)
+    gates.set(soft_random_masks(read_layout(model)))
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    saved: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        saved.append(tensor.detach())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = nn.functional.cross_entropy(model(images()), labels())
+    square = [tensor.untyped_storage() for tensor in saved if tensor.ndim == 2 and min(tensor.shape) >= 24]
+    kept = sum(memory.nbytes() for memory in square if memory.data_ptr() not in own)
+    saved.clear()
+    loss.backward()
+    gradients = {key: parameter.grad.clone() for key, parameter in model.named_parameters() if parameter.grad is not None}
+    gates.detach()
+    return loss.detach(), gradients, kept
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "eva_giant_patch14_224"])
+def test_large_products_are_not_kept_and_gradients_are_the_same_bit_for_bit(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    loss, gradients, kept = _large_products_freed(tiny_vit(name))
+    monkeypatch.setattr("p3b.vit.products.FREED_FROM", 24 * 24)
+    again, same, kept_then = _large_products_freed(tiny_vit(name))
+    assert torch.equal(loss, again) and gradients.keys() == same.keys()
+    assert all(torch.equal(gradient, same[key]) for key, gradient in gradients.items())
+    assert kept - kept_then > 2 * 11 * 24 * 24 * 4  # of two blocks, all but what is narrower
+
+
+def test_freed_products_go_with_checkpointing_two_passes_and_a_graph_that_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("p3b.vit.products.FREED_FROM", 24 * 24)
+    found = []
+    for checkpointing in (False, True):
+        model = tiny_vit()
+        model.set_grad_checkpointing(checkpointing)
+        gates = _gated(model)
+        gates.set(soft_random_masks(read_layout(model)))
+        loss = sum(nn.functional.cross_entropy(model(images(seed=seed)), labels()) for seed in (1, 2))
+        loss.backward(retain_graph=True)
+        once = [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+        loss.backward()
+        twice = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        torch.testing.assert_close(twice, [2 * gradient for gradient in once])
+        found.append(once)
+    torch.testing.assert_close(*found)
+
+
+def test_a_weight_that_moves_between_the_passes_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("p3b.vit.products.FREED_FROM", 24 * 24)
+    model = tiny_vit()
+    gates = _gated(model)
+    gates.set(soft_random_masks(read_layout(model)))
+    loss = model(images()).sum()
+    with torch.no_grad():
+        model.blocks[0].mlp.fc1.weight.mul_(2)
+    with pytest.raises(TrainingError, match="changed between the forward pass"):
+        loss.backward()
 
 
 def test_masks_of_another_model_are_refused() -> None:

@@ -1,4 +1,4 @@
-"""BEiT, relative positions, Qwen3, NaFlexVit, hybrids and Swin: the laws of pruning on a tiny model of each."""
+"""BEiT, relative positions, Qwen3, NaFlexVit, hybrids, Swin and Hiera: the laws of pruning on a tiny model of each."""
 
 from __future__ import annotations
 
@@ -45,6 +45,15 @@ SWIN: dict[str, Any] = {
     "num_heads": (2, 3),
     "window_size": 4,
 }
+HIERA: dict[str, Any] = {
+    "img_size": 32,
+    "embed_dim": 12,
+    "num_heads": 2,
+    "stages": (1, 2, 1),
+    "q_pool": 2,
+    "mask_unit_size": (4, 4),
+    "mask_unit_attn": (True, True, False),
+}
 
 
 def _with_convolutions(**arguments: Any) -> HybridEmbed:
@@ -78,12 +87,15 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         "swinv2_tiny_window16_256",
         {**SWIN, "img_size": 32, "depths": (2, 2), "window_size": 16},
     ),
+    "Hiera": ("hiera_tiny_224", HIERA),
+    "Hiera, positions in windows": ("hiera_small_abswin_256", {**HIERA, "global_pos_size": (3, 3)}),
+    "Hiera, a stage that is not pooled": ("hiera_tiny_224", {**HIERA, "q_pool": 1, "mask_unit_attn": (True, False, False)}),
 }
 WITHOUT_STREAM = {
     "shared positions": "whole heads cannot be pruned",
     "Qwen3, merged": "encoder.merger",
     "SAM": "the convolutions behind the blocks",
-    **dict.fromkeys(("Swin", *(kind for kind in MODELS if kind.startswith("Swin v2"))), "a residual stream of its own width"),
+    **dict.fromkeys((kind for kind in MODELS if kind.startswith(("Swin", "Hiera"))), "a residual stream of its own width"),
 }
 LARGER = {
     "BEiT": 48,
@@ -233,7 +245,9 @@ def test_another_image_size(kind: str, gone: tuple[str, ...], tmp_path: Path) ->
     assert torch.equal(load(save(small, tmp_path))(batch), small(batch))
 
 
-@pytest.mark.parametrize("kind", ["BEiT", "positions by a network", "Qwen3", "NaFlex", "ViTamin", "SAM", "Swin", "Swin v2"])
+@pytest.mark.parametrize(
+    "kind", ["BEiT", "positions by a network", "Qwen3", "NaFlex", "ViTamin", "SAM", "Swin", "Swin v2", "Hiera"]
+)
 def test_the_benefit_of_every_block_is_measured(kind: str) -> None:
     model = _tiny(kind, torch.float32).train()
     dense = count_parameters(model)
@@ -290,6 +304,8 @@ def test_a_description_of_a_hierarchy_that_cannot_be_is_refused(changed: dict[st
         ("swinv2_base_window12to16_192to256", {"depths": (1, 1, 1, 1)}),
         ("qwen3_vit_88m_enc", {"depth": 1}),
         ("samvit_base_patch16", {"depth": 3}),
+        ("hiera_base_plus_224", {"stages": (1, 2, 1, 2)}),
+        ("hiera_small_abswin_256", {"stages": (1, 2, 1, 2)}),
     ],
 )
 def test_real_shapes_are_described_well_enough_to_be_built_again(name: str, depth: dict[str, Any]) -> None:
@@ -300,7 +316,9 @@ def test_real_shapes_are_described_well_enough_to_be_built_again(name: str, dept
     assert read_layout(model, DEFAULT_DIMS).blocks
 
 
-@pytest.mark.parametrize("kind", ["BEiT", "Qwen3", "NaFlex", "hybrid", "convolutions in front", "SAM", "Swin", "Swin v2"])
+@pytest.mark.parametrize(
+    "kind", ["BEiT", "Qwen3", "NaFlex", "hybrid", "convolutions in front", "SAM", "Swin", "Swin v2", "Hiera"]
+)
 def test_the_command_line_builds_it_from_weights(kind: str, tmp_path: Path) -> None:
     (name, arguments), trained = MODELS[kind], _tiny(kind, torch.float32)
     torch.save(trained.state_dict(), tmp_path / "trained.pth")
@@ -320,7 +338,9 @@ def test_weights_of_a_stem_with_stages_are_not_taken_for_another_network() -> No
     assert all(torch.equal(value, target.state_dict()[key]) for key, value in source.state_dict().items())
 
 
-@pytest.mark.parametrize("kind", ["BEiT", "positions by a network", "Qwen3", "NaFlex", "ViTamin", "SAM", "Swin", "Swin v2"])
+@pytest.mark.parametrize(
+    "kind", ["BEiT", "positions by a network", "Qwen3", "NaFlex", "ViTamin", "SAM", "Swin", "Swin v2", "Hiera"]
+)
 def test_fresh_weights_leave_no_value_of_the_trained_ones(kind: str) -> None:
     small = _small(kind)
     before = {key: value.clone() for key, value in small.state_dict().items()}
@@ -330,7 +350,20 @@ def test_fresh_weights_leave_no_value_of_the_trained_ones(kind: str) -> None:
     assert small(_images(small)).isfinite().all()
 
 
-@pytest.mark.parametrize("kind", ["hybrid", "BEiT", "SAM", "Swin", "Swin v2"])
+@pytest.mark.parametrize("kind", ["Qwen3", "SAM", "Swin", "Hiera"])
+def test_the_basis_of_its_heads_stays_in_one_shot(kind: str) -> None:
+    """Regression: blocks that do not lie in `model.blocks` ended a run in one shot."""
+    model = _tiny(kind, torch.float32)
+    batch, targets = _images(model), torch.arange(2)
+    pruner = Pruner(model, 0.3, method="taylor")
+    pruner.calibrate([(batch, targets)], CE)
+    pruner.decide_last()
+    with torch.no_grad():
+        masked = model.eval()(batch)
+        torch.testing.assert_close(pruner.shrink()(batch), masked, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["hybrid", "BEiT", "SAM", "Swin", "Swin v2", "Hiera"])
 @pytest.mark.parametrize("layout", ["balanced", "reordered"])
 @torch.no_grad()
 def test_every_layout_is_exact_or_leaves_the_model_as_it_is(kind: str, layout: str) -> None:

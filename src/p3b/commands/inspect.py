@@ -13,6 +13,8 @@ from p3b.run.look_options import InspectConfig
 from p3b.run.trained_images import trained_on
 from p3b.storage import artifact
 from p3b.storage.model_config import TRAINING_IMAGES
+from p3b.vit.architecture import branches_of
+from p3b.vit.families.family import BranchOutline
 
 _SHOWN_CLASSES = 10
 
@@ -25,18 +27,19 @@ def inspect(config: InspectConfig) -> Mapping[str, Any]:
     """
     found = artifact.read_config(config.model)
     arguments, console = found["architecture"]["arguments"], Console(highlight=False)
-    dense_width, dense_heads = arguments["embed_dim"], arguments["num_heads"]
+    outlines = {outline.name: outline for outline in branches_of(found["architecture"])}
+    dense_width, depth = arguments["embed_dim"], len({name.rpartition(".")[0] for name in outlines})
     width = found.get("stream", dense_width)
     say = partial(console.print, soft_wrap=True, markup=False)
     say(f"{found['architecture'].get('name', 'VisionTransformer')}: {found['params']:,} parameters, schema {found['schema']}")
-    say(f"width {width}" + (f" of {dense_width}" if width != dense_width else "") + f", depth {arguments['depth']}")
+    say(f"width {width}" + (f" of {dense_width}" if width != dense_width else "") + f", depth {depth}")
     classes = found["class_names"] or []
     more = f" and {len(classes) - _SHOWN_CLASSES:,} more" if len(classes) > _SHOWN_CLASSES else ""
     say(f"classes: {arguments['num_classes']:,} ({', '.join(classes[:_SHOWN_CLASSES]) or 'names unknown'}{more})")
     preprocessing = found["preprocessing"]
     known = "unknown" if preprocessing is None else ", ".join(f"{key} {value}" for key, value in preprocessing.items())
     say(f"preprocessing: {known}")
-    console.print(_blocks(found, width, dense_heads))
+    console.print(_blocks(found, width, outlines))
     for key, value in (found["provenance"] or {}).items():
         if key != TRAINING_IMAGES:
             say(f"{key}: {value}")
@@ -46,16 +49,17 @@ def inspect(config: InspectConfig) -> Mapping[str, Any]:
     return found
 
 
-def _blocks(config: Mapping[str, Any], width: int, dense_heads: int) -> Table:
+def _blocks(config: Mapping[str, Any], width: int, outlines: Mapping[str, BranchOutline]) -> Table:
     """One row a block: how much it reads, its inner width, how much it writes."""
     table = Table()
     for position, name in enumerate(("block", "form", "reads", "heads", "inner width", "writes")):
         table.add_column(name, justify="left" if position < 2 else "right")
     for block in config["blocks"]:
-        form = block["form"]
+        form, outline = block["form"], outlines[block["name"]]
+        wide = outline.width or width
         inside = form in ("whole", "small")
-        heads = block.get("heads", dense_heads) if block["name"].endswith("attn") and inside else ""
-        reads = (len(block["inputs"]) or width) if inside else ""
-        writes = "" if form == "gone" else len(block["outputs"]) or width
+        heads = block.get("heads", outline.heads) if block["name"].endswith("attn") and inside else ""
+        reads = (len(block["inputs"]) or outline.reads or wide) if inside else ""
+        writes = "" if form == "gone" else len(block["outputs"]) or wide
         table.add_row(block["name"], form, *map(str, (reads, heads, block["inner"] if inside else "", writes)))
     return table

@@ -39,6 +39,7 @@ from p3b.errors import ConfigError, ModelError, unknown_name
 from p3b.vit.anatomy.shape import CONSTANT, GONE, WHOLE, BranchShape
 from p3b.vit.architecture import describe_dense
 from p3b.vit.deployment import Deployment, compact_of
+from p3b.vit.families import width_of
 from p3b.vit.families.vision_transformer import VISION_TRANSFORMER
 from p3b.vit.parts import ConstantBranch
 from p3b.vit.shapes import branch_shapes
@@ -112,7 +113,7 @@ def plan_layout(model: VisionTransformer, name: str) -> LayoutPlan:
     if name == "reordered":
         if getattr(compact, "attn_pool", None) is not None:
             raise ModelError("attn_pool: the layout 'reordered' does not cover attention pooling; choose 'balanced'.")
-        order = _slicing_order(shapes, compact.embed_dim)
+        order = _slicing_order(shapes, width_of(compact))
     place = None if order is None else {channel: position for position, channel in enumerate(order)}
     return LayoutPlan(name, tuple(_plan_branch(compact, shape, name, place) for shape in shapes), order)
 
@@ -134,7 +135,7 @@ def apply_layout(model: VisionTransformer, plan: LayoutPlan) -> VisionTransforme
     if not any(branch.touched for branch in plan.branches) and plan.order is None:
         return compact
     built = deepcopy(compact).eval()
-    width = compact.embed_dim
+    width = width_of(compact)
     place = torch.arange(width) if plan.order is None else torch.tensor(plan.order).argsort()
     if plan.order is not None:
         _reorder_outside(built, torch.tensor(plan.order))

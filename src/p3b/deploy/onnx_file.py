@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from timm.models.hiera import MaskUnitAttention
 from timm.models.vision_transformer_sam import Attention as SamAttention
 from torch import Tensor, nn
 
@@ -61,10 +62,11 @@ def write_onnx(model: nn.Module, example: Tensor, file: Path, *, optimize: bool 
 
 @contextlib.contextmanager
 def _unfused(model: nn.Module) -> Iterator[None]:
-    """Let SAM's attentions compute in plain steps: they hand three dimensions to the fused operation, of which torch's exporter
-    takes four alone.
+    """Let the attentions of SAM and Hiera compute in plain steps: they hand three dimensions, or five, to the fused operation,
+    of which torch's exporter takes four alone.
     """
-    fused: list[Any] = [module for module in model.modules() if isinstance(module, SamAttention) and module.fused_attn]
+    odd = (SamAttention, MaskUnitAttention)
+    fused: list[Any] = [module for module in model.modules() if isinstance(module, odd) and module.fused_attn]
     try:
         for module in fused:
             module.fused_attn = False

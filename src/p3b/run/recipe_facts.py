@@ -23,7 +23,7 @@ from p3b.storage import artifact
 from p3b.storage.models import parse_model_kwargs
 from p3b.train.distributed import Processes
 from p3b.vit.anatomy.weights import STREAM
-from p3b.vit.families import family_of, images_of
+from p3b.vit.families import family_of, images_of, width_of
 from p3b.vit.layout import read_layout
 from p3b.vit.valueless import without_values
 
@@ -59,7 +59,7 @@ def read_facts(
         input_size=images_of(model).size[0],
         resizable=_is_resizable(options, model),
         patch_size=images_of(model).patch[0],
-        width=model.embed_dim,
+        width=width_of(model),
         depth=len(family_of(model).blocks(model)),
         pretrained=options.model_pretrained or options.model_path is not None,
         on_gpu=device.type == "cuda",
@@ -126,7 +126,8 @@ def _is_resizable(options: ModelOptions, model: VisionTransformer) -> bool:
     height, width = images_of(model).size
     is_given = "img_size" in parse_model_kwargs(options.model_kwargs) or options.input_size is not None
     is_saved = options.model_path is not None and artifact.is_artifact(options.model_path)
-    return height == width and not is_given and not is_saved
+    in_units = any(block.unrolled for block in family_of(model).blocks(model))  # sides have to be multiples of a mask unit
+    return height == width and not is_given and not is_saved and not in_units
 
 
 def _memory(device: torch.device) -> int:

@@ -24,6 +24,7 @@ from p3b.scoring.estimator import (
     read_class_token,
     read_tokens,
 )
+from p3b.scoring.maps import as_map
 from p3b.scoring.meter import Reduce, is_alone
 from p3b.scoring.moments import moments_of_all, normalise
 from p3b.scoring.task_losses import TaskLosses
@@ -190,7 +191,7 @@ class LowRankProbes(BatchedProbes):
         if torch.is_autocast_enabled(kind):  # once here, and not by each of the two products that read it
             patches_PSND = patches_PSND.to(torch.get_autocast_dtype(kind))
         sides = [torch.einsum("bsnd,brd->snbr", side_BSND, narrow_BRD) for side_BSND in (patches_PSND[:-1], patches_PSND[1:])]
-        return [x_SNBR.flatten(2).unflatten(1, self._layout.grid).permute(0, 3, 1, 2) for x_SNBR in sides]
+        return [as_map(x_SNBR.flatten(2), self._layout) for x_SNBR in sides]
 
     def _normalised(self, sides: Sequence[Tensor], scale_K: Tensor, shift_K: Tensor) -> list[Tensor]:
         """Batch norm of inputs and of outputs, each over the batch of all ranks."""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from p3b.scoring.estimator import Criterion, Probes, at_least_float32
+from p3b.scoring.maps import as_map
 from p3b.vit.layout import ModelLayout
 
 
@@ -28,7 +29,7 @@ class PlaceProbes(Probes):
 
     def __init__(self, layout: ModelLayout) -> None:
         super().__init__()
-        self._prefix_tokens, self._grid = layout.prefix_tokens, layout.grid
+        self._layout = layout
         self.probes = nn.ModuleList(nn.Linear(layout.width, layout.num_classes) for _ in layout.blocks)
 
     def forward(self, stream_SND: Sequence[Tensor], criterion: Criterion, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -46,5 +47,4 @@ class PlaceProbes(Probes):
 
     def _answers(self, probe: nn.Module, x_SND: Tensor) -> Tensor:
         """(S, C, H, W)"""
-        answers_SNC = at_least_float32(probe(x_SND[:, self._prefix_tokens :]))
-        return answers_SNC.unflatten(1, self._grid).permute(0, 3, 1, 2)
+        return as_map(at_least_float32(probe(x_SND[:, self._layout.prefix_tokens :])), self._layout)

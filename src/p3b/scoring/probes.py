@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from p3b.scoring.estimator import Criterion, Probes, compare
+from p3b.scoring.maps import as_map
 from p3b.scoring.meter import Reduce, is_alone
 from p3b.scoring.moments import moments_of_all, normalise
 from p3b.vit.layout import ModelLayout
@@ -35,7 +36,7 @@ class BlockProbes(Probes):
         super().__init__()
         self._reduce = reduce
         self._alone: bool | None = None
-        self._prefix_tokens, self._grid, self._has_class_token = layout.prefix_tokens, layout.grid, layout.has_class_token
+        self._layout = layout
         num_blocks = len(layout.blocks)
         self.cls_probes = nn.ModuleList(nn.Linear(layout.width, layout.num_classes) for _ in range(num_blocks))
         # Features arrive as (S, H * W, D): as a map that is channels-last, so the convolutions are laid out alike.
@@ -92,12 +93,12 @@ class BlockProbes(Probes):
 
     def _read(self, x_SND: Tensor) -> tuple[Tensor, Tensor]:
         """What the two probes see: the class token (or the mean patch token where there is none), the patches as a map."""
-        patches_SND = x_SND[:, self._prefix_tokens :]
-        token_SD = x_SND[:, 0] if self._has_class_token else patches_SND.mean(1)
+        patches_SND = x_SND[:, self._layout.prefix_tokens :]
+        token_SD = x_SND[:, 0] if self._layout.has_class_token else patches_SND.mean(1)
         kind = x_SND.device.type
         if torch.is_autocast_enabled(kind):  # once here, and not by each of the two probes that read it
             patches_SND = patches_SND.to(torch.get_autocast_dtype(kind))
-        return token_SD, patches_SND.unflatten(1, self._grid).permute(0, 3, 1, 2)
+        return token_SD, as_map(patches_SND, self._layout)
 
 
 def _patch_probe(width: int, num_classes: int) -> nn.Sequential:

@@ -53,6 +53,7 @@ from p3b.vit.architecture import describe_dense
 from p3b.vit.coverage import require_saveable_layers
 from p3b.vit.deployment import compact_of
 from p3b.vit.described import require_described
+from p3b.vit.families import width_of
 from p3b.vit.families.family import classes_of
 from p3b.vit.fresh import fill_buffers
 from p3b.vit.shapes import branch_shapes, plain_shape
@@ -208,7 +209,7 @@ def _config_of(
         "schema": LATEST_SCHEMA,
         "p3b_version": __version__,
         "architecture": architecture,
-        "stream": vit.embed_dim,
+        "stream": width_of(vit),
         "blocks": blocks,
         "params": sum(value.numel() for _, value in vit.named_parameters(remove_duplicate=False)),  # ties are cut by saving
         "class_names": None if class_names is None else list(class_names),

@@ -37,7 +37,7 @@ from p3b.storage.suggestions import unknown_model
 from p3b.storage.untrusted import first_line
 from p3b.storage.weights import load_weights
 from p3b.storage.weights_file import Weights, open_weights
-from p3b.vit.families import CLASSES, family_of, patch_embed_of
+from p3b.vit.families import CLASSES, family_of, patch_embed_of, width_of
 from p3b.vit.fresh import initialise
 from p3b.vit.parts import ConstantBranch, NoBlock, NoBranch
 from p3b.vit.valueless import without_values
@@ -191,7 +191,8 @@ def _check_kwargs(name: str, kwargs: Mapping[str, Any]) -> None:
             raise ModelError(unknown_name("model argument", key, known))
         if value is None:
             raise ModelError(f"The model argument {key}=None means the model's default to timm: leave it out.")
-        if not _fits_type(value, hints[key]):
+        both_sides = to_2tuple(value) if key == "img_size" else value  # every class of timm's takes one for both
+        if not any(_fits_type(each, hints[key]) for each in (value, both_sides)):
             wanted = hints[key].__name__ if isinstance(hints[key], type) else str(hints[key]).replace("typing.", "")
             raise ModelError(f"The model argument {key}={value!r} is a {type(value).__name__}; expected {wanted}.")
         if key.endswith("_rate") and not 0.0 <= value < 1.0:
@@ -227,7 +228,7 @@ def _check_sizes(name: str, plain: VisionTransformer, kwargs: Mapping[str, Any])
                 f"{name}: img_size {img_size[0]}x{img_size[1]} is not divisible by patch_size "
                 f"{patch_size[0]}x{patch_size[1]}; choose an img_size that is a multiple of patch_size, or another patch_size."
             )
-    embed_dim = kwargs.get("embed_dim", plain.embed_dim)
+    embed_dim = kwargs.get("embed_dim", width_of(plain))
     heads = [module.num_heads for module in plain.modules() if isinstance(module, (Attention, AttentionRope, EvaAttention))]
     num_heads = kwargs.get("num_heads", heads[0] if heads else 1)
     if isinstance(num_heads, int) and embed_dim % num_heads:
@@ -238,7 +239,7 @@ def _check_sizes(name: str, plain: VisionTransformer, kwargs: Mapping[str, Any])
 
 
 def _check_pooling(name: str, plain: VisionTransformer, kwargs: Mapping[str, Any]) -> None:
-    pooling = kwargs.get("global_pool", plain.global_pool)
+    pooling = kwargs.get("global_pool", getattr(plain, "global_pool", "avg"))
     if pooling == "token" and not kwargs.get("class_token", _has_class_token(plain)):
         raise ModelError(f"{name}: without a class token (class_token=False) it cannot be pooled: add global_pool=avg.")
     if pooling == "":

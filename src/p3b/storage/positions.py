@@ -15,6 +15,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from p3b.errors import WeightsError
+from p3b.vit.families import images_of, width_of
 
 _WITHOUT = {
     "cls_token": "class_token=False with global_pool=avg, or a model such as SigLIP's that pools otherwise",
@@ -37,7 +38,7 @@ def fit_positions(state: Mapping[str, Tensor], model: VisionTransformer, label: 
         WeightsError: tokens that the model has are not there, or the positions form no grid.
     """
     fitted, positions = dict(state), state.get("pos_embed")
-    if positions is None or positions.ndim != 3 or model.pos_embed is None or positions.shape[2] != model.embed_dim:
+    if positions is None or positions.ndim != 3 or model.pos_embed is None or positions.shape[2] != width_of(model):
         return fitted, []
     has, wants = _prefix_tokens(state), _prefix_tokens(model.state_dict())
     absent = dict.fromkeys(token[0] for token in wants if token not in has)
@@ -47,7 +48,7 @@ def fit_positions(state: Mapping[str, Tensor], model: VisionTransformer, label: 
             f"{label} lack tokens that the model has ({', '.join(absent)}). Build a model without them ({mend}), or give "
             "weights that have them."
         )
-    patches = model.patch_embed.num_patches
+    patches = math.prod(images_of(model).grid)
     counts = (math.prod(grid),) if grid else ()
     rows = next((n for n in (len(has), 0) if positions.shape[1] - n in counts), None)
     if rows is None:
@@ -65,7 +66,7 @@ def _fit_prefix(
     fitted: dict[str, Tensor], model: VisionTransformer, has: list[tuple[str, int]], wants: list[tuple[str, int]], rows: int
 ) -> _Fitted:
     positions = fitted["pos_embed"]
-    model_rows = model.pos_embed.shape[1] - model.patch_embed.num_patches
+    model_rows = model.pos_embed.shape[1] - math.prod(images_of(model).grid)
     row_of, grid = dict(zip(has, positions.unbind(1), strict=False)), positions[:, rows:]
     if model_rows == 0 and rows > 0:
         for name, index in wants:
@@ -88,11 +89,11 @@ def _fit_prefix(
 
 
 def _fit_grid(fitted: dict[str, Tensor], model: VisionTransformer, notes: list[str], old: tuple[int, int]) -> _Fitted:
-    new = tuple(model.patch_embed.grid_size)
+    new = images_of(model).grid
     if old == new:
         return fitted, notes
     before = fitted["pos_embed"]
-    rows = model.pos_embed.shape[1] - model.patch_embed.num_patches
+    rows = model.pos_embed.shape[1] - math.prod(images_of(model).grid)
     fitted["pos_embed"] = resample_abs_pos_embed(before, new_size=list(new), old_size=list(old), num_prefix_tokens=rows)
     taken = ", the checkpoint's taken for square as timm does" if old[0] == old[1] and math.prod(old) == math.prod(new) else ""
     shown = f"checkpoint {tuple(before.shape)}, model {tuple(model.pos_embed.shape)}"
@@ -106,8 +107,7 @@ def _grid_of(count: int, model: VisionTransformer, known: tuple[int, int] | None
         return known
     if _is_square(count):
         return math.isqrt(count), math.isqrt(count)
-    rows, columns = model.patch_embed.grid_size
-    return rows, columns
+    return images_of(model).grid
 
 
 def _prefix_tokens(state: Mapping[str, Tensor]) -> list[tuple[str, int]]:

@@ -49,7 +49,7 @@ def pretrained_cfg(config: Mapping[str, Any]) -> dict[str, Any]:
     arguments = config["architecture"]["arguments"]
     said = config["preprocessing"] or {}
     names, resnet = config["class_names"], arguments.get("resnet")
-    has_two_heads = config["architecture"]["class"] == "VisionTransformerDistilled"
+    classifiers = {"VisionTransformerDistilled": ["head", "head_dist"], "Hiera": "head.fc"}
     return {
         "input_size": [arguments["in_chans"], *arguments["img_size"]],
         **{key: said[key] for key in _PREPROCESSING if key in said},
@@ -57,7 +57,7 @@ def pretrained_cfg(config: Mapping[str, Any]) -> dict[str, Any]:
         "num_classes": arguments["num_classes"],
         **({} if names is None else {"label_names": list(names)}),
         "first_conv": _first_convolution(config["architecture"]["class"], resnet),
-        "classifier": ["head", "head_dist"] if has_two_heads else "head",
+        "classifier": classifiers.get(config["architecture"]["class"], "head"),
     }
 
 

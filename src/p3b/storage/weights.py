@@ -21,6 +21,7 @@ from typing import cast
 from timm.models import (
     beit,
     eva,
+    hiera,
     naflexvit,
     qwen3_vit,
     swin_transformer,
@@ -65,6 +66,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 _READERS: Mapping[type[nn.Module], Callable[..., dict[str, Tensor]]] = {
     beit.Beit: beit.checkpoint_filter_fn,
     eva.Eva: eva.checkpoint_filter_fn,
+    hiera.Hiera: hiera.checkpoint_filter_fn,
     naflexvit.NaFlexVit: naflexvit.checkpoint_filter_fn,
     qwen3_vit.Qwen3VitClassifier: qwen3_vit.checkpoint_filter_fn_classifier,
     qwen3_vit.Qwen3VitEncoder: qwen3_vit.checkpoint_filter_fn_encoder,

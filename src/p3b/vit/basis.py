@@ -29,6 +29,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from p3b.errors import TrainingError
+from p3b.vit.families import family_of
 from p3b.vit.observing import observed
 
 Reduce = Callable[[Tensor], Tensor]
@@ -102,7 +103,12 @@ def order_heads(model: VisionTransformer, moments: Sequence[HeadMoments | None])
 
 
 def _attentions(model: VisionTransformer) -> list[nn.Module]:
-    return [block.attn for block in model.blocks]
+    return [
+        block.module.get_submodule(half.name)
+        for block in family_of(model).blocks(model)
+        for half in block.halves
+        if half.body.kind == "attn"
+    ]
 
 
 def _is_plain(attn: nn.Module) -> bool:

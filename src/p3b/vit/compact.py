@@ -36,7 +36,7 @@ from p3b.vit.anatomy.shape import CONSTANT, GONE, SMALL, WHOLE, BranchShape
 from p3b.vit.anatomy.weights import STREAM, Weight, split_axis
 from p3b.vit.architecture import BLOCK_ARGUMENTS, describe_blocks
 from p3b.vit.cost import block_params, other_params
-from p3b.vit.families import family_of
+from p3b.vit.families import family_of, width_of
 from p3b.vit.families.family import Block
 from p3b.vit.layout import BlockLayout, ModelLayout, StreamLayout, read_layout
 from p3b.vit.parts import ConstantBranch, NoBlock, NoBranch
@@ -124,7 +124,7 @@ def plan_cuts(layout: ModelLayout, masks: Mapping[str, Tensor]) -> CutPlan:
 def apply_cuts(model: VisionTransformer, plan: CutPlan) -> VisionTransformer:
     """Shrink the model in place by the plan; every replaced parameter is a new one, the rest is untouched."""
     values: dict[str, nn.Parameter] = {}
-    width = model.embed_dim
+    width = width_of(model)
     if plan.stream is not None:
         width, sizes = len(plan.stream.kept), {STREAM: plan.stream.stream.size}
         for weight in plan.stream.stream.outside:
@@ -152,12 +152,13 @@ def reshape_branches(model: VisionTransformer, shapes: Sequence[BranchShape], wi
     Raises:
         ModelError: the stream cannot be narrowed to so many channels, or not in this model.
     """
-    if not 1 <= width <= model.embed_dim:
-        raise ModelError(f"a residual stream of {width} channels cannot be cut from one of {model.embed_dim}")
-    if all(shape.form == WHOLE for shape in shapes) and width == model.embed_dim:
+    whole = width_of(model)
+    if not 1 <= width <= whole:
+        raise ModelError(f"a residual stream of {width} channels cannot be cut from one of {whole}")
+    if all(shape.form == WHOLE for shape in shapes) and width == whole:
         return
     arguments = describe_blocks(model)
-    if width < model.embed_dim:
+    if width < whole:
         _narrow_stream(model, width)
     model.__dict__[BLOCK_ARGUMENTS] = arguments
     branches = _branches(model)
@@ -172,7 +173,7 @@ def reshape_branches(model: VisionTransformer, shapes: Sequence[BranchShape], wi
         elif shape.form == GONE:
             half.replace(block.module, NoBranch())
     for block in family_of(model).blocks(model):
-        if all(isinstance(block.module.get_submodule(half.name), NoBranch) for half in block.halves):
+        if not block.pools and all(isinstance(block.module.get_submodule(half.name), NoBranch) for half in block.halves):
             owner, _, name = block.name.rpartition(".")
             setattr(model.get_submodule(owner), name, in_place_of(block.module, NoBlock()))
     keep_shapes(model, shapes)
@@ -211,7 +212,9 @@ def _form(cut: BlockCut) -> str:
     if not cut.channels("in") or 0 in inner.values():
         return CONSTANT
     stream = len(cut.channels(STREAM))
-    whole_sides = all(len(cut.channels(side)) == stream for side in ("in", "out"))
+    whole_sides = all(
+        len(cut.channels(side)) == (stream if STREAM in cut.kept else cut.block.sizes[side]) for side in ("in", "out")
+    )
     if stream < cut.block.sizes[STREAM] and not cut.block.any_input_width:
         return SMALL
     return WHOLE if whole_sides and all(count == cut.block.sizes[dim] for dim, count in inner.items()) else SMALL

@@ -19,6 +19,7 @@ from p3b.errors import ModelError
 from p3b.vit.architecture import BLOCK_ARGUMENTS, build_skeleton, describe_dense
 from p3b.vit.compact import reshape_branches
 from p3b.vit.coverage import foreign_parts
+from p3b.vit.families import width_of
 from p3b.vit.families.activations import activation_name
 from p3b.vit.layout import require_standard_blocks
 from p3b.vit.parts import NoBlock
@@ -60,7 +61,7 @@ def require_described(model: VisionTransformer, purpose: str = "saved") -> None:
     described = build_skeleton(describe_dense(model))
     try:
         with NoValues():
-            reshape_branches(described, branch_shapes(model), model.embed_dim)
+            reshape_branches(described, branch_shapes(model), width_of(model))
     except ModelError as error:
         raise ModelError(f"The model cannot be {purpose}: {error}.") from error
     for difference in _differences(model, described):

@@ -18,7 +18,7 @@ _LAYER_SCALE = 1e-5
 _CONVOLUTIONS = (nn.Conv2d, nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm)
 
 _POSITIONS_AND_TOKENS = (
-    *("pos_embed", "pos_embed_y", "pos_embed_x", "cls_token", "reg_token"),
+    *("pos_embed", "pos_embed_win", "pos_embed_y", "pos_embed_x", "cls_token", "reg_token"),
     *("relative_position_bias_table", "rel_pos_h", "rel_pos_w"),
 )
 

@@ -2,7 +2,8 @@
 
 A gate on the channels of a linear layer is the same as scaling rows or columns of that layer's weight, which is far less to
 multiply than activations. While gates are attached, each gated layer computes with the product in the place of its weight; the
-parameters themselves, the classes and the state-dict keys stay as they are. A score m * dLoss/dm needs no graph
+parameters themselves, the classes and the state-dict keys stay as they are. Where they are large, products are not kept for the
+backward pass (`p3b.vit.products`). A score m * dLoss/dm needs no graph
 of its own (see `p3b.scoring.criteria`); a method that learns masks asks for dLoss/dm itself, by `Gates.collect_gradients`.
 
 The gate of the residual stream multiplies all that is written to it (patch embedding, tokens, positions, last layers of the
@@ -30,6 +31,7 @@ from p3b.vit.active import ActiveWidths
 from p3b.vit.anatomy.norms import norm_of_kept
 from p3b.vit.anatomy.weights import STREAM, Axis, Weight, dims_of, expand_along
 from p3b.vit.layout import ModelLayout
+from p3b.vit.products import free_until_gradient, product_of
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ class Gates:
             self._layers.append(layer)
             self._handles += [
                 layer.register_forward_pre_hook(self._swap_hook(name)),
-                layer.register_forward_hook(_restore, always_call=True),
+                layer.register_forward_hook(self._restore_hook(name), always_call=True),
             ]
         for name in self._norms:
             self._handles.append(model.get_submodule(name).register_forward_hook(self._norm_hook(name)))
@@ -243,15 +245,28 @@ class Gates:
             for gated in gated_weights:
                 holder = layer.get_submodule(gated.holder)
                 weight = kept[gated.holder, gated.parameter] = holder._parameters[gated.parameter]
-                first, *others = self._scales[layer_name, gated.holder, gated.parameter]
-                product = weight * first.to(weight.dtype)
-                for scale in others:
-                    product = product.mul_(scale.to(weight.dtype))
+                product = product_of(weight, self._scales[layer_name, gated.holder, gated.parameter])
                 # The registry may hold any tensor while the layer computes; __setattr__ would refuse it.
                 holder._parameters[gated.parameter] = product
             layer._ungated_parameters = kept
 
         return swap
+
+    def _restore_hook(self, layer_name: str) -> Callable[[nn.Module, object, object], None]:
+        gated_weights = self._gated[layer_name]
+
+        def restore(layer: nn.Module, _args: object, output: object) -> None:
+            holders = layer.__dict__.get("_ungated_parameters", {})
+            # torch.compile sees to it by itself, and with active widths no layer computes with a whole product.
+            if holders and self.active is None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                for gated in gated_weights:
+                    product = layer.get_submodule(gated.holder)._parameters[gated.parameter]
+                    scales = self._scales[layer_name, gated.holder, gated.parameter]
+                    assert product is not None
+                    free_until_gradient(product, holders[gated.holder, gated.parameter], scales, output)
+            _restore(layer)
+
+        return restore
 
     def _norm_hook(self, name: str) -> Callable[[nn.LayerNorm, tuple[Tensor, ...], Tensor], Tensor | None]:
         def normalise(norm: nn.LayerNorm, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:

@@ -64,6 +64,7 @@ class BlockLayout:
         grid: (H, W) tokens beside the prefix tokens.
         window: where tokens are compared in windows, the tokens of one and those of all of them; else None.
         distances: vectors of relative positions that a query is multiplied with, beside the keys.
+        unrolled: strides by which its tokens were taken out of the map (`p3b.vit.families.family.Block`).
     """
 
     name: str
@@ -85,6 +86,7 @@ class BlockLayout:
     grid: tuple[int, int]
     window: tuple[int, int] | None
     distances: int = 0
+    unrolled: tuple[tuple[int, int], ...] = ()
 
     def gate(self, dim: str) -> str:
         """Full name of a dimension's gate, e.g. "blocks.3.attn.head"; that of the stream is the whole model's."""
@@ -122,6 +124,7 @@ class ModelLayout:
         prefix_tokens: class, distillation and register tokens, which come before the patches.
         has_class_token: whether token 0 is a class token.
         grid: (H, W) patches.
+        unrolled: strides by which the patches were taken out of the map (`p3b.vit.families.family.Block`).
         num_classes: outputs of the head.
         stream: the residual stream where it is prunable.
     """
@@ -134,6 +137,7 @@ class ModelLayout:
     grid: tuple[int, int]
     num_classes: int
     stream: StreamLayout | None = None
+    unrolled: tuple[tuple[int, int], ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -146,7 +150,17 @@ class ModelLayout:
         if len(numbers) == 1:
             return [self]
         parts = [tuple(block for block in self.blocks if block.stage == number) for number in numbers]
-        return [replace(self, blocks=part, width=part[0].sizes[STREAM], grid=part[0].grid, stream=None) for part in parts]
+        return [
+            replace(
+                self,
+                blocks=part,
+                width=part[0].sizes[STREAM],
+                grid=part[0].grid,
+                unrolled=part[0].unrolled,
+                stream=None,
+            )
+            for part in parts
+        ]
 
     @property
     def gates(self) -> dict[str, int]:
@@ -182,12 +196,13 @@ def read_layout(model: nn.Module, dims: Collection[str] = DEFAULT_DIMS) -> Model
     return ModelLayout(
         blocks=blocks,
         other_params=sum(shapes.values()) - in_blocks,
-        width=vit.embed_dim,
+        width=blocks[0].sizes[STREAM],
         prefix_tokens=getattr(vit, "num_prefix_tokens", 0),
         has_class_token=getattr(vit, "has_class_token", getattr(vit, "cls_token", None) is not None),
         grid=images_of(vit).grid,
         num_classes=classes_of(vit),
         stream=_stream_layout(vit) if STREAM in dims else None,
+        unrolled=blocks[0].unrolled,
     )
 
 
@@ -253,6 +268,7 @@ def _branch_layout(depth: int, block: Block, half: Half, dims: Collection[str], 
         grid=grid if block.grid is None else block.grid,
         window=block.window,
         distances=block.distances if body.kind == "attn" else 0,
+        unrolled=block.unrolled,
     )
 
 

@@ -308,6 +308,8 @@ class ConstantBranch(nn.Module):
         """Whether it gives the constant for each token, as the branch did, and not once for all."""
         self.rel_pos = None
         """What timm resizes of its attentions with relative positions: nothing."""
+        self.q_stride = 1
+        """What Hiera's blocks ask of an attention: how many tokens it makes one of."""
 
     def forward(
         self,
@@ -335,6 +337,8 @@ class NoBranch(nn.Module):
         """Whether it gives a zero for each channel of each token, as the branch did, and not one for all."""
         self.rel_pos = None
         """What timm resizes of its attentions with relative positions: nothing."""
+        self.q_stride = 1
+        """What Hiera's blocks ask of an attention: how many tokens it makes one of."""
 
     def forward(
         self,

@@ -74,7 +74,11 @@ def _shape_from_plain(entry: object, branch: BranchOutline, width: int, *, tells
     if not isinstance(entry, dict) or entry.keys() != known or entry["name"] != name:
         raise ModelError(f"the entry of {name} is missing, misplaced or incomplete")
     form, inner = entry["form"], entry["inner"]
-    most_of = {"inputs": width, "outputs": width, **({"pairs": branch.pairs} if "pairs" in entry else {})}
+    most_of = {
+        "inputs": width if branch.reads is None else branch.reads,
+        "outputs": width,
+        **({"pairs": branch.pairs} if "pairs" in entry else {}),
+    }
     for side, most in most_of.items():
         channels = entry[side]
         if not isinstance(channels, list) or not all(type(channel) is int and 0 <= channel < most for channel in channels):

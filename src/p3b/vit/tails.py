@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from p3b.errors import ModelError
+from p3b.vit.families import family_of
 
 _BEFORE_THE_END = ("patch_embed", "pos_drop", "patch_drop", "rope", "norm_pre", "blocks")
 
@@ -31,11 +32,12 @@ class MiddleClassifiers:
         after: numbers of the blocks, counted from 1: a network that is cut there keeps so many.
 
     Raises:
-        ModelError: the model's blocks do not lie in one row.
+        ModelError: the model's blocks do not lie in one row, or have streams of several widths.
     """
 
     def __init__(self, model: VisionTransformer, after: Sequence[int]) -> None:
-        if after and not hasattr(model, "blocks"):
+        stages = {block.stage for block in family_of(model).blocks(model)}
+        if after and (len(stages) > 1 or not hasattr(model, "blocks")):
             raise ModelError(
                 f"Classifiers behind blocks in the middle are not covered for {type(model).__name__}; leave them out."
             )

@@ -1,7 +1,8 @@
 """Taps: the residual stream before and after each block, as it flows by in an ordinary forward pass.
 
 Section 2 of the method: x_b = x_{b-1} + f_b(x_{b-1}) for b = 1..B; x_0 enters the first block. In a hierarchy each stage has
-a stream of its own, from what enters its first block to what its last one gives.
+a stream of its own, from what enters its first block to what its last one gives. Where that block pools the stream itself, its
+stage begins with what it has made of it: what the second branch hears, less what the first one has added.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ class Taps:
 
     def __init__(self) -> None:
         self._stream_SND: list[Tensor] = []
+        self._addend_SND: Tensor | None = None
+        """What the first branch of a block that pools has added to the stream of its stage."""
         self._blocks, self._stages = 0, 1
         self._open = False
         """Between the first block of a forward pass and `take`: what gradient checkpointing computes again is no new pass."""
@@ -43,7 +46,13 @@ class Taps:
         self._stages = len({block.stage for block in blocks})
         self._handles.append(family.patch_embed(model).register_forward_hook(self._record_grid))
         for block in blocks:
-            self._handles.append(block.module.register_forward_pre_hook(self._record_input))
+            first, second, *_ = block.halves
+            if block.pools:
+                self._handles.append(first.exit(block.module).register_forward_hook(self._keep_addend))
+                entry = second.entry(block.module)
+                self._handles.append(entry.register_forward_pre_hook(self._record_before_addend))
+            else:
+                self._handles.append(block.module.register_forward_pre_hook(self._record_input))
             for half in block.halves[1:]:
                 self._handles.append(half.entry(block.module).register_forward_pre_hook(self._record_input))
         self._handles.append(blocks[0].module.register_forward_pre_hook(self._start, prepend=True))
@@ -89,6 +98,16 @@ class Taps:
     def _record_input(self, _module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         if self._records():
             self._stream_SND.append(_as_tokens(inputs[0].detach()))
+
+    def _keep_addend(self, _path: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        if self._records():
+            self._addend_SND = output.detach()
+
+    def _record_before_addend(self, _module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if self._records():
+            assert self._addend_SND is not None
+            self._stream_SND.append(inputs[0].detach() - self._addend_SND)
+            self._addend_SND = None
 
     def _record_output(self, _block: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
         if self._records():

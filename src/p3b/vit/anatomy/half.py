@@ -52,6 +52,9 @@ class Half(Protocol):
     def entry(self, block: nn.Module) -> nn.Module:
         """The module whose input is the residual stream before this branch."""
 
+    def exit(self, block: nn.Module) -> nn.Module:
+        """The module whose output is what this branch adds to the stream."""
+
     def scaled(self, block: nn.Module, value: Tensor, mask: Tensor) -> Tensor:
         """What becomes of (D,) outputs of the body on their way to the stream; `mask` is 1 for the channels written to."""
 
@@ -72,10 +75,11 @@ class Half(Protocol):
 
 
 class AsItsBody:
-    """What halves say where that is what their body says."""
+    """What halves say where that is what their body says, and where stochastic depth comes last."""
 
     name: str
     body: Body
+    drop_path: str
 
     def moments(self, block: nn.Module) -> list[Moments]:
         """See `Half`."""
@@ -85,6 +89,10 @@ class AsItsBody:
     def constant_without(self, block: nn.Module) -> tuple[bool, bool]:
         """See `Half`."""
         return self.body.constant_without(block.get_submodule(self.name))
+
+    def exit(self, block: nn.Module) -> nn.Module:
+        """See `Half`."""
+        return block.get_submodule(self.drop_path)
 
 
 @dataclass(frozen=True)
@@ -138,11 +146,15 @@ class PreNorm(AsItsBody):
 
     def narrow(self, block: nn.Module, shape: BranchShape, width: int) -> None:
         example = narrow_body(self, block, shape)
-        read_channels(block, self.reading_norm, shape, width, example)
+        self.read(block, shape, width, example)
         if len(shape.outputs) < width:
             scale = block.get_submodule(self.layer_scale)
             write = WriteChannels(shape.outputs, width, example, isinstance(scale, LayerScale))
             setattr(block, self.layer_scale, in_place_of(scale, write))
+
+    def read(self, block: nn.Module, shape: BranchShape, width: int, example: Tensor) -> None:
+        """Let the narrowed body read some of the stream's channels."""
+        read_channels(block, self.reading_norm, shape, width, example)
 
     def small_key(self, key: str) -> str:
         return small_key(self, key)

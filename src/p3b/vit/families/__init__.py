@@ -8,6 +8,7 @@ relative_positions  timm's VisionTransformerRelPos
 naflex              timm's NaFlexVit
 sam                 timm's VisionTransformerSAM
 swin                timm's SwinTransformer and SwinTransformerV2, hierarchies
+hiera               timm's Hiera, a hierarchy
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import nn
 from p3b.vit.families.beit import BEIT
 from p3b.vit.families.eva import EVA
 from p3b.vit.families.family import Family, Images
+from p3b.vit.families.hiera import HIERA
 from p3b.vit.families.naflex import NAFLEX
 from p3b.vit.families.qwen3 import QWEN3, QWEN3_TOWER
 from p3b.vit.families.relative_positions import RELATIVE_POSITIONS
@@ -37,6 +39,7 @@ FAMILIES: tuple[Family, ...] = (
     SAM,
     SWIN,
     SWIN_V2,
+    HIERA,
 )
 CLASSES: dict[str, type[nn.Module]] = {name: kind for family in FAMILIES for name, kind in family.classes.items()}
 """All classes that are covered, by name. A subclass may compute something else, and is not."""
@@ -60,3 +63,8 @@ def patch_embed_of(model: nn.Module) -> Any:
 def images_of(model: nn.Module) -> Images:
     """The images that a model is made for."""
     return family_of(model).images(model)
+
+
+def width_of(model: nn.Module) -> int:
+    """D, channels of a model's residual stream; of a hierarchy's first stage."""
+    return family_of(model).blocks(model)[0].width

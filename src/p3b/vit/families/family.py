@@ -15,7 +15,7 @@ from p3b.errors import ModelError
 from p3b.vit.anatomy.half import Half
 from p3b.vit.anatomy.weights import Weight
 
-MOST_BLOCKS, MOST_CHANNELS = 1024, 1 << 16
+MOST_BLOCKS, MOST_CHANNELS, MOST_STAGES = 1024, 1 << 16, 8
 """Far above any Vision Transformer. A description is read from files, and building what it asks for must stay cheap."""
 
 Rule = tuple[Callable[[Any], bool], str]
@@ -35,6 +35,10 @@ class Block:
         grid: (H, W) tokens there beside the prefix tokens; None where it is that of the patches.
         window: where tokens are compared in windows, the tokens of one and those of all of them, padding included.
         distances: vectors of relative positions that a query is multiplied with, beside the keys.
+        pools: whether its first branch is added to what the block itself makes of the stream, for another stage: the block
+            stays even where both branches are gone, and the stream of its stage begins after that.
+        unrolled: strides by which its tokens were taken out of the map, the first one taken first; empty where they lie row
+            by row.
     """
 
     name: str
@@ -45,6 +49,8 @@ class Block:
     grid: tuple[int, int] | None = None
     window: tuple[int, int] | None = None
     distances: int = 0
+    pools: bool = False
+    unrolled: tuple[tuple[int, int], ...] = ()
 
     def branch(self, half: Half) -> str:
         """Name of a branch: "blocks.3.attn"."""
@@ -60,12 +66,14 @@ class BranchOutline:
         heads: attention heads, of its keys where queries have more; 0 for an MLP.
         pairs: pairs that positions turn a head's channels in; 0 where they do not.
         width: channels of the dense model's residual stream there; None where it is that of the whole model.
+        reads: channels that it may read where they are those of the stage before; None where they are `width`.
     """
 
     name: str
     heads: int
     pairs: int = 0
     width: int | None = None
+    reads: int | None = None
 
 
 @dataclass(frozen=True)
@@ -206,6 +214,11 @@ def is_pair(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 2 and all(map(is_whole(1, MOST_CHANNELS), value))
 
 
+def is_pair_from_0(value: Any) -> bool:
+    """Whether a value is a list of two sizes that may be zero."""
+    return isinstance(value, list) and len(value) == 2 and all(map(is_whole(0, MOST_CHANNELS), value))
+
+
 def is_one_of(known: Sequence[Any]) -> Callable[[Any], bool]:
     """Whether a value is one of some."""
     choices = tuple(known)
@@ -219,6 +232,7 @@ def is_flag(value: Any) -> bool:
 
 FLAG: Rule = (is_flag, "true or false")
 PAIR: Rule = (is_pair, f"two whole numbers from 1 to {MOST_CHANNELS}")
+PAIR_OR_NULL: Rule = (lambda value: value is None or is_pair(value), f"{PAIR[1]}, or null")
 SIZE: Rule = (is_whole(1, MOST_CHANNELS), f"a whole number from 1 to {MOST_CHANNELS}")
 COUNT: Rule = (is_whole(0, MOST_CHANNELS), f"a whole number from 0 to {MOST_CHANNELS}")
 CLASSES: Rule = (is_whole(0, 1 << 24), "a whole number from 0 to 16777216")
@@ -233,6 +247,14 @@ OF_SHAPE: Mapping[str, Rule] = {
     **dict.fromkeys(("mlp_ratio", "norm_eps"), NUMBER),
 }
 """Of the arguments that families of blocks alike have in common."""
+
+
+def of_stages(fits: Callable[[Any], bool], words: str) -> Rule:
+    """The rule that a value is a list with an entry for each stage."""
+    return (
+        lambda value: isinstance(value, list) and 1 <= len(value) <= MOST_STAGES and all(map(fits, value)),
+        f"a list of {words}, one for each of at most {MOST_STAGES} stages",
+    )
 
 
 def one_of(known: Sequence[str], words: str | None = None) -> Rule:

@@ -37,7 +37,9 @@ from p3b.vit.families.family import (
     Rule,
     as_features,
     is_pair,
+    is_pair_from_0,
     is_whole,
+    of_stages,
     one_of,
     ratio_of,
 )
@@ -53,19 +55,6 @@ POST_NORM_HALVES = (
     WindowPostNorm("attn", CosineAttention(), norm="norm1", drop_path="drop_path1"),
     PostNorm("mlp", PlainMlp(), norm="norm2", drop_path="drop_path2"),
 )
-_MOST_STAGES = 8
-
-
-def _list_of(fits: Any, words: str) -> Rule:
-    """The rule that a value is a list with an entry for each stage."""
-    return (
-        lambda value: isinstance(value, list) and 1 <= len(value) <= _MOST_STAGES and all(map(fits, value)),
-        f"a list of {words}, one for each of at most {_MOST_STAGES} stages",
-    )
-
-
-def _is_pair_from_0(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 2 and all(map(is_whole(0, MOST_CHANNELS), value))
 
 
 class SwinFamily:
@@ -76,9 +65,9 @@ class SwinFamily:
         **dict.fromkeys(("img_size", "patch_size"), PAIR),
         **dict.fromkeys(("in_chans", "embed_dim"), SIZE),
         "num_classes": CLASSES,
-        "depths": _list_of(is_whole(1, MOST_BLOCKS), "numbers of blocks"),
-        "num_heads": _list_of(is_whole(1, MOST_CHANNELS), "numbers of heads"),
-        "window_size": _list_of(is_pair, "two sizes"),
+        "depths": of_stages(is_whole(1, MOST_BLOCKS), "numbers of blocks"),
+        "num_heads": of_stages(is_whole(1, MOST_CHANNELS), "numbers of heads"),
+        "window_size": of_stages(is_pair, "two sizes"),
         **dict.fromkeys(("mlp_ratio", "norm_eps"), NUMBER),
         **dict.fromkeys(("qkv_bias", "always_partition", "strict_img_size"), FLAG),
         "global_pool": one_of(("", "avg", "avgmax", "max", "catavgmax"), "a pooling of timm's Swin"),
@@ -195,7 +184,7 @@ class SwinV2Family(SwinFamily):
     classes: Mapping[str, type[nn.Module]] = {"SwinTransformerV2": SwinTransformerV2}
     rules: Mapping[str, Rule] = {
         **SwinFamily.rules,
-        "pretrained_window_sizes": _list_of(_is_pair_from_0, "two sizes, each a whole number from 0"),
+        "pretrained_window_sizes": of_stages(is_pair_from_0, "two sizes, each a whole number from 0"),
     }
     halves: tuple[Half, ...] = POST_NORM_HALVES
     block: type[nn.Module] = SwinTransformerV2Block
