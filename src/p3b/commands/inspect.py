@@ -58,8 +58,8 @@ def _blocks(config: Mapping[str, Any], width: int, outlines: Mapping[str, Branch
         form, outline = block["form"], outlines[block["name"]]
         wide = outline.width or width
         inside = form in ("whole", "small")
-        heads = block.get("heads", outline.heads) if block["name"].endswith("attn") and inside else ""
+        heads = (block.get("heads") or outline.heads) if block["name"].endswith("attn") and inside else ""
         reads = (len(block["inputs"]) or outline.reads or wide) if inside else ""
         writes = "" if form == "gone" else len(block["outputs"]) or wide
-        table.add_row(block["name"], form, *map(str, (reads, heads, block["inner"] if inside else "", writes)))
+        table.add_row(block["name"], form, *map(str, (reads, heads, (block["inner"] or "whole") if inside else "", writes)))
     return table
