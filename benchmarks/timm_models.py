@@ -67,9 +67,14 @@ def smaller(kind: str, patch: tuple[int, int], depth: int) -> dict[str, Any]:
 
 def arguments_of(found: Entry) -> dict[str, Any]:
     """What a model is built with here."""
-    patch = images_of(outline(found.name)).patch
+    whole = outline(found.name)
+    patch = images_of(whole).patch
+    apart = [block.attn for block in getattr(whole, "blocks", ()) if getattr(block.attn, "q_proj", None) is not None]
+    of_keys = list(dict.fromkeys(attention.num_kv_heads for attention in apart if hasattr(attention, "num_kv_heads")))
     for depth in (2, 1):
         arguments = {"num_classes": CLASSES, **smaller(found.kind, patch, depth)}
+        if of_keys:  # told block by block, since they may differ
+            arguments["num_kv_heads"] = (of_keys * depth)[:depth]
         if sum(parameter.numel() for parameter in outline(found.name, **arguments).parameters()) <= WIDE:
             break
     return arguments
