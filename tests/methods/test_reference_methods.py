@@ -540,7 +540,7 @@ def test_ranks_that_measure_otherwise_decide_alike(name: str) -> None:
 def test_every_method_takes_what_all_take_and_nothing_that_it_does_not_know() -> None:
     for name in METHODS:
         assert "blocks_only" in method_options(name)
-    assert method_options("random") == ["blocks_only", "seed"]
+    assert method_options("random") == ["blocks_only", "align", "stream", "seed"]
     assert method_options("block_pr") == method_options("block_benefit")
     model = tiny_vit()
     with pytest.raises(ConfigError, match=r"option of uniform 'block_only'. Did you mean 'blocks_only'"):

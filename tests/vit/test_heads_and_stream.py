@@ -609,7 +609,7 @@ def test_a_small_model_trains_is_copied_and_gets_a_new_head(tmp_path: Path) -> N
 def _by_chance(model: VisionTransformer, layout: ModelLayout, prune_ratio: float, reduce: Any, *, seed: int = 0) -> ScoreMethod:
     """A method that prunes every gate alike, at random."""
 
-    def decide(scores_N: Tensor, progress: float, tau: float) -> Decision:
+    def decide(scores_N: Tensor, progress: float, tau: float, last: bool) -> Decision:
         scores = dict(zip(layout.gates, scores_N.split(list(layout.gates.values())), strict=True))
         masks = {gate: (score >= progress * prune_ratio).float() for gate, score in scores.items()}
         kept = kept_params(layout, masks)
