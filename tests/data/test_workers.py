@@ -74,7 +74,7 @@ def wait_until_gone(pids: list[int], seconds: float) -> list[int]:
     return left
 
 
-# Where a worker's connection breaks, torch opens files to see whether there are too many; its own signal handler may raise there.
+# Where a worker's connection breaks, torch opens files to see if there are too many; its own signal handler may raise there.
 @pytest.mark.filterwarnings("ignore:Exception ignored in. <_io.FileIO:pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("make", [training, evaluation])
 @pytest.mark.parametrize(
