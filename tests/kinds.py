@@ -29,7 +29,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 """Vision Transformers, as arguments of `tiny_vit`."""
 _SHAPE: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3}
 _STAGES: dict[str, Any] = {"patch_size": 2, "embed_dim": 12, "depths": (2, 1), "num_heads": (2, 3), "window_size": 4}
-_POOLED: dict[str, Any] = {
+POOLED: dict[str, Any] = {
     "img_size": 32,
     "embed_dim": 12,
     "num_heads": 2,
@@ -38,6 +38,7 @@ _POOLED: dict[str, Any] = {
     "mask_unit_size": (4, 4),
     "mask_unit_attn": (True, True, False),
 }
+"""Of a tiny Hiera."""
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "BEiT": ("beit_base_patch16_224", _SHAPE),
     "BEiT, gated": ("beitv2_base_patch16_224", {**_SHAPE, "swiglu_mlp": True, "scale_mlp": True}),
@@ -50,8 +51,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "SAM": ("samvit_base_patch16", {**_SHAPE, "window_size": 3, "global_attn_indexes": (1,), "neck_chans": 8}),
     "Swin": ("swin_tiny_patch4_window7_224", {"img_size": 32, **_STAGES}),
     "Swin v2": ("swinv2_tiny_window8_256", {"img_size": 32, **_STAGES}),
-    "Hiera": ("hiera_tiny_224", _POOLED),
-    "Hiera, positions in windows": ("hiera_small_abswin_256", {**_POOLED, "global_pos_size": (3, 3)}),
+    "Hiera": ("hiera_tiny_224", POOLED),
+    "Hiera, positions in windows": ("hiera_small_abswin_256", {**POOLED, "global_pos_size": (3, 3)}),
 }
 """Models of other classes of timm's, as its names and arguments."""
 CUTS: dict[str, Callable[[ModelLayout], Masks]] = {

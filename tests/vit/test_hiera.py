@@ -12,6 +12,7 @@ import torch
 from timm.models.hiera import Hiera
 from torch import Tensor, nn
 
+from kinds import POOLED as SHAPE
 from loops import CE
 from p3b import Pruner, Schedule, load, save
 from p3b.errors import ModelError
@@ -25,15 +26,6 @@ from p3b.vit.tails import MiddleClassifiers
 from p3b.vit.taps import Taps
 from tiny import CLASSES, images, parameters_of, random_masks, soft_random_masks
 
-SHAPE: dict[str, Any] = {
-    "img_size": 32,
-    "embed_dim": 12,
-    "num_heads": 2,
-    "stages": (1, 2, 1),
-    "q_pool": 2,
-    "mask_unit_size": (4, 4),
-    "mask_unit_attn": (True, True, False),
-}
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "projected": ("hiera_tiny_224", SHAPE),
     "maximum and mean": ("hiera_small_abswin_256", {**SHAPE, "global_pos_size": (3, 3)}),

@@ -14,6 +14,7 @@ from timm.models.vision_transformer_hybrid import ConvStem
 from timm.models.vitamin import VitCfg
 from torch import Tensor, nn
 
+from kinds import POOLED as HIERA
 from loops import CE
 from p3b import Pruner, Schedule, load, save
 from p3b.deploy.choice import with_layout
@@ -44,15 +45,6 @@ SWIN: dict[str, Any] = {
     "depths": (2, 1),
     "num_heads": (2, 3),
     "window_size": 4,
-}
-HIERA: dict[str, Any] = {
-    "img_size": 32,
-    "embed_dim": 12,
-    "num_heads": 2,
-    "stages": (1, 2, 1),
-    "q_pool": 2,
-    "mask_unit_size": (4, 4),
-    "mask_unit_attn": (True, True, False),
 }
 
 

@@ -40,7 +40,6 @@ def uniform(
 
     `align` and `stream` are those of `p3b.methods.block_benefit`.
     """
-    require_align(align)
     shares = EqualShares(layout, prune_ratio, blocks_only, align, stream)
     return ScoreMethod("uniform", model, TaylorScores(layout, model, reduce), shares.decide)
 
@@ -60,7 +59,6 @@ def random(
 
     Arguments and errors as `uniform` has them, and `seed` of the draw, the same on all ranks.
     """
-    require_align(align)
     shares = EqualShares(layout, prune_ratio, blocks_only, align, stream)
     return ScoreMethod("random", model, RandomScores(layout, seed), shares.decide)
 
@@ -71,6 +69,7 @@ class EqualShares:
     def __init__(
         self, layout: ModelLayout, prune_ratio: float, blocks_only: bool, align: int = 1, stream: float | str = 0.0
     ) -> None:
+        require_align(align)
         narrow = narrow_stream(layout, stream, align, prune_ratio, blocks_only)
         self._layout, self._shares = layout, BlockShares(layout.blocks, align, stream=narrow)
         if narrow is None:

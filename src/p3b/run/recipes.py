@@ -193,12 +193,12 @@ def _finetune_epochs(facts: Facts, settled: Settings) -> Choice | None:
 
 
 def _is_early(facts: Facts) -> bool:
-    """Whether the model is made small early and narrow: from so many images on that there are steps to do so.
+    """Whether the model is pruned, and made small early and narrow: from so many images on that there are steps to do so.
 
     With 10,000 images that is worth 2 points and more at 50, 75 and 90 % pruned (docs/results/equal_time.md); with a few
     hundred it costs one (docs/experiments.md).
     """
-    return facts.images >= _MANY
+    return facts.prunes and facts.images >= _MANY
 
 
 def _pruning_part(facts: Facts) -> int:
@@ -339,25 +339,28 @@ def _narrow(setting: str, value: Any, reason: str) -> Callable[[Facts, Settings]
     """A rule for what makes the small model an ordinary narrower one: of the methods that can, and where nothing forbids it."""
 
     def rule(facts: Facts, settled: Settings) -> Choice | None:
-        able = facts.narrows and _is_early(facts) and any(method in _NARROWING for method in _methods(settled))
+        able = facts.narrows and _narrows_widths(facts, settled)
         by_hand = any(settled.get(other) for other in ("spare", "prune_keep_ratios"))
-        return Choice(setting, value, reason) if facts.prunes and able and not by_hand else None
+        return Choice(setting, value, reason) if able and not by_hand else None
 
     return rule
 
 
 def _prune_benefit(facts: Facts, settled: Settings) -> Choice | None:
-    if not (facts.prunes and _is_early(facts) and "block_benefit" in _methods(settled)):
+    if not _is_early(facts) or "block_benefit" not in _methods(settled):
         return None
     return Choice("prune_benefit", "linear", f"{facts.images:,} images: the probes that cost least are good enough")
 
 
 def _prune_compute(facts: Facts, settled: Settings) -> Choice | None:
-    if not (facts.prunes and _is_early(facts) and any(method in _NARROWING for method in _methods(settled))):
-        return None
-    if settled.get("compile"):
+    if not _narrows_widths(facts, settled) or settled.get("compile"):
         return None
     return Choice("prune_compute", "active", f"{facts.images:,} images: steps that get quicker as pruning goes on")
+
+
+def _narrows_widths(facts: Facts, settled: Settings) -> bool:
+    """Whether it is early, and a method is asked for that can narrow widths and leave out what is closed."""
+    return _is_early(facts) and any(method in _NARROWING for method in _methods(settled))
 
 
 def _methods(settled: Settings) -> tuple[str, ...]:
