@@ -6,6 +6,7 @@ import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from harness.turns import ratio as ratio_cell
 from measured import spread_cell
 from p3b.errors import ConfigError
 from p3b.run.series_plan import DENSE
+from transfers import Transfer
 
 REFERENCE, EXPLORED = "p3b-early-stream", "p3b-early"
 """Rows that the others are compared with, and that the explored ones change in one thing."""
@@ -28,21 +30,27 @@ Group = Mapping[str, Sequence[Line]]
 """Lines of one table, by row."""
 
 
-def write(record: Path) -> None:
+def write(record: Path, transfer: Transfer) -> None:
     """Write the page of a record beside it, and its figure."""
     lines = read_lines(record)
     if any(line["kind"] == "run" for line in lines):
         draw(lines, record.with_suffix(".png"))
-    part(record).write()
+    part(record, transfer).write()
 
 
-def part(record: Path) -> Part:
+def part(record: Path, transfer: Transfer) -> Part:
     """The page is beside the record."""
-    return Part("equal_time.py", record, record.with_suffix(".md"), tables)
+    script = " ".join(["equal_time.py", *transfer.asked])
+    return Part(script, record, record.with_suffix(".md"), partial(tables, record.with_suffix(".png").name))
 
 
-def tables(lines: Sequence[Line]) -> list[str]:
-    """Top-1 of every row at every size and scale, then what steps take and how quick the models are."""
+def tables(figure: str, lines: Sequence[Line]) -> list[str]:
+    """Top-1 of every row at every size and scale, then what steps take and how quick the models are.
+
+    Args:
+        figure: name of its file, which is beside the page.
+        lines: of the record.
+    """
     runs = [line for line in lines if line["kind"] == "run"]
     text = []
     for scale in sorted({_scale(line) for line in runs}, reverse=True):
@@ -52,7 +60,7 @@ def tables(lines: Sequence[Line]) -> list[str]:
             title = f"{ratio:.0%} of the parameters pruned, {_scale_in_words(at_ratio[0]['scale'])}"
             text += [f"## {title}", "", *_accuracy(at_ratio)]
     if runs:
-        text += ["![Accuracy against processor time and latency](equal_time.png)", "", *HOW_TO_READ, ""]
+        text += [f"![Accuracy against processor time and latency]({figure})", "", *HOW_TO_READ, ""]
     return [*text, *_costs(lines), *_latencies(lines), *_how_it_was_run(lines)]
 
 

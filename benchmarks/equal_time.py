@@ -6,8 +6,10 @@
     python benchmarks/equal_time.py speed                         # latency of all models that are there, in turns
     python benchmarks/equal_time.py table                         # docs/results/equal_time.md from equal_time.jsonl
 
-Images and recipe are those of `benchmarks/measured.py`. The rows and how their epochs are counted: `equal_rows.py`. The row of
-Torch-Pruning needs that package (`peers/torch_pruning_taylor.py`). One process at a time works in a folder.
+    python benchmarks/equal_time.py run --transfer syllables      # 512 classes instead of 6; see glyph_images.py
+
+Images and recipe: `transfers.py`. The rows and how their epochs are counted: `equal_rows.py`. The row of Torch-Pruning needs
+that package (`peers/torch_pruning_taylor.py`). One process at a time works in a folder.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import argparse
 import csv
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -29,9 +31,9 @@ import equal_page
 from equal_costs import ROUNDS, measure_costs
 from equal_rows import PEER, ROWS, Costs, Entry, Plan, Scale, costs_of, is_timed, plan
 from harness.paired import pack
-from harness.records import RESULTS, Line, add_line, certified, read_lines, write_lines
+from harness.records import Line, add_line, certified, read_lines, write_lines
 from harness.turns import CPU, take_turns
-from measured import SETTINGS, TOLERANCE, TOLERANCE_OF_SMALLER
+from measured import TOLERANCE, TOLERANCE_OF_SMALLER
 from measured import settings as study_settings
 from p3b.commands.command_line import STOPPED, USER_ERROR
 from p3b.commands.prune import prune
@@ -46,11 +48,39 @@ from p3b.storage import artifact
 from p3b.train.distributed import Processes
 from p3b.vit.cost import count_parameters
 from peers import torch_pruning_taylor as peer
+from transfers import TRANSFERS, USUAL, Transfer
 
-RECORD = RESULTS / "equal_time.jsonl"
-RATIOS, CLASSES = (0.9, 0.75), 6
+RATIOS = (0.9, 0.75)
 SPEED_BATCHES, SPEED_ROUNDS = (1, 32), 15
 PACKAGES = ("torch", "timm", "torch-pruning")
+
+
+@dataclass(frozen=True)
+class Place:
+    """What is learned, and where it lies.
+
+    Attributes:
+        transfer: which.
+        data: folder with its images and weights.
+        work: folder for the run folders.
+    """
+
+    transfer: Transfer
+    data: Path
+    work: Path
+
+    def settings(self, entry: Entry) -> CompareConfig:
+        """What the runs of a seed share; epochs and phases are the rows' own."""
+        scale = entry.scale
+        return study_settings(self.data, self.work, [entry.seed], self.transfer.flags(scale.pixels, scale.images))
+
+    def folder(self, entry: Entry) -> Path:
+        """Of a run."""
+        return self.work / "runs" / entry.name
+
+
+def place_of(given: argparse.Namespace) -> Place:
+    return Place(TRANSFERS[given.transfer], given.shared / "data", given.work)
 
 
 def entries(given: argparse.Namespace) -> list[Entry]:
@@ -66,18 +96,11 @@ def entries(given: argparse.Namespace) -> list[Entry]:
     return found
 
 
-def flags(scale: Scale) -> str:
-    """Of `p3b compare`; epochs and phases are the rows' own, and layouts are measured afterwards, in turns."""
-    usual = Scale()
-    given = f"{SETTINGS} --layout index".replace(f"img_size={usual.pixels}", f"img_size={scale.pixels}")
-    return given.replace(f"--max-train-images {usual.images}", f"--max-train-images {scale.images}")
-
-
 def scale_of(given: argparse.Namespace) -> Scale:
     return Scale(given.epochs, given.pixels, given.images)
 
 
-def recorded_costs(lines: Sequence[Line], entry: Entry) -> Costs:
+def recorded_costs(lines: Sequence[Line], entry: Entry, transfer: Transfer) -> Costs:
     """The costs that the epochs of a run follow from, of this record or else of the project's; the dense row needs none.
 
     Of every side the first that was measured counts, so that rows keep their epochs where others come later.
@@ -88,17 +111,17 @@ def recorded_costs(lines: Sequence[Line], entry: Entry) -> Costs:
     if entry.ratio is None:
         return Costs({}, {}, 0.0)
     asked = entry.ratio, entry.scale.pixels
-    costs = [line for line in [*read_lines(RECORD), *lines] if line["kind"] == "costs" and is_timed(line)]
+    costs = [line for line in [*read_lines(transfer.record), *lines] if line["kind"] == "costs" and is_timed(line)]
     found = [line for line in costs if (line["ratio"], line["pixels"]) == asked]
     if not found:
-        asked_for = f"--ratios {entry.ratio:g} --pixels {entry.scale.pixels}"
+        asked_for = " ".join([*transfer.asked, f"--ratios {entry.ratio:g}", f"--pixels {entry.scale.pixels}"])
         raise ConfigError(f"What steps take was not measured: python benchmarks/equal_time.py costs {asked_for}")
     return costs_of({"sides": {name: side for line in reversed(found) for name, side in line["sides"].items()}})
 
 
-def config_for(entry: Entry, epochs: Plan, data: Path, work: Path) -> TrainConfig | PruneConfig:
+def config_for(entry: Entry, epochs: Plan, place: Place) -> TrainConfig | PruneConfig:
     """Settings of the run: of `p3b prune`, or of `p3b train` for a model that is not pruned here."""
-    shared = study_settings(data, work, [entry.seed], flags(entry.scale))
+    shared = place.settings(entry)
     training = replace(shared.training, epochs=epochs.before or epochs.small)
     if entry.distilled:
         alpha, tau = entry.alpha, entry.tau
@@ -114,10 +137,9 @@ def config_for(entry: Entry, epochs: Plan, data: Path, work: Path) -> TrainConfi
     config: CompareConfig = replace(shared, training=training, prune=pruning)
     row = entry.row
     method = DENSE if row.method == PEER else row.method
-    teacher = work / "runs" / entry.teacher.name
-    run = Run(method, None if method == DENSE else entry.ratio, entry.seed, row.settings, teacher)
+    run = Run(method, None if method == DENSE else entry.ratio, entry.seed, row.settings, place.folder(entry.teacher))
     found = config_of(config, run)
-    folder = work / "runs" / entry.name
+    folder = place.folder(entry)
     if row.method == SMALLER:
         found = replace(found, model=replace(found.model, model_path=folder / "start"))
     if not row.prunes:
@@ -125,13 +147,12 @@ def config_for(entry: Entry, epochs: Plan, data: Path, work: Path) -> TrainConfi
     return replace(found, run=replace(found.run, output_dir=folder))
 
 
-def carry_out(entry: Entry, epochs: Plan, data: Path, work: Path) -> dict[str, Any]:
+def carry_out(entry: Entry, epochs: Plan, place: Place) -> dict[str, Any]:
     """Make a run, or the rest of it; returns what its line says of it."""
-    config = config_for(entry, epochs, data, work)
-    folder = work / "runs" / entry.name
+    config, folder = config_for(entry, epochs, place), place.folder(entry)
     if entry.row.method == PEER:
         assert entry.ratio is not None
-        teacher = work / "runs" / entry.teacher.name / PRODUCTS["train"] if entry.distilled else None
+        teacher = place.folder(entry.teacher) / PRODUCTS["train"] if entry.distilled else None
         found = peer.run(config, peer.Phases(epochs.before, epochs.small), entry.ratio, teacher)
         told = {key: found[key] for key in ("params", "dense_params", "processor_seconds", "channel_ratio", "curve")}
         return {**told, **_accuracy(found), "correct": pack(found["correct"])}
@@ -139,7 +160,7 @@ def carry_out(entry: Entry, epochs: Plan, data: Path, work: Path) -> dict[str, A
         summary, stage = prune(config), "prune"
     else:
         if entry.row.method == SMALLER:
-            _make_start(entry, data, work, config)
+            _make_start(entry, place, config)
         summary, stage = train(config), "train"
     figures = summary["pruned" if stage == "prune" else "model"]
     lines = read_lines(folder / stage / "metrics.jsonl")
@@ -177,9 +198,9 @@ def _correct(predictions: Path) -> list[bool]:
         return [row["target"] == row["predicted"] for row in csv.DictReader(file)]
 
 
-def _make_start(entry: Entry, data: Path, work: Path, config: TrainConfig) -> None:
+def _make_start(entry: Entry, place: Place, config: TrainConfig) -> None:
     assert config.model.model_path is not None and entry.ratio is not None
-    shared = study_settings(data, work, [entry.seed], flags(entry.scale))
+    shared = place.settings(entry)
     alone = Processes()
     make_start(config.model.model_path, shared.data, shared.model, alone, ratio=entry.ratio, blocks_only=False, seed=entry.seed)
 
@@ -200,19 +221,20 @@ def require_budget(line: Line) -> None:
 
 def run_all(given: argparse.Namespace) -> list[str]:
     """Make the runs that are asked for and not recorded yet; returns the names of those that failed or were refused."""
-    wrong = []
+    wrong, place = [], place_of(given)
+    transfer = place.transfer
     for entry in entries(given):
         lines = read_lines(given.record)
         if entry.name in {line["name"] for line in lines}:
             continue
         try:
-            epochs = plan(entry.row, recorded_costs(lines, entry), entry.scale.epochs, distilled=entry.distilled)
+            epochs = plan(entry.row, recorded_costs(lines, entry, transfer), entry.scale.epochs, distilled=entry.distilled)
             print(f"{entry.name}: {epochs.warm_up:g} + {epochs.pruning:g} + {epochs.small} epochs", flush=True)
-            make = partial(carry_out, entry, epochs, given.shared / "data", given.work)
-            made = certified(make, again(entry), *PACKAGES)
+            make = partial(carry_out, entry, epochs, place)
+            made = certified(make, again(entry, transfer), *PACKAGES)
             line = {**_said(entry, epochs), **made}
             if line["dense_params"] is None:
-                line["dense_params"] = dense_size(given, entry)
+                line["dense_params"] = dense_size(place, entry)
             require_budget(line)
             add_line(given.record, line)
             print(f"{entry.name}: top-1 {line['top1']:.2f} %, {line['processor_seconds']:.0f} s of training", flush=True)
@@ -240,32 +262,33 @@ def _said(entry: Entry, epochs: Plan) -> dict[str, Any]:
     }
 
 
-def dense_size(given: argparse.Namespace, entry: Entry) -> int:
+def dense_size(place: Place, entry: Entry) -> int:
     """Parameters of the dense model of the same seed and classes."""
     from p3b.run.inputs import open_model
 
-    config = study_settings(given.shared / "data", given.work, [entry.seed], flags(entry.scale))
-    return count_parameters(open_model(config.model, CLASSES, entry.seed).model)
+    return count_parameters(open_model(place.settings(entry).model, place.transfer.classes, entry.seed).model)
 
 
-def again(entry: Entry) -> str:
+def again(entry: Entry, transfer: Transfer) -> str:
     """The command that makes a run again and records it elsewhere."""
     scale = " ".join(f"--{key} {value}" for key, value in asdict(entry.scale).items())
     asked = f"--only {entry.row.name} --seeds {entry.seed} {scale}"
     asked += "" if entry.ratio is None else f" --ratios {entry.ratio:g}"
     asked += " --distilled" if entry.distilled else ""
     asked += "".join(f" --{key} {value:g}" for key, value in (("alpha", entry.alpha), ("tau", entry.tau)) if value is not None)
+    asked = " ".join([*transfer.asked, asked])
     return f"python benchmarks/equal_time.py run {asked} --work again --record again/equal_time.jsonl"
 
 
 def measure_all_costs(given: argparse.Namespace) -> None:
     """Record what steps take at each prune ratio; a new line replaces an earlier one of the same rows."""
+    place = place_of(given)
     for ratio in given.ratios:
         entry = Entry(ROWS[DENSE], None, 0, scale_of(given))
-        config = config_for(entry, Plan(0, 0, 1, 1.0), given.shared / "data", given.work / "costs")
+        config = config_for(entry, Plan(0, 0, 1, 1.0), replace(place, work=place.work / "costs"))
         rows = [ROWS[name] for name in given.only or ROWS]
         only = f" --only {' '.join(given.only)}" if given.only else ""
-        command = f"python benchmarks/equal_time.py costs --ratios {ratio:g} --pixels {given.pixels}{only}"
+        command = _command("costs", given, ratio) + only
         made = certified(lambda: {"sides": measure_costs(config, rows, ratio, given.rounds)}, command, *PACKAGES)  # noqa: B023
         name = "-".join([f"costs-{ratio:g}-{given.pixels}px", *(given.only or [])])
         told = {"kind": "costs", "name": name, "ratio": ratio, "pixels": given.pixels}
@@ -283,10 +306,17 @@ def measure_speed(given: argparse.Namespace) -> None:
         at_ratio = dense + [line for line in lines if line["ratio"] == ratio and line["seed"] == given.seeds[0]]
         models = dict(_models(at_ratio, given.work / "runs"))
         for batch in SPEED_BATCHES:
-            command = f"python benchmarks/equal_time.py speed --ratios {ratio:g} --pixels {given.pixels}"
+            command = (
+                f"python benchmarks/equal_time.py speed --transfer {given.transfer} --ratios {ratio:g} --pixels {given.pixels}"
+            )
             made = certified(lambda: {"sides": _latencies(models, batch)}, command, *PACKAGES)  # noqa: B023
             told = {"kind": "speed", "name": f"speed-{ratio:g}-{batch}-{given.pixels}px", "ratio": ratio, "batch": batch}
             _replace(given.record, {**told, "pixels": given.pixels, **made})
+
+
+def _command(action: str, given: argparse.Namespace, ratio: float) -> str:
+    asked = [*TRANSFERS[given.transfer].asked, f"--ratios {ratio:g}", f"--pixels {given.pixels}"]
+    return " ".join(["python benchmarks/equal_time.py", action, *asked])
 
 
 def _models(lines: Sequence[Line], runs: Path) -> Iterator[tuple[str, torch.nn.Module]]:
@@ -322,21 +352,33 @@ def _replace(record: Path, line: Line) -> None:
 
 
 def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments; what depends on the transfer and is not given is the transfer's."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", choices=("costs", "run", "speed", "table"))
+    parser.add_argument("--transfer", choices=tuple(TRANSFERS), default=USUAL, help="what is learned")
     parser.add_argument("--only", nargs="+", choices=tuple(ROWS), metavar="ROW", help=f"rows: {', '.join(ROWS)}")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="seeds, one after the other")
     parser.add_argument("--ratios", type=float, nargs="+", default=list(RATIOS), help="shares of the parameters that go")
-    for key, value in asdict(Scale()).items():
-        parser.add_argument(f"--{key}", type=int, default=value, help=f"of the study's scale; usually {value}")
+    parser.add_argument("--epochs", type=int, default=Scale().epochs, help="of dense training, whose time every row may take")
+    parser.add_argument("--pixels", type=int, default=Scale().pixels, help="side of the images")
+    parser.add_argument("--images", type=int, help="of the training set; usually all that the transfer has")
     parser.add_argument("--distilled", action="store_true", help="learn from the dense run of the same seed and scale, too")
     parser.add_argument("--alpha", type=float, help="weight of the teacher")
     parser.add_argument("--tau", type=float, help="temperature of the teacher")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="rounds of the costs")
-    parser.add_argument("--shared", type=Path, default=Path("../shared"), help="folder that holds data/ with the images")
-    parser.add_argument("--work", type=Path, default=Path("runs/equal-time"), help="folder for the run folders")
-    parser.add_argument("--record", type=Path, default=RECORD, help="file of the JSON lines; the page is written beside it")
-    return parser.parse_args(arguments)
+    parser.add_argument(
+        "--shared", type=Path, help="folder that holds data/ with the images; ../shared, or what glyph_images.py made"
+    )
+    parser.add_argument("--work", type=Path, help="folder for the run folders; usually runs/ and the name of the record")
+    parser.add_argument("--record", type=Path, help="file of the JSON lines; the page is written beside it")
+    given = parser.parse_args(arguments)
+    transfer = TRANSFERS[given.transfer]
+    usual = {"images": transfer.images, "shared": transfer.shared, "record": transfer.record}
+    usual["work"] = Path("runs") / transfer.record.stem
+    for name, value in usual.items():
+        if getattr(given, name) is None:
+            setattr(given, name, value)
+    return given
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -351,7 +393,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif given.action == "speed":
             measure_speed(given)
         else:
-            equal_page.write(given.record)
+            equal_page.write(given.record, TRANSFERS[given.transfer])
     except Stopped as stop:
         print(f"equal_time: {stop}; the same command resumes.", file=sys.stderr)
         status = STOPPED

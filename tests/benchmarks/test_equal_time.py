@@ -19,7 +19,9 @@ from p3b.errors import BudgetError, ConfigError
 from p3b.run.option_checks import check
 from p3b.run.options import PruneConfig, TrainConfig
 from p3b.run.series_plan import DENSE, SMALLER
+from transfers import TRANSFERS, USUAL, Transfer
 
+ANIMALS = TRANSFERS[USUAL]
 COSTS = Costs(dict.fromkeys(ROWS, 1.2), dict.fromkeys(ROWS, 0.4), 0.3)
 
 
@@ -62,10 +64,10 @@ def test_costs_are_read_from_their_line() -> None:
 def test_costs_are_those_of_the_budget_and_the_image_size() -> None:
     entry, sides = Entry(ROWS["uniform"], 0.123, 0, Scale()), {"teacher": {"ratio": 0.3}, "small uniform": {"ratio": 0.4}}
     lines = [{"kind": "costs", "ratio": 0.123, "pixels": pixels, "sides": sides} for pixels in (16, 32)]
-    assert equal_time.recorded_costs(lines, entry).small == {"uniform": 0.4}
+    assert equal_time.recorded_costs(lines, entry, ANIMALS).small == {"uniform": 0.4}
     with pytest.raises(ConfigError, match=r"equal_time.py costs --ratios 0\.123 --pixels 32"):
-        equal_time.recorded_costs(lines[:1], entry)
-    equal_time.recorded_costs([], Entry(ROWS[DENSE], None, 0, Scale()))
+        equal_time.recorded_costs(lines[:1], entry, ANIMALS)
+    equal_time.recorded_costs([], Entry(ROWS[DENSE], None, 0, Scale()), ANIMALS)
 
 
 def test_latency_needs_a_dense_model_to_compare_with(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -77,12 +79,13 @@ def test_latency_needs_a_dense_model_to_compare_with(tmp_path: Path, capsys: pyt
 # --- runs
 
 
+@pytest.mark.parametrize("transfer", TRANSFERS.values(), ids=lambda transfer: transfer.name)
 @pytest.mark.parametrize("name", [DENSE, SMALLER, "p3b-early", "savit", PEER])
-def test_a_run_is_told_its_epochs_its_folder_and_its_teacher(name: str) -> None:
+def test_a_run_is_told_its_epochs_its_folder_and_its_teacher(name: str, transfer: Transfer) -> None:
     row, distilled = ROWS[name], name in (SMALLER, "p3b-early")
     entry = Entry(row, None if row.method == DENSE else 0.9, 1, Scale(8, 24, 3000), distilled)
     epochs = plan(row, COSTS, 8, distilled=entry.distilled)
-    config = equal_time.config_for(entry, epochs, Path("DATA"), Path("WORK"))
+    config = equal_time.config_for(entry, epochs, equal_time.Place(transfer, Path("DATA"), Path("WORK")))
     check(config)
     assert config.run.output_dir == Path("WORK/runs") / entry.name and config.run.seed == 1 and config.run.resume
     assert config.data.max_train_images == 3000
@@ -102,9 +105,18 @@ def test_a_run_is_told_its_epochs_its_folder_and_its_teacher(name: str) -> None:
 def test_names_tell_runs_apart_and_the_command_asks_for_the_same_run() -> None:
     entry = Entry(ROWS["p3b-early"], 0.75, 2, Scale(8, 24, 3000), True, 0.7, 4.0)
     assert entry.name == "p3b-early-distilled-alpha0.7-tau4-0.75-e8-24px-3000-seed2"
-    words = equal_time.again(entry).split()
+    words = equal_time.again(entry, ANIMALS).split()
     assert words[:2] == ["python", "benchmarks/equal_time.py"]
     assert equal_time.entries(equal_time.parsed(words[2:])) == [entry]
+    of_syllables = equal_time.parsed(equal_time.again(entry, TRANSFERS["syllables"]).split()[2:])
+    assert of_syllables.transfer == "syllables" and equal_time.entries(of_syllables) == [entry]
+
+
+def test_what_is_not_said_is_the_transfers() -> None:
+    given = equal_time.parsed(["run", "--transfer", "syllables", "--work", "elsewhere"])
+    assert given.images == TRANSFERS["syllables"].images == 20 * 512
+    assert given.record.name == "equal_time_syllables.jsonl" and given.work == Path("elsewhere")
+    assert equal_time.parsed(["run"]).work == Path("runs/equal_time")
 
 
 def test_what_is_asked_for_comes_seed_by_seed_in_the_order_that_was_asked_for() -> None:
@@ -185,7 +197,7 @@ def run_line(row: str, seed: int = 0, top1: float = 50.0, *, distilled: bool = F
     made_by["hardware"] = {"machine": "x", "cores": 2, "threads": 1, "accelerator": None}
     epochs = plan(entry.row, COSTS, 3, distilled=distilled)
     return {
-        **equal_time._said(entry, epochs), "command": equal_time.again(entry), "part": "test",
+        **equal_time._said(entry, epochs), "command": equal_time.again(entry, ANIMALS), "part": "test",
         "images": 200, "top1": top1, "val_top1": top1, "params": 100, "dense_params": 1000, "processor_seconds": 250.0,
         "precision": "float32", "data": "d", "curve": [[100.0, 40.0], [150.0, top1]],
         "correct": pack([index < right for index in range(200)]), **made_by, **changed,
@@ -210,7 +222,7 @@ def test_the_page_compares_alike_with_alike(tmp_path: Path) -> None:
         }},
     ]  # fmt: skip
     write_lines(tmp_path / "equal_time.jsonl", lines)
-    equal_page.write(tmp_path / "equal_time.jsonl")
+    equal_page.write(tmp_path / "equal_time.jsonl", ANIMALS)
     page = (tmp_path / "equal_time.md").read_text()
     assert (tmp_path / "equal_time.png").stat().st_size > 10_000
     rows: dict[str, list[str]] = {}
@@ -229,12 +241,13 @@ def test_the_page_compares_alike_with_alike(tmp_path: Path) -> None:
 
 
 def test_explored_rows_are_told_from_those_of_the_table() -> None:
-    text = "\n".join(equal_page.tables([run_line("p3b-early"), run_line("p3b-early-low_rank")]))
+    text = "\n".join(equal_page.tables("figure.png", [run_line("p3b-early"), run_line("p3b-early-low_rank")]))
     assert "| P3B, small early: low_rank probes |" in text
 
 
-def test_what_is_recorded_is_known_and_of_its_size() -> None:
-    for line in (line for line in read_lines(equal_time.RECORD) if line["kind"] == "run"):
+@pytest.mark.parametrize("transfer", TRANSFERS.values(), ids=lambda transfer: transfer.name)
+def test_what_is_recorded_is_known_and_of_its_size(transfer: Transfer) -> None:
+    for line in (line for line in read_lines(transfer.record) if line["kind"] == "run"):
         entry = Entry(
             ROWS[line["row"]],
             line["ratio"],
@@ -244,7 +257,7 @@ def test_what_is_recorded_is_known_and_of_its_size() -> None:
             line["alpha"],
             line["tau"],
         )
-        assert line["name"] == entry.name and line["command"] == equal_time.again(entry)
+        assert line["name"] == entry.name and line["command"] == equal_time.again(entry, transfer)
         equal_time.require_budget(line)
         assert len(unpack(line["correct"], line["images"])) == line["images"]
         # Lines of runs before 2026-11-30 may differ by a few images: under bf16 two classes were equally likely.
