@@ -48,7 +48,7 @@ def measure_costs(config: TrainConfig, rows: Sequence[Row], ratio: float, rounds
         rounds: in each of which every side acts once.
 
     Returns:
-        By side what `take_turns` says: "dense", "teacher", "pruning ROW" and "small ROW".
+        The precision, and by side what `take_turns` says: "dense", "teacher", "pruning ROW" and "small ROW".
     """
     with open_stage(config, "train") as stage:
         batches = _Batches(stage)
@@ -70,7 +70,7 @@ def measure_costs(config: TrainConfig, rows: Sequence[Row], ratio: float, rounds
                 small = trainable_form(small) if row.trains_quickly else small
                 sides[f"small {row.name}"] = step(peer.learner_of(stage, small, config))
         repeats = {f"pruning {row.name}": dict(row.settings).get("savit_every", 1) for row in rows}
-        return take_turns(CPU, sides, rounds, repeats)
+        return {"precision": stage.machine.number_format, "sides": take_turns(CPU, sides, rounds, repeats)}
 
 
 class _Batches:

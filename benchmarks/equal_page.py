@@ -41,14 +41,15 @@ def write(record: Path, transfer: Transfer) -> None:
 def part(record: Path, transfer: Transfer) -> Part:
     """The page is beside the record."""
     script = " ".join(["equal_time.py", *transfer.asked])
-    return Part(script, record, record.with_suffix(".md"), partial(tables, record.with_suffix(".png").name))
+    return Part(script, record, record.with_suffix(".md"), partial(tables, record.with_suffix(".png").name, transfer.precision))
 
 
-def tables(figure: str, lines: Sequence[Line]) -> list[str]:
+def tables(figure: str, precision: str, lines: Sequence[Line]) -> list[str]:
     """Top-1 of every row at every size and scale, then what steps take and how quick the models are.
 
     Args:
         figure: name of its file, which is beside the page.
+        precision: of the runs whose times count.
         lines: of the record.
     """
     runs = [line for line in lines if line["kind"] == "run"]
@@ -58,7 +59,7 @@ def tables(figure: str, lines: Sequence[Line]) -> list[str]:
         for ratio in sorted({line["ratio"] for line in here if line["ratio"] is not None}, reverse=True):
             at_ratio = [line for line in here if line["ratio"] in (ratio, None)]
             title = f"{ratio:.0%} of the parameters pruned, {_scale_in_words(at_ratio[0]['scale'])}"
-            text += [f"## {title}", "", *_accuracy(at_ratio)]
+            text += [f"## {title}", "", *_accuracy(at_ratio, precision)]
     if runs:
         text += [f"![Accuracy against processor time and latency]({figure})", "", *HOW_TO_READ, ""]
     return [*text, *_costs(lines), *_latencies(lines), *_how_it_was_run(lines)]
@@ -69,7 +70,7 @@ HOW_TO_READ = (
     "  the costs of steps below; epochs of the small model are whole, so rows differ by up to half of one. The training of a",
     "  teacher does not count; it takes the time of the dense row once more.",
     "- Measured: processor seconds of the training itself, without evaluation, on machines that do other work too; of those on",
-    "  processors without AMX, as the costs are. With it products of bf16 are so quick that less is gained.",
+    "  processors without AMX and in the precision that the costs were measured in. Where bf16 is faster less is gained.",
     f'- "vs. P3B": top-1 less that of "{ROWS[REFERENCE].title}" learning from the same, over the seeds that both have. Alone',
     "  right: test images that only this row, and only P3B, answers rightly. p over images: would these very networks",
     "  differ on other images (McNemar's test; with more seeds an image counts once)? p over seeds: would the methods differ",
@@ -77,7 +78,7 @@ HOW_TO_READ = (
 )
 
 
-def _accuracy(lines: Sequence[Line]) -> list[str]:
+def _accuracy(lines: Sequence[Line], precision: str) -> list[str]:
     head = [
         "model",
         "seeds",
@@ -96,7 +97,9 @@ def _accuracy(lines: Sequence[Line]) -> list[str]:
         for name, found in group.items():
             title = found[0]["title"] + (", distilled" if distilled else "")
             paired = None if name == REFERENCE else compare(correct(found), correct(group.get(REFERENCE, [])))
-            rows.append([title, _seeds(found), _epochs(found[0]), *_time(found), spread_cell(found), *_paired(paired)])
+            rows.append(
+                [title, _seeds(found), _epochs(found[0]), *_time(found, precision), spread_cell(found), *_paired(paired)]
+            )
     tested = " and ".join(sorted({f"{line['images']:,} {line['part']} images" for line in lines}))
     return [f"Accuracy on {tested}:", "", *table(head, rows)]
 
@@ -143,8 +146,8 @@ def _epochs(line: Line) -> str:
     return " + ".join(f"{epochs:g}" for epochs in phases) if plan["warm_up"] + plan["pruning"] else f"{plan['small']:g}"
 
 
-def _time(lines: Sequence[Line]) -> list[str]:
-    seconds = [line["processor_seconds"] for line in lines if is_timed(line)]
+def _time(lines: Sequence[Line], precision: str) -> list[str]:
+    seconds = [line["processor_seconds"] for line in lines if is_timed(line, precision)]
     return [f"{lines[0]['plan']['dense_epochs']:.2f}", f"{statistics.fmean(seconds):,.0f}" if seconds else "-"]
 
 
@@ -161,7 +164,8 @@ def _costs(lines: Sequence[Line]) -> list[str]:
     for line in found:
         rows = [[_side(name), ratio_cell(side)] for name, side in line["sides"].items()]
         dense = f"{1000 * line['sides'][DENSE]['seconds']:.0f} ms"
-        title = f"{line['ratio']:.0%} pruned, {line['pixels']} pixels ({line['rounds']} rounds; dense: {dense})"
+        precision = line.get("precision", "bfloat16")
+        title = f"{line['ratio']:.0%} pruned, {line['pixels']} pixels ({line['rounds']} rounds, {precision}; dense: {dense})"
         text += table([title, "of a dense step"], rows)
         text += _epochs_that_follow(line)
     return text

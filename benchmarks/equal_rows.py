@@ -127,13 +127,17 @@ class Costs:
     teacher: float
 
 
-def is_timed(line: Line) -> bool:
-    """Whether times of a line count in the table: its processor has no AMX.
+def is_timed(line: Line, precision: str) -> bool:
+    """Whether times of a line count in the table: it computes in the precision of the others, and its processor has no AMX.
 
-    On one that has, the dense model gains more than the small ones, whose steps are then 0.6 of a dense one and not 0.4. Runs
-    there have the epochs that follow from the others' costs, so their accuracies count and their times do not.
+    Where bf16 is fast, the dense model gains more than the small ones: with AMX their steps take 0.6 of a dense one and not
+    0.4. Runs elsewhere have the epochs that follow from the table's costs, so their accuracies count and their times do not.
+
+    Args:
+        line: of a run, or of costs. Those of costs say their precision since 2026-11-30; before, it was bfloat16.
+        precision: of the table.
     """
-    return "instructions" not in line.get("hardware", {})
+    return line.get("precision", "bfloat16") == precision and "instructions" not in line.get("hardware", {})
 
 
 def costs_of(line: Line) -> Costs:

@@ -111,7 +111,11 @@ def recorded_costs(lines: Sequence[Line], entry: Entry, transfer: Transfer) -> C
     if entry.ratio is None:
         return Costs({}, {}, 0.0)
     asked = entry.ratio, entry.scale.pixels
-    costs = [line for line in [*read_lines(transfer.record), *lines] if line["kind"] == "costs" and is_timed(line)]
+    costs = [
+        line
+        for line in [*read_lines(transfer.record), *lines]
+        if line["kind"] == "costs" and is_timed(line, transfer.precision)
+    ]
     found = [line for line in costs if (line["ratio"], line["pixels"]) == asked]
     if not found:
         asked_for = " ".join([*transfer.asked, f"--ratios {entry.ratio:g}", f"--pixels {entry.scale.pixels}"])
@@ -289,8 +293,9 @@ def measure_all_costs(given: argparse.Namespace) -> None:
         rows = [ROWS[name] for name in given.only or ROWS]
         only = f" --only {' '.join(given.only)}" if given.only else ""
         command = _command("costs", given, ratio) + only
-        made = certified(lambda: {"sides": measure_costs(config, rows, ratio, given.rounds)}, command, *PACKAGES)  # noqa: B023
-        name = "-".join([f"costs-{ratio:g}-{given.pixels}px", *(given.only or [])])
+        made = certified(partial(measure_costs, config, rows, ratio, given.rounds), command, *PACKAGES)
+        other = [] if made["precision"] == place.transfer.precision else [made["precision"]]
+        name = "-".join([f"costs-{ratio:g}-{given.pixels}px", *other, *(given.only or [])])
         told = {"kind": "costs", "name": name, "ratio": ratio, "pixels": given.pixels}
         _replace(given.record, {**told, "rounds": given.rounds, **made})
 

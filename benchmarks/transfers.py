@@ -20,6 +20,7 @@ class Transfer:
         settings: of `p3b compare`, with SHARED for the folder of images and weights.
         classes: of the images.
         images: of the training set.
+        precision: of the runs whose times count.
         shared: folder that holds data/ with images and weights.
         record: file of the JSON lines.
     """
@@ -28,6 +29,7 @@ class Transfer:
     settings: str
     classes: int
     images: int
+    precision: str
     shared: Path
     record: Path
 
@@ -50,7 +52,7 @@ _SYLLABLES = glyph_images.CLASSES * glyph_images.parts()["train"].images
 TRANSFERS: Mapping[str, Transfer] = {
     transfer.name: transfer
     for transfer in (
-        Transfer(USUAL, SETTINGS, 6, IMAGES, Path("../shared"), RESULTS / "equal_time.jsonl"),
+        Transfer(USUAL, SETTINGS, 6, IMAGES, "bfloat16", Path("../shared"), RESULTS / "equal_time.jsonl"),
         Transfer(
             "syllables",
             "--data-set FOLDER --data-path SHARED/train.tar --test-path SHARED/test.tar --val-share 0.05 --num-workers 0 "
@@ -58,6 +60,7 @@ TRANSFERS: Mapping[str, Transfer] = {
             f"{glyph_images.AUGMENTATION} --precision fp32 --batch-size 64 --lr 8e-3 {PHASES}",
             glyph_images.CLASSES,
             _SYLLABLES,
+            "float32",
             Path("runs/glyphs"),
             RESULTS / "equal_time_syllables.jsonl",
         ),

@@ -12,7 +12,7 @@ from torch import nn
 
 import equal_page
 import equal_time
-from equal_rows import PEER, ROWS, Costs, Entry, Plan, Scale, costs_of, plan
+from equal_rows import PEER, ROWS, Costs, Entry, Plan, Scale, costs_of, is_timed, plan
 from harness.paired import _beyond, compare, pack, unpack
 from harness.records import read_lines, write_lines
 from p3b.errors import BudgetError, ConfigError
@@ -199,7 +199,7 @@ def run_line(row: str, seed: int = 0, top1: float = 50.0, *, distilled: bool = F
     return {
         **equal_time._said(entry, epochs), "command": equal_time.again(entry, ANIMALS), "part": "test",
         "images": 200, "top1": top1, "val_top1": top1, "params": 100, "dense_params": 1000, "processor_seconds": 250.0,
-        "precision": "float32", "data": "d", "curve": [[100.0, 40.0], [150.0, top1]],
+        "precision": "bfloat16", "data": "d", "curve": [[100.0, 40.0], [150.0, top1]],
         "correct": pack([index < right for index in range(200)]), **made_by, **changed,
     }  # fmt: skip
 
@@ -240,8 +240,19 @@ def test_the_page_compares_alike_with_alike(tmp_path: Path) -> None:
     assert "## 90% of the parameters pruned, the time of 3 dense epochs of 10,000 images of 32 pixels" in page
 
 
+def test_times_of_other_precisions_and_processors_do_not_count() -> None:
+    line = run_line("p3b-early")
+    assert is_timed(line, "bfloat16") and not is_timed(line, "float32")
+    assert not is_timed({**line, "hardware": {**line["hardware"], "instructions": "AMX"}}, "bfloat16")
+    text = "\n".join(
+        equal_page.tables("f.png", "float32", [run_line("p3b-early"), run_line("uniform-early", precision="float32")])
+    )
+    assert "| - | 50.00 |" in text
+    assert "| uniform, small early | 0 | 0.25 + 0.75 + 5 | 3.15 | 250 | 50.00 |" in text
+
+
 def test_explored_rows_are_told_from_those_of_the_table() -> None:
-    text = "\n".join(equal_page.tables("figure.png", [run_line("p3b-early"), run_line("p3b-early-low_rank")]))
+    text = "\n".join(equal_page.tables("figure.png", "bfloat16", [run_line("p3b-early"), run_line("p3b-early-low_rank")]))
     assert "| P3B, small early: low_rank probes |" in text
 
 
