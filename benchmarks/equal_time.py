@@ -33,7 +33,7 @@ from equal_rows import PEER, ROWS, Costs, Entry, Plan, Scale, costs_of, is_timed
 from harness.paired import pack
 from harness.records import Line, add_line, certified, read_lines, write_lines
 from harness.turns import CPU, take_turns
-from measured import TOLERANCE, TOLERANCE_OF_SMALLER
+from measured import require_budget
 from measured import settings as study_settings
 from p3b.commands.command_line import STOPPED, USER_ERROR
 from p3b.commands.prune import prune
@@ -52,6 +52,8 @@ from transfers import TRANSFERS, USUAL, Transfer
 
 RATIOS = (0.9, 0.75)
 SPEED_BATCHES, SPEED_ROUNDS = (1, 32), 15
+NEARLY = {PEER: peer.NEAR}
+"""Rows that may miss their size by more than the others."""
 PACKAGES = ("torch", "timm", "torch-pruning")
 
 
@@ -209,20 +211,6 @@ def _make_start(entry: Entry, place: Place, config: TrainConfig) -> None:
     make_start(config.model.model_path, shared.data, shared.model, alone, ratio=entry.ratio, blocks_only=False, seed=entry.seed)
 
 
-def require_budget(line: Line) -> None:
-    """Refuse a model that is not of the size that was asked for.
-
-    Raises:
-        BudgetError: says by how much.
-    """
-    if line["ratio"] is None:
-        return
-    share, asked = line["params"] / line["dense_params"], 1 - line["ratio"]
-    allowed = {SMALLER: TOLERANCE_OF_SMALLER * asked, PEER: peer.NEAR}.get(line["row"], TOLERANCE)
-    if abs(share - asked) > allowed:
-        raise BudgetError(f"{line['name']} keeps {share:.3%} of the parameters; expected {asked:.1%} within {allowed:.2%}.")
-
-
 def run_all(given: argparse.Namespace) -> list[str]:
     """Make the runs that are asked for and not recorded yet; returns the names of those that failed or were refused."""
     wrong, place = [], place_of(given)
@@ -239,7 +227,7 @@ def run_all(given: argparse.Namespace) -> list[str]:
             line = {**_said(entry, epochs), **made}
             if line["dense_params"] is None:
                 line["dense_params"] = dense_size(place, entry)
-            require_budget(line)
+            require_budget(line, NEARLY)
             add_line(given.record, line)
             print(f"{entry.name}: top-1 {line['top1']:.2f} %, {line['processor_seconds']:.0f} s of training", flush=True)
         except (UserError, BudgetError) as error:

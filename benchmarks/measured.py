@@ -23,10 +23,11 @@ import math
 import shlex
 import statistics
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import tyro
@@ -227,8 +228,12 @@ def line_of(run: Run, found: Line, config: CompareConfig, dense: VisionTransform
     return {**line, "speed": {str(size): _speed(saved, dense, size, layouts.get(size, "index")) for size in SPEED_BATCHES}}
 
 
-def require_budget(line: Line) -> None:
+def require_budget(line: Line, nearly: Mapping[str, float] = MappingProxyType({})) -> None:
     """Refuse a line whose model is not of the size that was asked for.
+
+    Args:
+        line: of a run.
+        nearly: by how much the share of parameters that stays may miss the one asked for, in rows that need more room.
 
     Raises:
         BudgetError: says by how much.
@@ -236,7 +241,7 @@ def require_budget(line: Line) -> None:
     if line["ratio"] is None:
         return
     share, asked = line["params"] / line["dense_params"], 1 - line["ratio"]
-    allowed = TOLERANCE_OF_SMALLER * asked if line["row"] == SMALLER else TOLERANCE
+    allowed = {SMALLER: TOLERANCE_OF_SMALLER * asked, **nearly}.get(line["row"], TOLERANCE)
     if abs(share - asked) > allowed:
         raise BudgetError(
             f"{line['name']} keeps {share:.3%} of the parameters; expected {asked:.1%} within {100 * allowed:.2g} points. The "

@@ -11,7 +11,6 @@ import animals
 import bench
 import clock
 import equal_page
-import equal_time
 import estimators
 import layouts
 import narrow
@@ -23,10 +22,12 @@ from faults import campaign
 from harness.command import Bench
 from harness.pages import END, Part
 from harness.records import ROOT, read_lines
+from transfers import TRANSFERS
 
 BENCHES = (bench.BENCH, scaling.BENCH, clock.BENCH, layouts.BENCH, narrow.BENCH, estimators.BENCH, recipes.BENCH)
 STUDIES = (table.STUDY, ablations.STUDY)
-OTHERS = (animals.PART, campaign.PAGE, timm_models.PART, equal_page.part(equal_time.RECORD))
+EQUAL_TIME = tuple(equal_page.part(transfer.record, transfer) for transfer in TRANSFERS.values())
+OTHERS = (animals.PART, campaign.PAGE, timm_models.PART, *EQUAL_TIME)
 PARTS = (*(each.part for each in BENCHES), *(study.part(study.record) for study in STUDIES), *OTHERS)
 
 
