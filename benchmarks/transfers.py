@@ -58,7 +58,7 @@ TRANSFERS: Mapping[str, Transfer] = {
             "--data-set FOLDER --data-path SHARED/train.tar --test-path SHARED/test.tar --val-share 0.05 --num-workers 0 "
             f"--max-train-images {_SYLLABLES} {glyph_images.MODEL} --model-path SHARED/{glyph_images.WEIGHTS} "
             f"{glyph_images.AUGMENTATION} --precision fp32 --batch-size 64 --lr 8e-3 "
-            # The rows have epochs of their own; masks are updated as often in an epoch as on the animals, whose batches have 32.
+            # Rows have epochs of their own. Masks are updated as often in an epoch as on the animals with batches of 32.
             f"--epochs {PRUNE_EPOCHS} --finetune-epochs {FINETUNE_EPOCHS} --prune-start-epoch 1 --prune-steps-update-mask 15",
             glyph_images.CLASSES,
             _SYLLABLES,
