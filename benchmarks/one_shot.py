@@ -52,6 +52,7 @@ class Way:
         score_batch: images of a batch that scores are squared over.
         compensate: what goes is made up for by what stays.
         order: the basis of the heads is changed first.
+        criterion: of logits (S, C) and labels (S,), whose gradients scores are made of.
     """
 
     said: str
@@ -59,6 +60,18 @@ class Way:
     score_batch: int = BATCH
     compensate: bool = True
     order: bool = False
+    criterion: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy
+
+
+def entropy(logits_SC: Tensor, _labels: Tensor) -> Tensor:
+    """Of the model's answers, which needs no labels (AMP, arXiv 2603.08100)."""
+    return -(logits_SC.softmax(1) * logits_SC.log_softmax(1)).sum(1).mean()
+
+
+def surprise(logits_SC: Tensor, _labels: Tensor) -> Tensor:
+    """Cross-entropy of labels that are drawn from the model's own answers, as the Fisher information takes them."""
+    drawn = torch.multinomial(logits_SC.detach().softmax(1), 1, generator=torch.Generator().manual_seed(len(logits_SC)))
+    return F.cross_entropy(logits_SC, drawn[:, 0])
 
 
 WAYS = {
@@ -69,6 +82,10 @@ WAYS = {
     "taylor": Way("one ranking of the network, compensated", "taylor"),
     "taylor-single": Way("the same, scores of single images", "taylor", score_batch=1),
     "taylor-ordered": Way("one ranking, compensated, heads in ordered basis", "taylor", order=True),
+    "entropy": Way("the same, scored without labels, by the entropy of the answers", "taylor", order=True, criterion=entropy),
+    "surprise": Way(
+        "the same, scored without labels, by labels drawn from the answers", "taylor", order=True, criterion=surprise
+    ),
     "magnitude": Way("one ranking by magnitude, compensated", "magnitude"),
     "random": Way("equal shares, random elements, compensated", "random"),
 }
@@ -138,7 +155,7 @@ def cut(way: Way, ratio: float, dense: VisionTransformer, calibration: Images) -
 
     photos = [images for images, _ in calibration.batches(BATCH)]
     pruner = p3b.Pruner(model, ratio, way.method)
-    timed("calibrate", lambda: pruner.calibrate(calibration.batches(way.score_batch), F.cross_entropy, order=way.order))
+    timed("calibrate", lambda: pruner.calibrate(calibration.batches(way.score_batch), way.criterion, order=way.order))
     return timed("cut", lambda: pruner.finalize(photos if way.compensate else None)), seconds
 
 
