@@ -1,15 +1,17 @@
 """What a training step of every row takes, in steps of dense training: measured in turns, in one process, with real batches.
 
 Sides are a dense step; a step of pruning by each method with masks in place; a step of the small model of each; a pass of
-the teacher. A small model is made in a few steps: its sizes count, not its accuracy. P3B's get the keep ratios that the
-measured table recorded for it, since a few steps know nothing of benefit.
+the teacher. A small model is one that a run has made, where there is one. Else it is made in a few steps: its sizes count,
+not its accuracy. P3B's then get the keep ratios of the measured table, since a few steps know nothing of benefit.
 """
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from timm.models.vision_transformer import VisionTransformer
@@ -24,6 +26,7 @@ from p3b.run.method_options import method_options_of
 from p3b.run.options import PruneOptions, TrainConfig
 from p3b.run.series_plan import DENSE, SMALLER
 from p3b.run.stage import Stage, open_stage
+from p3b.storage import artifact
 from p3b.train.loop import EpochProgress, Learner, train_epoch
 from p3b.train.teacher import Teacher
 from p3b.vit.architecture import describe_dense
@@ -38,7 +41,13 @@ SMALL_STEPS = 4
 ENDLESS = 10**6
 
 
-def measure_costs(config: TrainConfig, rows: Sequence[Row], ratio: float, rounds: int = ROUNDS) -> dict[str, Any]:
+def measure_costs(
+    config: TrainConfig,
+    rows: Sequence[Row],
+    ratio: float,
+    rounds: int = ROUNDS,
+    made: Mapping[str, Path] = MappingProxyType({}),
+) -> dict[str, Any]:
     """Time all sides.
 
     Args:
@@ -46,6 +55,7 @@ def measure_costs(config: TrainConfig, rows: Sequence[Row], ratio: float, rounds
         rows: that are timed.
         ratio: share of the parameters that goes.
         rounds: in each of which every side acts once.
+        made: by the name of a row, a small model of its own that is saved.
 
     Returns:
         The precision, and by side what `take_turns` says: "dense", "teacher", "pruning ROW" and "small ROW".
@@ -66,7 +76,10 @@ def measure_costs(config: TrainConfig, rows: Sequence[Row], ratio: float, rounds
             if row.prunes and row.cost is None:
                 sides[f"pruning {row.name}"] = step(_pruning(row, ratio, stage, fresh(), config, batches))
             if row.method != DENSE and row.structure is None:
-                small = _small(row, ratio, stage, fresh(), config, batches)
+                if row.name in made:
+                    small = stage.machine.put(artifact.load(made[row.name]))
+                else:
+                    small = _small(row, ratio, stage, fresh(), config, batches)
                 small = trainable_form(small) if row.trains_quickly else small
                 sides[f"small {row.name}"] = step(peer.learner_of(stage, small, config))
         repeats = {f"pruning {row.name}": dict(row.settings).get("savit_every", 1) for row in rows}

@@ -281,7 +281,9 @@ def measure_all_costs(given: argparse.Namespace) -> None:
         rows = [ROWS[name] for name in given.only or ROWS]
         only = f" --only {' '.join(given.only)}" if given.only else ""
         command = _command("costs", given, ratio) + only
-        made = certified(partial(measure_costs, config, rows, ratio, given.rounds), command, *PACKAGES)
+        saved = {row.name: place.folder(Entry(row, ratio, given.seeds[0], scale_of(given))) / PRODUCTS["prune"] for row in rows}
+        saved = {name: folder for name, folder in saved.items() if folder.exists()}
+        made = certified(partial(measure_costs, config, rows, ratio, given.rounds, saved), command, *PACKAGES)
         other = [] if made["precision"] == place.transfer.precision else [made["precision"]]
         name = "-".join([f"costs-{ratio:g}-{given.pixels}px", *other, *(given.only or [])])
         told = {"kind": "costs", "name": name, "ratio": ratio, "pixels": given.pixels}
