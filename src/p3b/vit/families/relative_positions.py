@@ -15,26 +15,12 @@ from p3b.vit.anatomy.half import PreNorm
 from p3b.vit.anatomy.mlp import PlainMlp
 from p3b.vit.anatomy.norms import NORMS
 from p3b.vit.anatomy.relative import RelativeAttention
+from p3b.vit.families import allowed
 from p3b.vit.families.activations import ACTIVATIONS, activation_name
-from p3b.vit.families.family import (
-    FLAG,
-    NUMBER_OR_NULL,
-    OF_SHAPE,
-    SIZE,
-    Block,
-    BranchOutline,
-    Images,
-    Outside,
-    Rule,
-    as_features,
-    branches_of_blocks,
-    classes_of,
-    one_of,
-    ratio_of,
-    require_heads_share,
-)
-from p3b.vit.families.stems import images_of_stem, require_patch_embed
+from p3b.vit.families.family import Block, Outside, as_features, classes_of, ratio_of
+from p3b.vit.families.stems import describe_patches
 from p3b.vit.families.stream import read_outside
+from p3b.vit.families.usual import BlocksAlike, PatchesFirst, require_blocks
 from p3b.vit.families.vision_transformer import describable_norm, require_describable
 
 HALVES = (
@@ -45,40 +31,27 @@ POSITIONS = {"bias": RelPosBias, "mlp": RelPosMlp, "mlp-swin": RelPosMlp}
 """What gives the biases, by the name that timm has for it."""
 
 
-class RelativePositionsFamily:
+class RelativePositionsFamily(PatchesFirst, BlocksAlike):
     """`p3b.vit.families.family.Family`"""
 
     classes: Mapping[str, type[nn.Module]] = {"VisionTransformerRelPos": VisionTransformerRelPos}
-    rules: Mapping[str, Rule] = {
-        **OF_SHAPE,
-        "rel_pos_dim": SIZE,
-        "init_values": NUMBER_OR_NULL,
-        **dict.fromkeys(("class_token", "fc_norm", "qkv_bias", "qk_norm", "shared_rel_pos"), FLAG),
-        "global_pool": one_of(("", "avg", "token"), "a pooling of timm's VisionTransformerRelPos"),
-        "rel_pos_type": one_of(tuple(POSITIONS)),
-        "act_layer": one_of(ACTIVATIONS),
-        "norm_layer": one_of(tuple(NORMS)),
+    rules: Mapping[str, allowed.Rule] = {
+        **allowed.OF_SHAPE,
+        "rel_pos_dim": allowed.SIZE,
+        "init_values": allowed.NUMBER_OR_NULL,
+        **dict.fromkeys(("class_token", "fc_norm", "qkv_bias", "qk_norm", "shared_rel_pos"), allowed.FLAG),
+        "global_pool": allowed.one_of(("", "avg", "token"), "a pooling of timm's VisionTransformerRelPos"),
+        "rel_pos_type": allowed.one_of(tuple(POSITIONS)),
+        "act_layer": allowed.one_of(ACTIVATIONS),
+        "norm_layer": allowed.one_of(tuple(NORMS)),
     }
-    more_rules: Mapping[str, tuple[Rule, Any]] = {"final_norm": (FLAG, True)}
+    more_rules: Mapping[str, tuple[allowed.Rule, Any]] = {"final_norm": (allowed.FLAG, True)}
 
     def blocks(self, model: VisionTransformerRelPos) -> Sequence[Block]:
         return [Block(f"blocks.{depth}", module, HALVES, model.embed_dim) for depth, module in enumerate(model.blocks)]
 
-    def patch_embed(self, model: VisionTransformerRelPos) -> nn.Module:
-        return model.patch_embed
-
-    def images(self, model: VisionTransformerRelPos) -> Images:
-        return images_of_stem(model.patch_embed)
-
-    def require_covered(self, model: VisionTransformerRelPos, purpose: str) -> None:
-        require_patch_embed(model.patch_embed)
-
     def require_blocks_covered(self, model: VisionTransformerRelPos) -> None:
-        for depth, block in enumerate(model.blocks):
-            if type(block) is not RelPosBlock:
-                raise ModelError(
-                    f"blocks.{depth}: {type(block).__name__} is not covered; of VisionTransformerRelPos only RelPosBlock is."
-                )
+        require_blocks(self.blocks(model), RelPosBlock, "of VisionTransformerRelPos only RelPosBlock is")
 
     def outside(self, model: VisionTransformerRelPos) -> Outside:
         if model.shared_rel_pos is not None:
@@ -89,12 +62,9 @@ class RelativePositionsFamily:
         return read_outside(model, tokens=("cls_token",), norms=("norm", "fc_norm"), heads=("head",))
 
     def describe_outside(self, model: VisionTransformerRelPos) -> dict[str, Any]:
-        patch, conv = model.patch_embed, model.patch_embed.proj
         require_describable(model, ("norm", "fc_norm"))
         return {
-            "img_size": list(patch.img_size),
-            "patch_size": list(patch.patch_size),
-            "in_chans": conv.in_channels,
+            **describe_patches(model.patch_embed),
             "num_classes": classes_of(model),
             "global_pool": model.global_pool,
             "embed_dim": model.embed_dim,
@@ -124,12 +94,9 @@ class RelativePositionsFamily:
         }
 
     def check_arguments(self, arguments: Mapping[str, Any]) -> None:
-        require_heads_share(arguments)
+        super().check_arguments(arguments)
         if arguments["global_pool"] == "token" and not arguments["class_token"]:
             raise ModelError("there is no class token to be pooled")
-
-    def branches(self, arguments: Mapping[str, Any]) -> list[BranchOutline]:
-        return branches_of_blocks(arguments)
 
     def build(self, kind: type[nn.Module], arguments: Mapping[str, Any], *, values: bool) -> nn.Module:
         given = dict(arguments)

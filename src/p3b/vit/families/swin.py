@@ -21,29 +21,11 @@ from p3b.vit.anatomy.mlp import PlainMlp
 from p3b.vit.anatomy.norms import NORMS
 from p3b.vit.anatomy.post_norm import CosineAttention, PostNorm, WindowPostNorm
 from p3b.vit.anatomy.window import PlainPreNorm, WindowPreNorm, WindowSelfAttention, tokens_in_windows
+from p3b.vit.families import allowed
 from p3b.vit.families.activations import activation_name
-from p3b.vit.families.family import (
-    CLASSES,
-    FLAG,
-    MOST_BLOCKS,
-    MOST_CHANNELS,
-    NUMBER,
-    PAIR,
-    SIZE,
-    Block,
-    BranchOutline,
-    Images,
-    Outside,
-    Rule,
-    as_features,
-    is_pair,
-    is_pair_from_0,
-    is_whole,
-    of_stages,
-    one_of,
-    ratio_of,
-)
-from p3b.vit.families.stems import images_of_stem, require_patch_embed
+from p3b.vit.families.family import Block, BranchOutline, Outside, as_features, ratio_of
+from p3b.vit.families.stems import describe_patches
+from p3b.vit.families.usual import PatchesFirst, require_blocks
 from p3b.vit.families.vision_transformer import describable_norm, require_describable
 
 _BLOCKS = (SwinTransformerBlock, SwinTransformerV2Block)
@@ -57,23 +39,23 @@ POST_NORM_HALVES = (
 )
 
 
-class SwinFamily:
+class SwinFamily(PatchesFirst):
     """`p3b.vit.families.family.Family`"""
 
     classes: Mapping[str, type[nn.Module]] = {"SwinTransformer": SwinTransformer}
-    rules: Mapping[str, Rule] = {
-        **dict.fromkeys(("img_size", "patch_size"), PAIR),
-        **dict.fromkeys(("in_chans", "embed_dim"), SIZE),
-        "num_classes": CLASSES,
-        "depths": of_stages(is_whole(1, MOST_BLOCKS), "numbers of blocks"),
-        "num_heads": of_stages(is_whole(1, MOST_CHANNELS), "numbers of heads"),
-        "window_size": of_stages(is_pair, "two sizes"),
-        **dict.fromkeys(("mlp_ratio", "norm_eps"), NUMBER),
-        **dict.fromkeys(("qkv_bias", "always_partition", "strict_img_size"), FLAG),
-        "global_pool": one_of(("", "avg", "avgmax", "max", "catavgmax"), "a pooling of timm's Swin"),
-        "norm_layer": one_of(tuple(NORMS)),
+    rules: Mapping[str, allowed.Rule] = {
+        **dict.fromkeys(("img_size", "patch_size"), allowed.PAIR),
+        **dict.fromkeys(("in_chans", "embed_dim"), allowed.SIZE),
+        "num_classes": allowed.CLASSES,
+        "depths": allowed.of_stages(allowed.is_whole(1, allowed.MOST_BLOCKS), "numbers of blocks"),
+        "num_heads": allowed.of_stages(allowed.is_whole(1, allowed.MOST_CHANNELS), "numbers of heads"),
+        "window_size": allowed.of_stages(allowed.is_pair, "two sizes"),
+        **dict.fromkeys(("mlp_ratio", "norm_eps"), allowed.NUMBER),
+        **dict.fromkeys(("qkv_bias", "always_partition", "strict_img_size"), allowed.FLAG),
+        "global_pool": allowed.one_of(("", "avg", "avgmax", "max", "catavgmax"), "a pooling of timm's Swin"),
+        "norm_layer": allowed.one_of(tuple(NORMS)),
     }
-    more_rules: Mapping[str, tuple[Rule, Any]] = {"final_norm": (FLAG, True)}
+    more_rules: Mapping[str, tuple[allowed.Rule, Any]] = {"final_norm": (allowed.FLAG, True)}
     halves: tuple[Half, ...] = HALVES
     block: type[nn.Module] = SwinTransformerBlock
 
@@ -92,23 +74,8 @@ class SwinFamily:
             for depth, block in enumerate(stage.blocks)
         ]
 
-    def patch_embed(self, model: SwinTransformer) -> nn.Module:
-        return model.patch_embed
-
-    def images(self, model: SwinTransformer) -> Images:
-        return images_of_stem(model.patch_embed)
-
-    def require_covered(self, model: SwinTransformer, purpose: str) -> None:
-        require_patch_embed(model.patch_embed)
-
     def require_blocks_covered(self, model: SwinTransformer) -> None:
-        for number, stage in enumerate(model.layers):
-            for depth, block in enumerate(stage.blocks):
-                if type(block) is not self.block:
-                    raise ModelError(
-                        f"layers.{number}.blocks.{depth}: {type(block).__name__} is not covered; of timm's "
-                        f"{type(model).__name__} its own block is."
-                    )
+        require_blocks(self.blocks(model), self.block, f"of timm's {type(model).__name__} its own block is")
 
     def outside(self, model: SwinTransformer) -> Outside:
         raise ModelError(
@@ -117,18 +84,15 @@ class SwinFamily:
         )
 
     def describe_outside(self, model: SwinTransformer) -> dict[str, Any]:
-        patch = model.patch_embed
         require_describable(model, ("patch_embed.norm", "norm"))
         return {
-            "img_size": list(patch.img_size),
-            "patch_size": list(patch.patch_size),
-            "in_chans": patch.proj.in_channels,
+            **describe_patches(model.patch_embed),
             "num_classes": model.head.fc.out_features if isinstance(model.head.fc, nn.Linear) else model.num_classes,
             "global_pool": model.global_pool,
             "embed_dim": model.embed_dim,
             "depths": [len(stage.blocks) for stage in model.layers],
             "window_size": [_window_size(stage.blocks) for stage in model.layers],
-            "strict_img_size": patch.strict_img_size,
+            "strict_img_size": model.patch_embed.strict_img_size,
             "final_norm": not isinstance(model.norm, nn.Identity),
         }
 
@@ -156,8 +120,8 @@ class SwinFamily:
         for name in ("num_heads", "window_size"):
             if len(arguments[name]) != stages:
                 raise ModelError(f"{name} has {len(arguments[name])} entries for {stages} stages")
-        if sum(arguments["depths"]) > MOST_BLOCKS or arguments["embed_dim"] << stages > 2 * MOST_CHANNELS:
-            raise ModelError(f"there are more than {MOST_BLOCKS} blocks, or {MOST_CHANNELS} channels")
+        if sum(arguments["depths"]) > allowed.MOST_BLOCKS or arguments["embed_dim"] << stages > 2 * allowed.MOST_CHANNELS:
+            raise ModelError(f"there are more than {allowed.MOST_BLOCKS} blocks, or {allowed.MOST_CHANNELS} channels")
         for number, heads in enumerate(arguments["num_heads"]):
             if (width := arguments["embed_dim"] << number) % heads:
                 raise ModelError(f"{width} channels of stage {number} cannot be shared among {heads} heads")
@@ -182,9 +146,9 @@ class SwinV2Family(SwinFamily):
     """`p3b.vit.families.family.Family`"""
 
     classes: Mapping[str, type[nn.Module]] = {"SwinTransformerV2": SwinTransformerV2}
-    rules: Mapping[str, Rule] = {
+    rules: Mapping[str, allowed.Rule] = {
         **SwinFamily.rules,
-        "pretrained_window_sizes": of_stages(is_pair_from_0, "two sizes, each a whole number from 0"),
+        "pretrained_window_sizes": allowed.of_stages(allowed.is_pair_from_0, "two sizes, each a whole number from 0"),
     }
     halves: tuple[Half, ...] = POST_NORM_HALVES
     block: type[nn.Module] = SwinTransformerV2Block

@@ -18,77 +18,57 @@ from p3b.vit.anatomy.attention import SelfAttention
 from p3b.vit.anatomy.half import NormTwice, PreNorm
 from p3b.vit.anatomy.mlp import mlp_of
 from p3b.vit.anatomy.norms import NORMS, is_norm, norm_name
+from p3b.vit.families import allowed
 from p3b.vit.families.activations import ACTIVATIONS, activation_name
-from p3b.vit.families.family import (
-    CLASSES,
-    COUNT,
-    DEPTH,
-    FLAG,
-    NUMBER,
-    NUMBER_OR_NULL,
-    PAIR,
-    SIZE,
-    Block,
-    BranchOutline,
-    Images,
-    Outside,
-    Rule,
-    branches_of_blocks,
-    classes_of,
-    one_of,
-    ratio_of,
-    require_heads_share,
-)
+from p3b.vit.families.family import Block, Outside, classes_of, ratio_of
 from p3b.vit.families.stems import (
     STEMS,
+    describe_patches,
     describe_stem,
     embed_arguments,
-    images_of_stem,
     last_convolution,
     require_patch_embed,
 )
 from p3b.vit.families.stream import read_outside
+from p3b.vit.families.usual import BlocksAlike, PatchesFirst, require_blocks
 
 MLP_LAYERS = {"Mlp": Mlp, "GluMlp": GluMlp, "SwiGLUPacked": SwiGLUPacked, "SwiGLU": SwiGLU, "GeGluMlp": GeGluMlp}
 """MLPs by the name that a description has for them. SwiGLUPacked is a GluMlp whose gate comes first."""
 
 
-class VisionTransformerFamily:
+class VisionTransformerFamily(PatchesFirst, BlocksAlike):
     """`p3b.vit.families.family.Family`"""
 
     classes: Mapping[str, type[nn.Module]] = {
         "VisionTransformer": VisionTransformer,
         "VisionTransformerDistilled": VisionTransformerDistilled,
     }
-    rules: Mapping[str, Rule] = {
-        **dict.fromkeys(("img_size", "patch_size"), PAIR),
-        **dict.fromkeys(("in_chans", "embed_dim", "num_heads"), SIZE),
-        "num_classes": CLASSES,
-        "reg_tokens": COUNT,
-        "depth": DEPTH,
-        **dict.fromkeys(("mlp_ratio", "norm_eps"), NUMBER),
-        "init_values": NUMBER_OR_NULL,
+    rules: Mapping[str, allowed.Rule] = {
+        **dict.fromkeys(("img_size", "patch_size"), allowed.PAIR),
+        **dict.fromkeys(("in_chans", "embed_dim", "num_heads"), allowed.SIZE),
+        "num_classes": allowed.CLASSES,
+        "reg_tokens": allowed.COUNT,
+        "depth": allowed.DEPTH,
+        **dict.fromkeys(("mlp_ratio", "norm_eps"), allowed.NUMBER),
+        "init_values": allowed.NUMBER_OR_NULL,
         **dict.fromkeys(
             (
                 *("class_token", "no_embed_class", "pre_norm", "final_norm", "fc_norm", "pool_include_prefix"),
                 *("dynamic_img_size", "qkv_bias", "proj_bias"),
             ),
-            FLAG,
+            allowed.FLAG,
         ),
-        "global_pool": one_of(("", "avg", "avgmax", "max", "token", "map", "prr"), "a pooling of timm"),
-        "pos_embed": one_of(("learn", "none"), "learn or none"),
-        "act_layer": one_of(ACTIVATIONS),
-        "norm_layer": one_of(tuple(NORMS)),
+        "global_pool": allowed.one_of(("", "avg", "avgmax", "max", "token", "map", "prr"), "a pooling of timm"),
+        "pos_embed": allowed.one_of(("learn", "none"), "learn or none"),
+        "act_layer": allowed.one_of(ACTIVATIONS),
+        "norm_layer": allowed.one_of(tuple(NORMS)),
     }
-    more_rules: Mapping[str, tuple[Rule, Any]] = {
-        **dict.fromkeys(("qk_norm", "scale_attn_norm", "scale_mlp_norm"), (FLAG, False)),
-        "mlp_layer": (one_of(tuple(MLP_LAYERS)), "Mlp"),
-        "embed_norm": (FLAG, False),
+    more_rules: Mapping[str, tuple[allowed.Rule, Any]] = {
+        **dict.fromkeys(("qk_norm", "scale_attn_norm", "scale_mlp_norm"), (allowed.FLAG, False)),
+        "mlp_layer": (allowed.one_of(tuple(MLP_LAYERS)), "Mlp"),
+        "embed_norm": (allowed.FLAG, False),
         **STEMS,
     }
-
-    def patch_embed(self, model: VisionTransformer) -> nn.Module:
-        return model.patch_embed
 
     def blocks(self, model: VisionTransformer) -> Sequence[Block]:
         attn = PreNorm("attn", SelfAttention(), norm="norm1", layer_scale="ls1", drop_path="drop_path1")
@@ -97,19 +77,11 @@ class VisionTransformerFamily:
             for depth, block in enumerate(model.blocks)
         ]
 
-    def images(self, model: VisionTransformer) -> Images:
-        return images_of_stem(model.patch_embed)
-
     def require_covered(self, model: VisionTransformer, purpose: str) -> None:
         require_patch_embed(model.patch_embed, hybrid=True)
 
     def require_blocks_covered(self, model: VisionTransformer) -> None:
-        for depth, block in enumerate(model.blocks):
-            if type(block) is not TimmBlock:
-                raise ModelError(
-                    f"blocks.{depth}: {type(block).__name__} is not covered; only timm's standard Block (attention, then MLP) "
-                    "is."
-                )
+        require_blocks(self.blocks(model), TimmBlock, "only timm's standard Block (attention, then MLP) is")
 
     def outside(self, model: VisionTransformer) -> Outside:
         return read_outside(
@@ -126,9 +98,7 @@ class VisionTransformerFamily:
         require_describable(model, _norms(model))
         final_norm = model.norm if not isinstance(model.norm, nn.Identity) else model.fc_norm
         return {
-            "img_size": list(patch.img_size),
-            "patch_size": list(patch.patch_size),
-            "in_chans": images_of_stem(patch).channels,
+            **describe_patches(patch),
             "num_classes": classes_of(model),
             "global_pool": model.global_pool,
             "embed_dim": model.embed_dim,
@@ -163,12 +133,6 @@ class VisionTransformerFamily:
             "scale_mlp_norm": not isinstance(mlp_of(block.mlp).norm(block.mlp), nn.Identity),
             "mlp_layer": _mlp_name(block.mlp),
         }
-
-    def check_arguments(self, arguments: Mapping[str, Any]) -> None:
-        require_heads_share(arguments)
-
-    def branches(self, arguments: Mapping[str, Any]) -> list[BranchOutline]:
-        return branches_of_blocks(arguments)
 
     def build(self, kind: type[nn.Module], arguments: Mapping[str, Any], *, values: bool) -> nn.Module:
         given = dict(arguments)
