@@ -18,11 +18,11 @@ from p3b.vit.anatomy.mlp import mlp_of
 from p3b.vit.anatomy.norms import NORMS
 from p3b.vit.anatomy.relative import BeitSelfAttention
 from p3b.vit.families import allowed
-from p3b.vit.families.family import Block, Outside, as_features, classes_of, ratio_of
+from p3b.vit.families.family import Block, Outside, as_features, ratio_of
+from p3b.vit.families.norms import describe_norm, require_describable, take_norm
 from p3b.vit.families.stems import describe_patches
 from p3b.vit.families.stream import read_outside
-from p3b.vit.families.usual import BlocksAlike, PatchesFirst, require_blocks
-from p3b.vit.families.vision_transformer import describable_norm, require_describable
+from p3b.vit.families.usual import BlocksAlike, PatchesFirst, describe_whole, require_blocks
 
 
 @dataclass(frozen=True)
@@ -78,10 +78,7 @@ class BeitFamily(PatchesFirst, BlocksAlike):
         require_describable(model, ("norm", "fc_norm"))
         return {
             **describe_patches(model.patch_embed),
-            "num_classes": classes_of(model),
-            "global_pool": model.global_pool,
-            "embed_dim": model.embed_dim,
-            "depth": len(model.blocks),
+            **describe_whole(model),
             "use_abs_pos_emb": model.pos_embed is not None,
             "use_fc_norm": not isinstance(model.fc_norm, nn.Identity),
             "final_norm": not (isinstance(model.norm, nn.Identity) and isinstance(model.fc_norm, nn.Identity)),
@@ -98,14 +95,13 @@ class BeitFamily(PatchesFirst, BlocksAlike):
             "scale_mlp": not isinstance(block.mlp.norm, nn.Identity),
             "init_values": None if block.gamma_1 is None else 1e-5,
             "use_rel_pos_bias": block.attn.window_size is not None,
-            "norm_layer": describable_norm("blocks.0.norm1", block.norm1),
-            "norm_eps": block.norm1.eps,
+            **describe_norm("blocks.0.norm1", block.norm1),
             "embed_dim": model.embed_dim,
         }
 
     def build(self, kind: type[nn.Module], arguments: Mapping[str, Any], *, values: bool) -> nn.Module:
         given = dict(arguments)
-        norm = partial(NORMS[given.pop("norm_layer")], eps=given.pop("norm_eps"))
+        norm = take_norm(given)
         has_norm = given.pop("final_norm")
         return as_features(kind(**given, norm_layer=norm), has_norm)
 

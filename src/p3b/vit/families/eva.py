@@ -22,11 +22,11 @@ from p3b.vit.anatomy.mlp import mlp_of
 from p3b.vit.anatomy.norms import NORMS
 from p3b.vit.families import allowed
 from p3b.vit.families.activations import activation_name
-from p3b.vit.families.family import Block, BranchOutline, Outside, classes_of, ratio_of
+from p3b.vit.families.family import Block, BranchOutline, Outside, ratio_of
+from p3b.vit.families.norms import describe_norm, require_describable, take_norm
 from p3b.vit.families.stems import describe_patches
 from p3b.vit.families.stream import read_outside
-from p3b.vit.families.usual import PatchesFirst, branches_of_blocks, require_blocks
-from p3b.vit.families.vision_transformer import describable_norm, require_describable
+from p3b.vit.families.usual import PatchesFirst, branches_of_blocks, describe_whole, require_blocks
 
 ROPES: Mapping[str, type[nn.Module]] = {
     "cat": RotaryEmbeddingCat,
@@ -105,10 +105,7 @@ class EvaFamily(PatchesFirst):
         pool = model.attn_pool
         return {
             **describe_patches(model.patch_embed),
-            "num_classes": classes_of(model),
-            "global_pool": model.global_pool,
-            "embed_dim": model.embed_dim,
-            "depth": len(model.blocks),
+            **describe_whole(model),
             "class_token": model.cls_token is not None,
             "num_reg_tokens": 0 if model.reg_token is None else model.reg_token.shape[1],
             "no_embed_class": model.no_embed_class,
@@ -145,8 +142,7 @@ class EvaFamily(PatchesFirst):
             "scale_mlp": not isinstance(mlp.norm, nn.Identity),
             "init_values": None if block.gamma_1 is None else 1e-5,
             "attn_only_layer_scale": block.gamma_1 is not None and block.gamma_2 is None,
-            "norm_layer": describable_norm("blocks.0.norm1", block.norm1),
-            "norm_eps": block.norm1.eps,
+            **describe_norm("blocks.0.norm1", block.norm1),
             "embed_dim": model.embed_dim,
         }
 
@@ -176,7 +172,7 @@ class EvaFamily(PatchesFirst):
 
     def build(self, kind: type[nn.Module], arguments: Mapping[str, Any], *, values: bool) -> nn.Module:
         given = {key: tuple(value) if isinstance(value, list) else value for key, value in arguments.items()}
-        norm = partial(NORMS[given.pop("norm_layer")], eps=given.pop("norm_eps"))
+        norm = take_norm(given)
         align_to = int(given.pop("swiglu_apart"))  # to a multiple of 1: gate and value in layers of their own, no more
         return kind(**given, swiglu_align_to=align_to, norm_layer=norm)
 

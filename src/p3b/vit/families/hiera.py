@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -27,8 +26,9 @@ from p3b.vit.anatomy.norms import NORMS
 from p3b.vit.families import allowed
 from p3b.vit.families.activations import activation_name
 from p3b.vit.families.family import Block, BranchOutline, Images, Outside, ratio_of
+from p3b.vit.families.norms import describe_norm, require_describable, take_norm
+from p3b.vit.families.stream import stream_stays
 from p3b.vit.families.usual import require_blocks
-from p3b.vit.families.vision_transformer import describable_norm, require_describable
 
 _MLP = PreNorm("mlp", PlainMlp(), norm="norm2", layer_scale="ls2", drop_path="drop_path2")
 
@@ -113,10 +113,7 @@ class HieraFamily:
         require_blocks(self.blocks(model), HieraBlock, "of timm's Hiera its own block is")
 
     def outside(self, model: Hiera) -> Outside:
-        raise ModelError(
-            "blocks: each stage of a Hiera has a residual stream of its own width, which cannot be pruned; prune this model by "
-            "other dimensions, as block_benefit does."
-        )
+        raise stream_stays("blocks: each stage of a Hiera has a residual stream of its own width")
 
     def describe_outside(self, model: Hiera) -> dict[str, Any]:
         patch = model.patch_embed.proj
@@ -151,8 +148,7 @@ class HieraFamily:
             "head_mul": 2.0 if second is None else second.attn.heads / first.attn.heads,
             "mlp_ratio": ratio_of(first.mlp.fc1, first.dim_out),
             "init_values": 1e-5 if isinstance(first.ls1, LayerScale) else None,
-            "norm_layer": describable_norm("blocks.0.norm1", first.norm1),
-            "norm_eps": first.norm1.eps,
+            **describe_norm("blocks.0.norm1", first.norm1),
         }
 
     def check_arguments(self, arguments: Mapping[str, Any]) -> None:
@@ -193,7 +189,7 @@ class HieraFamily:
 
     def build(self, kind: type[nn.Module], arguments: Mapping[str, Any], *, values: bool) -> nn.Module:
         given = {key: tuple(value) if isinstance(value, list) else value for key, value in arguments.items()}
-        norm = partial(NORMS[given.pop("norm_layer")], eps=given.pop("norm_eps"))
+        norm = take_norm(given)
         has_norm, positions = given.pop("final_norm"), given.pop("global_pos_size")
         if positions is not None:
             given |= {"abs_win_pos_embed": True, "global_pos_size": positions}

@@ -19,10 +19,10 @@ from p3b.vit.anatomy.half import PreNorm
 from p3b.vit.anatomy.mlp import PlainMlp
 from p3b.vit.families import allowed
 from p3b.vit.families.activations import ACTIVATIONS, activation_name
-from p3b.vit.families.family import Block, Images, Outside, classes_of, ratio_of
+from p3b.vit.families.family import Block, Images, Outside, ratio_of
+from p3b.vit.families.norms import require_describable
 from p3b.vit.families.stream import read_outside
-from p3b.vit.families.usual import BlocksAlike, require_blocks
-from p3b.vit.families.vision_transformer import require_describable
+from p3b.vit.families.usual import BlocksAlike, describe_whole, require_blocks
 
 HALVES = (
     PreNorm("attn", SelfAttention(), norm="norm1", layer_scale="ls1", drop_path="drop_path1"),
@@ -108,10 +108,7 @@ class NaFlexFamily(BlocksAlike):
             "img_size": list(self.images(model).size),
             "patch_size": list(embeds.patch_size),
             "in_chans": model.in_chans,
-            "num_classes": classes_of(model),
-            "global_pool": model.global_pool,
-            "embed_dim": model.embed_dim,
-            "depth": len(model.blocks),
+            **describe_whole(model),
             "class_token": embeds.cls_token is not None,
             "reg_tokens": 0 if embeds.reg_token is None else embeds.reg_token.shape[1],
             "pos_embed": embeds.pos_embed_type,

@@ -33,12 +33,10 @@ HALVES = (
 
 
 _TOWER: Mapping[str, allowed.Rule] = {
-    **dict.fromkeys(("img_size", "patch_size"), allowed.PAIR),
-    **dict.fromkeys(("in_chans", "embed_dim", "num_heads", "merge_size", "pos_embed_grid_size"), allowed.SIZE),
-    "num_classes": allowed.CLASSES,
+    **allowed.OF_SHAPE,
+    **dict.fromkeys(("merge_size", "pos_embed_grid_size"), allowed.SIZE),
     "out_features": allowed.COUNT,
-    "depth": allowed.DEPTH,
-    **dict.fromkeys(("mlp_ratio", "norm_eps", "rope_temperature"), allowed.NUMBER),
+    "rope_temperature": allowed.NUMBER,
     "act_layer": allowed.one_of(ACTIVATIONS),
 }
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 from timm.layers import LayerScale, RelPosBias, RelPosMlp, get_act_layer
@@ -17,11 +16,11 @@ from p3b.vit.anatomy.norms import NORMS
 from p3b.vit.anatomy.relative import RelativeAttention
 from p3b.vit.families import allowed
 from p3b.vit.families.activations import ACTIVATIONS, activation_name
-from p3b.vit.families.family import Block, Outside, as_features, classes_of, ratio_of
+from p3b.vit.families.family import Block, Outside, as_features, ratio_of
+from p3b.vit.families.norms import describe_norm, require_describable, take_norm
 from p3b.vit.families.stems import describe_patches
 from p3b.vit.families.stream import read_outside
-from p3b.vit.families.usual import BlocksAlike, PatchesFirst, require_blocks
-from p3b.vit.families.vision_transformer import describable_norm, require_describable
+from p3b.vit.families.usual import BlocksAlike, PatchesFirst, describe_whole, require_blocks
 
 HALVES = (
     PreNorm("attn", RelativeAttention(), norm="norm1", layer_scale="ls1", drop_path="drop_path1"),
@@ -65,10 +64,7 @@ class RelativePositionsFamily(PatchesFirst, BlocksAlike):
         require_describable(model, ("norm", "fc_norm"))
         return {
             **describe_patches(model.patch_embed),
-            "num_classes": classes_of(model),
-            "global_pool": model.global_pool,
-            "embed_dim": model.embed_dim,
-            "depth": len(model.blocks),
+            **describe_whole(model),
             "class_token": model.cls_token is not None,
             "fc_norm": not isinstance(model.fc_norm, nn.Identity),
             "final_norm": not (isinstance(model.norm, nn.Identity) and isinstance(model.fc_norm, nn.Identity)),
@@ -88,8 +84,7 @@ class RelativePositionsFamily(PatchesFirst, BlocksAlike):
             "rel_pos_dim": positions.mlp.fc1.out_features if isinstance(positions, RelPosMlp) else 1,
             "init_values": 1e-5 if isinstance(block.ls1, LayerScale) else None,
             "act_layer": activation_name(block.mlp.act),
-            "norm_layer": describable_norm("blocks.0.norm1", block.norm1),
-            "norm_eps": block.norm1.eps,
+            **describe_norm("blocks.0.norm1", block.norm1),
             "embed_dim": model.embed_dim,
         }
 
@@ -100,7 +95,7 @@ class RelativePositionsFamily(PatchesFirst, BlocksAlike):
 
     def build(self, kind: type[nn.Module], arguments: Mapping[str, Any], *, values: bool) -> nn.Module:
         given = dict(arguments)
-        norm = partial(NORMS[given.pop("norm_layer")], eps=given.pop("norm_eps"))
+        norm = take_norm(given)
         given["act_layer"] = get_act_layer(given["act_layer"])
         has_norm = given.pop("final_norm")
         return as_features(kind(**given, norm_layer=norm, **({} if values else {"weight_init": "skip"})), has_norm)

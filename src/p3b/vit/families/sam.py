@@ -6,7 +6,6 @@ The convolutions behind the blocks (`neck`) stay whole, and the residual stream,
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 from timm.layers import ClassifierHead, LayerScale, get_act_layer
@@ -23,9 +22,10 @@ from p3b.vit.anatomy.window import MapPreNorm, tokens_in_windows
 from p3b.vit.families import allowed
 from p3b.vit.families.activations import ACTIVATIONS, activation_name
 from p3b.vit.families.family import Block, Outside, as_features, ratio_of
+from p3b.vit.families.norms import describe_norm, require_describable, take_norm
 from p3b.vit.families.stems import describe_patches
+from p3b.vit.families.stream import stream_stays
 from p3b.vit.families.usual import BlocksAlike, PatchesFirst, require_blocks
-from p3b.vit.families.vision_transformer import describable_norm, require_describable
 
 HALVES = (
     MapPreNorm("attn", DecomposedAttention(), norm="norm1", layer_scale="ls1", drop_path="drop_path1"),
@@ -69,10 +69,7 @@ class SamFamily(PatchesFirst, BlocksAlike):
         require_blocks(self.blocks(model), SamBlock, "of SAM's blocks only timm's own is")
 
     def outside(self, model: VisionTransformerSAM) -> Outside:
-        raise ModelError(
-            "neck: the convolutions behind the blocks read the residual stream, which cannot be pruned; prune this model by "
-            "other dimensions, as block_benefit does."
-        )
+        raise stream_stays("neck: the convolutions behind the blocks read the residual stream")
 
     def describe_outside(self, model: VisionTransformerSAM) -> dict[str, Any]:
         require_describable(model, ("norm_pre",))
@@ -101,13 +98,12 @@ class SamFamily(PatchesFirst, BlocksAlike):
             "global_attn_indexes": [depth for depth, window in enumerate(windows) if not window],
             "init_values": 1e-5 if isinstance(block.ls1, LayerScale) else None,
             "act_layer": activation_name(block.mlp.act),
-            "norm_layer": describable_norm("blocks.0.norm1", block.norm1),
-            "norm_eps": block.norm1.eps,
+            **describe_norm("blocks.0.norm1", block.norm1),
         }
 
     def build(self, kind: type[nn.Module], arguments: Mapping[str, Any], *, values: bool) -> nn.Module:
         given = {key: tuple(value) if isinstance(value, list) else value for key, value in arguments.items()}
-        norm = partial(NORMS[given.pop("norm_layer")], eps=given.pop("norm_eps"))
+        norm = take_norm(given)
         has_norm = given.pop("final_norm")
         return as_features(kind(**given | {"act_layer": get_act_layer(given["act_layer"])}, norm_layer=norm), has_norm)
 

@@ -8,7 +8,6 @@ What lies between the stages (`downsample`) stays whole, and so does the residua
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock
@@ -24,9 +23,10 @@ from p3b.vit.anatomy.window import PlainPreNorm, WindowPreNorm, WindowSelfAttent
 from p3b.vit.families import allowed
 from p3b.vit.families.activations import activation_name
 from p3b.vit.families.family import Block, BranchOutline, Outside, as_features, ratio_of
+from p3b.vit.families.norms import describe_norm, require_describable, take_norm
 from p3b.vit.families.stems import describe_patches
+from p3b.vit.families.stream import stream_stays
 from p3b.vit.families.usual import PatchesFirst, require_blocks
-from p3b.vit.families.vision_transformer import describable_norm, require_describable
 
 _BLOCKS = (SwinTransformerBlock, SwinTransformerV2Block)
 HALVES = (
@@ -78,10 +78,7 @@ class SwinFamily(PatchesFirst):
         require_blocks(self.blocks(model), self.block, f"of timm's {type(model).__name__} its own block is")
 
     def outside(self, model: SwinTransformer) -> Outside:
-        raise ModelError(
-            "layers: each stage of a Swin Transformer has a residual stream of its own width, which cannot be pruned; prune "
-            "this model by other dimensions, as block_benefit does."
-        )
+        raise stream_stays("layers: each stage of a Swin Transformer has a residual stream of its own width")
 
     def describe_outside(self, model: SwinTransformer) -> dict[str, Any]:
         require_describable(model, ("patch_embed.norm", "norm"))
@@ -107,8 +104,7 @@ class SwinFamily(PatchesFirst):
             "always_partition": first.always_partition,
             "mlp_ratio": ratio_of(first.mlp.fc1, model.embed_dim),
             "qkv_bias": self.has_biases(first.attn),
-            "norm_layer": describable_norm("layers.0.blocks.0.norm1", first.norm1),
-            "norm_eps": first.norm1.eps,
+            **describe_norm("layers.0.blocks.0.norm1", first.norm1),
         }
 
     def has_biases(self, attention: nn.Module) -> bool:
@@ -137,7 +133,7 @@ class SwinFamily(PatchesFirst):
     def build(self, kind: type[nn.Module], arguments: Mapping[str, Any], *, values: bool) -> nn.Module:
         given = {key: tuple(value) if isinstance(value, list) else value for key, value in arguments.items()}
         given["window_size"] = tuple(map(tuple, given["window_size"]))
-        norm = partial(NORMS[given.pop("norm_layer")], eps=given.pop("norm_eps"))
+        norm = take_norm(given)
         has_norm = given.pop("final_norm")
         return as_features(kind(**given, norm_layer=norm, **({} if values else {"weight_init": "skip"})), has_norm)
 

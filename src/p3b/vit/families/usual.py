@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from p3b.errors import ModelError
-from p3b.vit.families.family import Block, BranchOutline, Images
+from p3b.vit.families.family import Block, BranchOutline, Images, classes_of
 from p3b.vit.families.stems import images_of_stem, require_patch_embed
 
 
@@ -36,6 +36,16 @@ class BlocksAlike:
 
     def branches(self, arguments: Mapping[str, Any]) -> list[BranchOutline]:
         return branches_of_blocks("blocks", [arguments["num_heads"]] * arguments["depth"])
+
+
+def describe_whole(model: Any) -> dict[str, Any]:
+    """Arguments of the head, the residual stream and the number of blocks, as most of timm's models have them."""
+    return {
+        "num_classes": classes_of(model),
+        "global_pool": model.global_pool,
+        "embed_dim": model.embed_dim,
+        "depth": len(model.blocks),
+    }
 
 
 def branches_of_blocks(name: str, heads: Sequence[int], pairs: int = 0) -> list[BranchOutline]:

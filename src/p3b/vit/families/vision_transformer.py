@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 from timm.layers import GluMlp, HybridEmbed, LayerScale, Mlp, SwiGLU, SwiGLUPacked
@@ -13,14 +12,14 @@ from timm.models.vision_transformer import VisionTransformer
 from timm.models.vitamin import GeGluMlp
 from torch import nn
 
-from p3b.errors import ModelError
 from p3b.vit.anatomy.attention import SelfAttention
 from p3b.vit.anatomy.half import NormTwice, PreNorm
 from p3b.vit.anatomy.mlp import mlp_of
-from p3b.vit.anatomy.norms import NORMS, is_norm, norm_name
+from p3b.vit.anatomy.norms import NORMS
 from p3b.vit.families import allowed
 from p3b.vit.families.activations import ACTIVATIONS, activation_name
-from p3b.vit.families.family import Block, Outside, classes_of, ratio_of
+from p3b.vit.families.family import Block, Outside, ratio_of
+from p3b.vit.families.norms import describe_norm, require_describable, take_norm
 from p3b.vit.families.stems import (
     STEMS,
     describe_patches,
@@ -30,7 +29,7 @@ from p3b.vit.families.stems import (
     require_patch_embed,
 )
 from p3b.vit.families.stream import read_outside
-from p3b.vit.families.usual import BlocksAlike, PatchesFirst, require_blocks
+from p3b.vit.families.usual import BlocksAlike, PatchesFirst, describe_whole, require_blocks
 
 MLP_LAYERS = {"Mlp": Mlp, "GluMlp": GluMlp, "SwiGLUPacked": SwiGLUPacked, "SwiGLU": SwiGLU, "GeGluMlp": GeGluMlp}
 """MLPs by the name that a description has for them. SwiGLUPacked is a GluMlp whose gate comes first."""
@@ -44,12 +43,8 @@ class VisionTransformerFamily(PatchesFirst, BlocksAlike):
         "VisionTransformerDistilled": VisionTransformerDistilled,
     }
     rules: Mapping[str, allowed.Rule] = {
-        **dict.fromkeys(("img_size", "patch_size"), allowed.PAIR),
-        **dict.fromkeys(("in_chans", "embed_dim", "num_heads"), allowed.SIZE),
-        "num_classes": allowed.CLASSES,
+        **allowed.OF_SHAPE,
         "reg_tokens": allowed.COUNT,
-        "depth": allowed.DEPTH,
-        **dict.fromkeys(("mlp_ratio", "norm_eps"), allowed.NUMBER),
         "init_values": allowed.NUMBER_OR_NULL,
         **dict.fromkeys(
             (
@@ -99,10 +94,7 @@ class VisionTransformerFamily(PatchesFirst, BlocksAlike):
         final_norm = model.norm if not isinstance(model.norm, nn.Identity) else model.fc_norm
         return {
             **describe_patches(patch),
-            "num_classes": classes_of(model),
-            "global_pool": model.global_pool,
-            "embed_dim": model.embed_dim,
-            "depth": len(model.blocks),
+            **describe_whole(model),
             "class_token": model.cls_token is not None,
             "pos_embed": "none" if model.pos_embed is None else "learn",
             "no_embed_class": model.no_embed_class,
@@ -125,8 +117,7 @@ class VisionTransformerFamily(PatchesFirst, BlocksAlike):
             "proj_bias": block.attn.proj.bias is not None,
             "init_values": 1e-5 if isinstance(block.ls1, LayerScale) else None,
             "act_layer": activation_name(block.mlp.act),
-            "norm_layer": describable_norm("blocks.0.norm1", block.norm1),
-            "norm_eps": block.norm1.eps,
+            **describe_norm("blocks.0.norm1", block.norm1),
             "embed_dim": model.embed_dim,
             "qk_norm": not isinstance(block.attn.q_norm, nn.Identity),
             "scale_attn_norm": not isinstance(block.attn.norm, nn.Identity),
@@ -136,7 +127,7 @@ class VisionTransformerFamily(PatchesFirst, BlocksAlike):
 
     def build(self, kind: type[nn.Module], arguments: Mapping[str, Any], *, values: bool) -> nn.Module:
         given = dict(arguments)
-        norm = partial(NORMS[given.pop("norm_layer")], eps=given.pop("norm_eps"))
+        norm = take_norm(given)
         given["mlp_layer"] = MLP_LAYERS[given["mlp_layer"]]
         given |= embed_arguments({name: given.pop(name) for name in STEMS}, given["in_chans"], given["embed_dim"])
         given["embed_norm_layer"] = norm if given.pop("embed_norm") else None
@@ -159,21 +150,6 @@ def _mlp_name(mlp: nn.Module) -> str:
     if isinstance(mlp, GluMlp):
         return "GluMlp" if mlp.gate_last else "SwiGLUPacked"
     return type(mlp).__name__
-
-
-def require_describable(model: nn.Module, norms: Sequence[str]) -> None:
-    """ModelError for norms outside of the blocks that no argument expresses."""
-    for name in norms:
-        part = model.get_submodule(name)
-        if not isinstance(part, nn.Identity) and not is_norm(part):
-            raise ModelError(f"{name}: {type(part).__name__} cannot be described in config.json; put timm's own layer back.")
-
-
-def describable_norm(name: str, norm: nn.Module) -> str:
-    """Name of a norm for a description; ModelError where it has none."""
-    if (found := norm_name(norm)) is None:
-        raise ModelError(f"{name}: {type(norm).__name__} cannot be described in config.json.")
-    return found
 
 
 VISION_TRANSFORMER = VisionTransformerFamily()
