@@ -23,13 +23,14 @@ from p3b.vit.families.norms import describe_norm, require_describable, take_norm
 from p3b.vit.families.stems import describe_patches
 from p3b.vit.families.stream import read_outside
 from p3b.vit.families.usual import BlocksAlike, PatchesFirst, describe_whole, require_blocks
+from p3b.vit.parts import InPlaceOfBranch
 
 
 @dataclass(frozen=True)
 class BeitHalf(GammaPreNorm):
     """A half of BEiT's blocks, which ask the first scale whether there are scales: one that is not needed is the number 1."""
 
-    def replace(self, block: nn.Module, replacement: nn.Module) -> None:
+    def replace(self, block: nn.Module, replacement: InPlaceOfBranch) -> None:
         scaled = self.scale(block) is not None
         super().replace(block, replacement)
         if scaled:

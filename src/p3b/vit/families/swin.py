@@ -15,11 +15,11 @@ from timm.models.swin_transformer_v2 import SwinTransformerV2, SwinTransformerV2
 from torch import nn
 
 from p3b.errors import ModelError
-from p3b.vit.anatomy.half import Half
+from p3b.vit.anatomy.half import Half, PlainPreNorm
 from p3b.vit.anatomy.mlp import PlainMlp
 from p3b.vit.anatomy.norms import NORMS
 from p3b.vit.anatomy.post_norm import CosineAttention, PostNorm, WindowPostNorm
-from p3b.vit.anatomy.window import PlainPreNorm, WindowPreNorm, WindowSelfAttention, tokens_in_windows
+from p3b.vit.anatomy.window import WindowPreNorm, WindowSelfAttention, tokens_in_windows
 from p3b.vit.families import allowed
 from p3b.vit.families.activations import activation_name
 from p3b.vit.families.family import Block, BranchOutline, Outside, as_features, ratio_of
