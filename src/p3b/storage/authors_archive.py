@@ -14,7 +14,7 @@ from torch import Tensor
 
 from p3b.errors import WeightsError
 from p3b.storage.untrusted import READ_ERRORS, first_line
-from p3b.vit.families.family import MOST_BLOCKS
+from p3b.vit.families.allowed import MOST_BLOCKS
 from p3b.vit.valueless import without_values
 
 

@@ -13,7 +13,8 @@ from torch import nn
 
 from p3b.errors import ModelError
 from p3b.vit.families import CLASSES, family_of, family_of_class
-from p3b.vit.families.family import BranchOutline, Family, is_one_of
+from p3b.vit.families.allowed import is_one_of
+from p3b.vit.families.family import BranchOutline, Family
 from p3b.vit.valueless import without_values
 
 BLOCK_ARGUMENTS = "p3b_block_arguments"

@@ -28,6 +28,15 @@ def flat_select(x: Tensor, index: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1]).index_select(1, index).reshape(x.shape[:-1] + index.shape)
 
 
+def spread(x: Tensor, index: Tensor, width: int) -> Tensor:
+    """Channels of the last axis put in their places: (..., len(index)) -> (..., width), zeros elsewhere."""
+    if torch.jit.is_scripting():
+        zeros = x.new_zeros(x.shape[:-1] + [width])  # noqa: RUF005
+    else:
+        zeros = x.new_zeros(x.shape[:-1] + (width,))  # noqa: RUF005
+    return zeros.index_copy_(-1, index, x)
+
+
 class ReadChannels(nn.Module):
     """Norm over all D channels of which only some are read: (..., D) -> (..., len(inputs)).
 
@@ -70,11 +79,7 @@ class WriteChannels(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.gamma is not None:
             x = x * self.gamma
-        if torch.jit.is_scripting():
-            zeros = x.new_zeros(x.shape[:-1] + [self.width])  # noqa: RUF005
-        else:
-            zeros = x.new_zeros(x.shape[:-1] + (self.width,))  # noqa: RUF005
-        return zeros.index_copy_(-1, self.index, x)
+        return spread(x, self.index, self.width)
 
 
 class DropAndWrite(nn.Module):
@@ -90,11 +95,7 @@ class DropAndWrite(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = drop_path(x, self.drop_prob, self.training)
-        if torch.jit.is_scripting():
-            zeros = x.new_zeros(x.shape[:-1] + [self.width])  # noqa: RUF005
-        else:
-            zeros = x.new_zeros(x.shape[:-1] + (self.width,))  # noqa: RUF005
-        return zeros.index_copy_(-1, self.index, x)
+        return spread(x, self.index, self.width)
 
 
 class QueryValueLinear(nn.Linear):
@@ -296,7 +297,43 @@ class CosineWindowAttention(Attention):
         return F.pad(super().forward(flat_select(x, self.index), bias), (0, self.more))
 
 
-class ConstantBranch(nn.Module):
+class TakesWhatBlocksTake(nn.Module):
+    """A module that is called as timm calls its blocks and what is in them, and listens to the first argument alone."""
+
+    def forward(
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        rope: Tensor | None = None,
+        shared_rel_pos: Tensor | None = None,
+        shared_rel_pos_bias: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        return self.given(x)
+
+    def given(self, x: Tensor) -> Tensor:
+        """What it gives for what it is given."""
+        return x
+
+
+class InPlaceOfBranch(TakesWhatBlocksTake):
+    """What is left of a branch that reads nothing, or whose inside is gone; timm's blocks treat it as the body it was."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fills = False
+        """Whether it gives a value for each channel of each token, as the branch did, and not the same one for all."""
+        self.rel_pos = None
+        """What timm resizes of its attentions with relative positions: nothing."""
+        self.q_stride = 1
+        """What Hiera's blocks ask of an attention: how many tokens it makes one of."""
+
+    def set_window_size(self, window_size: tuple[int, int]) -> None:
+        """What timm tells its attentions at another image size: here are no windows."""
+
+
+class ConstantBranch(InPlaceOfBranch):
     """A block that can only add a constant: `value` (len(outputs),) on some channels, whatever it is given."""
 
     def __init__(self, outputs: Sequence[int], width: int, device: torch.device, dtype: torch.dtype) -> None:
@@ -304,59 +341,20 @@ class ConstantBranch(nn.Module):
         self.width = width
         self.value = nn.Parameter(torch.empty(len(outputs), device=device, dtype=dtype))
         self.register_buffer("index", torch.tensor(outputs, device=_index_device(self.value)), persistent=False)
-        self.fills = False
-        """Whether it gives the constant for each token, as the branch did, and not once for all."""
-        self.rel_pos = None
-        """What timm resizes of its attentions with relative positions: nothing."""
-        self.q_stride = 1
-        """What Hiera's blocks ask of an attention: how many tokens it makes one of."""
 
-    def forward(
-        self,
-        x: Tensor,
-        attn_mask: Tensor | None = None,
-        is_causal: bool = False,
-        rope: Tensor | None = None,
-        shared_rel_pos: Tensor | None = None,
-        shared_rel_pos_bias: Tensor | None = None,
-        mask: Tensor | None = None,
-    ) -> Tensor:
+    def given(self, x: Tensor) -> Tensor:
         value = self.value.new_zeros([self.width]).index_copy(0, self.index, self.value).to(x.dtype)
         return value.expand(x.shape) if self.fills else value
 
-    def set_window_size(self, window_size: tuple[int, int]) -> None:
-        """What timm tells its attentions at another image size: a constant has no windows."""
 
-
-class NoBranch(nn.Module):
+class NoBranch(InPlaceOfBranch):
     """A block that adds nothing."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.fills = False
-        """Whether it gives a zero for each channel of each token, as the branch did, and not one for all."""
-        self.rel_pos = None
-        """What timm resizes of its attentions with relative positions: nothing."""
-        self.q_stride = 1
-        """What Hiera's blocks ask of an attention: how many tokens it makes one of."""
-
-    def forward(
-        self,
-        x: Tensor,
-        attn_mask: Tensor | None = None,
-        is_causal: bool = False,
-        rope: Tensor | None = None,
-        shared_rel_pos: Tensor | None = None,
-        shared_rel_pos_bias: Tensor | None = None,
-        mask: Tensor | None = None,
-    ) -> Tensor:
+    def given(self, x: Tensor) -> Tensor:
         return torch.zeros_like(x) if self.fills else x.new_zeros([])
 
-    def set_window_size(self, window_size: tuple[int, int]) -> None:
-        """What timm tells its attentions at another image size: nothing has no windows."""
 
-
-class NoBlock(nn.Identity):
+class NoBlock(TakesWhatBlocksTake, nn.Identity):
     """A timm block both halves of which add nothing; it takes what a block takes."""
 
     def __init__(self) -> None:
@@ -368,18 +366,6 @@ class NoBlock(nn.Identity):
         self, feat_size: tuple[int, int], window_size: tuple[int, int], always_partition: bool | None = None
     ) -> None:
         """What timm tells Swin's blocks at another image size: here nothing depends on it."""
-
-    def forward(
-        self,
-        x: Tensor,
-        attn_mask: Tensor | None = None,
-        is_causal: bool = False,
-        rope: Tensor | None = None,
-        shared_rel_pos: Tensor | None = None,
-        shared_rel_pos_bias: Tensor | None = None,
-        mask: Tensor | None = None,
-    ) -> Tensor:
-        return x
 
 
 def _index_device(example: Tensor) -> torch.device | str:

@@ -110,7 +110,12 @@ class SelfAttention:
 
     def constant_without(self, body: Any) -> tuple[bool, bool]:
         last = body.proj.bias is not None
-        return last or has_shift(body.norm) or self.value_bias(body) is not None, last
+        return last or has_shift(self.last_norm(body)) or self.value_bias(body) is not None, last
+
+    def last_norm(self, body: Any) -> nn.Module:
+        """The norm before the last layer, which some of timm's attentions have no place for."""
+        norm: nn.Module = getattr(body, "norm", nn.Identity())
+        return norm
 
     def value_bias(self, body: Any) -> Tensor | None:
         """(heads * channels,) bias of the values."""
@@ -118,8 +123,8 @@ class SelfAttention:
 
     def blind(self, body: Any, kept: Mapping[str, Sequence[int]]) -> Tensor | None:
         # Every token offers the same value, so attention returns it, whatever its weights.
-        values = self.value_bias(body)
-        if values is None and not has_shift(body.norm):
+        values, norm = self.value_bias(body), self.last_norm(body)
+        if values is None and not has_shift(norm):
             return None
         axis, sizes = self.inner(body), self.sizes(body)
         mask = torch.ones([sizes[f] if isinstance(f, str) else f for f in axis], device=body.proj.weight.device)
@@ -129,8 +134,8 @@ class SelfAttention:
             mask = mask * along.view([-1 if factor == dim else 1 for factor in axis])
         visible = mask.flatten()
         values = torch.zeros_like(body.proj.weight[0]) if values is None else self.of_queries(body, values.detach())
-        if not isinstance(body.norm, nn.Identity):
-            return norm_of_kept(body.norm, values, visible)
+        if not isinstance(norm, nn.Identity):
+            return norm_of_kept(norm, values, visible)
         return values.where(visible == 1, 0)
 
     def of_queries(self, body: Any, values: Tensor) -> Tensor:
@@ -158,7 +163,7 @@ class SelfAttention:
     def narrow_inside(self, body: Any, width: int, rows: int, outputs: int) -> None:
         """Make what follows the queries, keys and values for fewer channels."""
         for norm, channels in (("q_norm", width), ("k_norm", width), ("norm", rows)):
-            narrow_norm(body.get_submodule(norm), channels)
+            narrow_norm(getattr(body, norm, nn.Identity()), channels)
         narrow_linear(self.last(body), rows, outputs)
 
     def small_key(self, key: str) -> str:

@@ -7,7 +7,7 @@ of the same things is another class with these methods.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from timm.layers import LayerScale
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from p3b.vit.anatomy.body import Body, in_place_of, pruned_or, refuse
 from p3b.vit.anatomy.norms import is_centred, is_norm
 from p3b.vit.anatomy.shape import BranchShape
 from p3b.vit.anatomy.weights import STREAM, Moments, Weight, affine
-from p3b.vit.parts import DropAndWrite, ReadChannels, WriteChannels
+from p3b.vit.parts import DropAndWrite, InPlaceOfBranch, ReadChannels, WriteChannels
 
 
 class Half(Protocol):
@@ -67,43 +67,23 @@ class Half(Protocol):
     def small_key(self, key: str) -> str:
         """Where a weight of the dense branch lies in a narrow one; both by their keys in the block."""
 
-    def replace(self, block: nn.Module, replacement: nn.Module) -> None:
+    def replace(self, block: nn.Module, replacement: InPlaceOfBranch) -> None:
         """Put a constant or nothing in the place of the branch: no norm, scale or drop path is left around it."""
 
     def set_drop_path(self, block: nn.Module, path: nn.Module) -> None:
         """Give the branch another stochastic depth."""
 
 
-class AsItsBody:
-    """What halves say where that is what their body says, and where stochastic depth comes last."""
-
-    name: str
-    body: Body
-    drop_path: str
-
-    def moments(self, block: nn.Module) -> list[Moments]:
-        """See `Half`."""
-        found = self.body.moments(block.get_submodule(self.name))
-        return [Moments(f"{self.name}.{moments.norm}", moments.axis) for moments in found]
-
-    def constant_without(self, block: nn.Module) -> tuple[bool, bool]:
-        """See `Half`."""
-        return self.body.constant_without(block.get_submodule(self.name))
-
-    def exit(self, block: nn.Module) -> nn.Module:
-        """See `Half`."""
-        return block.get_submodule(self.drop_path)
-
-
 @dataclass(frozen=True)
-class PreNorm(AsItsBody):
-    """x + path(scale(body(norm(x)))), each by its name in the block (`Half`)."""
+class PlainPreNorm:
+    """x + path(body(norm(x))), each by its name in the block (`Half`)."""
 
     name: str
     body: Body
     norm: str
-    layer_scale: str
     drop_path: str
+    writer: ClassVar[type[DropAndWrite]] = DropAndWrite
+    """What takes the place of stochastic depth where some channels are written to."""
 
     @property
     def stream_norms(self) -> tuple[str, ...]:
@@ -116,56 +96,102 @@ class PreNorm(AsItsBody):
 
     def require_covered(self, name: str, block: nn.Module) -> None:
         self.body.require_covered(f"{name}.{self.name}", block.get_submodule(self.name))
-        norm, scale = block.get_submodule(self.norm), block.get_submodule(self.layer_scale)
-        refuse(
-            name,
-            {
-                f"{self.layer_scale}: {pruned_or(type(scale).__name__)}": type(scale) not in (nn.Identity, LayerScale),
-                f"{self.norm}: {pruned_or(type(norm).__name__)}": not is_norm(norm),
-            },
-        )
+        refuse(name, self.refused(block))
+
+    def refused(self, block: nn.Module) -> dict[str, bool]:
+        """What would not be covered beside the body, and whether it is there (`refuse`)."""
+        norm = block.get_submodule(self.norm)
+        return {f"{self.norm}: {pruned_or(type(norm).__name__)}": not is_norm(norm)}
 
     def weights(self, block: nn.Module) -> list[Weight]:
-        body = self.body.weights(block.get_submodule(self.name))
-        return [
-            *affine(self.norm, block.get_submodule(self.norm), ("in",)),
-            *(weight.inside(self.name) for weight in body),
-            Weight(f"{self.layer_scale}.gamma", (("out",),)),
-        ]
+        norm = affine(self.norm, block.get_submodule(self.norm), ("in",))
+        return [*norm, *self.body_weights(block)]
+
+    def body_weights(self, block: nn.Module) -> list[Weight]:
+        """Those of the body, by their keys in the block."""
+        return [weight.inside(self.name) for weight in self.body.weights(block.get_submodule(self.name))]
+
+    def moments(self, block: nn.Module) -> list[Moments]:
+        found = self.body.moments(block.get_submodule(self.name))
+        return [Moments(f"{self.name}.{moments.norm}", moments.axis) for moments in found]
+
+    def constant_without(self, block: nn.Module) -> tuple[bool, bool]:
+        return self.body.constant_without(block.get_submodule(self.name))
 
     def entry(self, block: nn.Module) -> nn.Module:
         return block.get_submodule(self.norm)
 
+    def exit(self, block: nn.Module) -> nn.Module:
+        return block.get_submodule(self.drop_path)
+
     def scaled(self, block: nn.Module, value: Tensor, mask: Tensor) -> Tensor:
-        gamma = self.scale(block)
-        return value if gamma is None else value * gamma
+        scale = self.scale(block)
+        return value if scale is None else value * scale
 
     def scale(self, block: nn.Module) -> Tensor | None:
-        scale = block.get_submodule(self.layer_scale)
-        return scale.gamma if isinstance(scale, LayerScale) else None
+        return None
 
     def narrow(self, block: nn.Module, shape: BranchShape, width: int) -> None:
-        example = narrow_body(self, block, shape)
+        body = block.get_submodule(self.name)
+        example: Tensor = self.body.last(body).weight  # of the device and dtype of new weights
+        setattr(block, self.name, self.body.narrow(body, shape, len(shape.inputs), len(shape.outputs)))
         self.read(block, shape, width, example)
         if len(shape.outputs) < width:
-            scale = block.get_submodule(self.layer_scale)
-            write = WriteChannels(shape.outputs, width, example, isinstance(scale, LayerScale))
-            setattr(block, self.layer_scale, in_place_of(scale, write))
+            self.write(block, shape, width, example)
 
     def read(self, block: nn.Module, shape: BranchShape, width: int, example: Tensor) -> None:
         """Let the narrowed body read some of the stream's channels."""
         read_channels(block, self.reading_norm, shape, width, example)
 
-    def small_key(self, key: str) -> str:
-        return small_key(self, key)
+    def write(self, block: nn.Module, shape: BranchShape, width: int, example: Tensor) -> None:
+        """Let the narrowed body write to some of the stream's channels."""
+        path = block.get_submodule(self.drop_path)
+        write = self.writer(shape.outputs, width, example, getattr(path, "drop_prob", 0.0))
+        setattr(block, self.drop_path, in_place_of(path, write))
 
-    def replace(self, block: nn.Module, replacement: nn.Module) -> None:
+    def small_key(self, key: str) -> str:
+        inside = f"{self.name}."
+        return inside + self.body.small_key(key.removeprefix(inside)) if key.startswith(inside) else key
+
+    def replace(self, block: nn.Module, replacement: InPlaceOfBranch) -> None:
         setattr(block, self.name, replacement.train(block.training))
-        for around in (self.norm, self.layer_scale, self.drop_path):
+        for around in (self.norm, self.drop_path):
             setattr(block, around, nn.Identity().train(block.training))
 
     def set_drop_path(self, block: nn.Module, path: nn.Module) -> None:
-        setattr(block, self.drop_path, path)
+        there = block.get_submodule(self.drop_path)
+        if isinstance(there, DropAndWrite):
+            there.drop_prob = getattr(path, "drop_prob", 0.0)
+        else:
+            setattr(block, self.drop_path, path)
+
+
+@dataclass(frozen=True)
+class PreNorm(PlainPreNorm):
+    """x + path(scale(body(norm(x)))), where timm's LayerScale scales (`Half`)."""
+
+    layer_scale: str
+
+    def refused(self, block: nn.Module) -> dict[str, bool]:
+        scale = block.get_submodule(self.layer_scale)
+        other = type(scale) not in (nn.Identity, LayerScale)
+        return {f"{self.layer_scale}: {pruned_or(type(scale).__name__)}": other, **super().refused(block)}
+
+    def weights(self, block: nn.Module) -> list[Weight]:
+        return [*super().weights(block), Weight(f"{self.layer_scale}.gamma", (("out",),))]
+
+    def scale(self, block: nn.Module) -> Tensor | None:
+        scale = block.get_submodule(self.layer_scale)
+        return scale.gamma if isinstance(scale, LayerScale) else None
+
+    def write(self, block: nn.Module, shape: BranchShape, width: int, example: Tensor) -> None:
+        scale = block.get_submodule(self.layer_scale)
+        write = WriteChannels(shape.outputs, width, example, isinstance(scale, LayerScale))
+        setattr(block, self.layer_scale, in_place_of(scale, write))
+
+    def replace(self, block: nn.Module, replacement: InPlaceOfBranch) -> None:
+        super().replace(block, replacement)
+        setattr(block, self.layer_scale, nn.Identity().train(block.training))
 
 
 @dataclass(frozen=True)
@@ -197,75 +223,25 @@ class NormTwice(PreNorm):
 
 
 @dataclass(frozen=True)
-class GammaPreNorm(AsItsBody):
+class GammaPreNorm(PlainPreNorm):
     """x + path(gamma * body(norm(x))), where gamma is a parameter of the block itself, or None (`Half`)."""
 
-    name: str
-    body: Body
-    norm: str
     gamma: str
-    drop_path: str
-
-    @property
-    def stream_norms(self) -> tuple[str, ...]:
-        return (self.norm,)
-
-    def require_covered(self, name: str, block: nn.Module) -> None:
-        self.body.require_covered(f"{name}.{self.name}", block.get_submodule(self.name))
-        norm = block.get_submodule(self.norm)
-        refuse(name, {f"{self.norm}: {pruned_or(type(norm).__name__)}": not is_norm(norm)})
 
     def weights(self, block: nn.Module) -> list[Weight]:
-        body = self.body.weights(block.get_submodule(self.name))
-        return [
-            *affine(self.norm, block.get_submodule(self.norm), ("in",)),
-            *(weight.inside(self.name) for weight in body),
-            Weight(self.gamma, (("out",),)),
-        ]
-
-    def entry(self, block: nn.Module) -> nn.Module:
-        return block.get_submodule(self.norm)
-
-    def scaled(self, block: nn.Module, value: Tensor, mask: Tensor) -> Tensor:
-        gamma = self.scale(block)
-        return value if gamma is None else value * gamma
+        return [*super().weights(block), Weight(self.gamma, (("out",),))]
 
     def scale(self, block: nn.Module) -> Tensor | None:
         return block._parameters.get(self.gamma)
 
-    def narrow(self, block: nn.Module, shape: BranchShape, width: int) -> None:
-        example = narrow_body(self, block, shape)
-        read_channels(block, self.norm, shape, width, example)
-        if len(shape.outputs) < width:
-            if self.scale(block) is not None:
-                setattr(block, self.gamma, nn.Parameter(example.new_empty(len(shape.outputs))))
-            path = block.get_submodule(self.drop_path)
-            write = DropAndWrite(shape.outputs, width, example, getattr(path, "drop_prob", 0.0))
-            setattr(block, self.drop_path, in_place_of(path, write))
+    def write(self, block: nn.Module, shape: BranchShape, width: int, example: Tensor) -> None:
+        super().write(block, shape, width, example)
+        if self.scale(block) is not None:
+            setattr(block, self.gamma, nn.Parameter(example.new_empty(len(shape.outputs))))
 
-    def small_key(self, key: str) -> str:
-        return small_key(self, key)
-
-    def replace(self, block: nn.Module, replacement: nn.Module) -> None:
-        setattr(block, self.name, replacement.train(block.training))
+    def replace(self, block: nn.Module, replacement: InPlaceOfBranch) -> None:
+        super().replace(block, replacement)
         setattr(block, self.gamma, None)
-        for around in (self.norm, self.drop_path):
-            setattr(block, around, nn.Identity().train(block.training))
-
-    def set_drop_path(self, block: nn.Module, path: nn.Module) -> None:
-        there = block.get_submodule(self.drop_path)
-        if isinstance(there, DropAndWrite):
-            there.drop_prob = getattr(path, "drop_prob", 0.0)
-        else:
-            setattr(block, self.drop_path, path)
-
-
-def narrow_body(half: Half, block: nn.Module, shape: BranchShape) -> Tensor:
-    """Make the body of a half narrower, in the block; a weight of it, for its device and dtype, is returned."""
-    body = block.get_submodule(half.name)
-    example: Tensor = half.body.last(body).weight
-    setattr(block, half.name, half.body.narrow(body, shape, len(shape.inputs), len(shape.outputs)))
-    return example
 
 
 def read_channels(block: nn.Module, name: str, shape: BranchShape, width: int, example: Tensor) -> None:
@@ -273,9 +249,3 @@ def read_channels(block: nn.Module, name: str, shape: BranchShape, width: int, e
     if len(shape.inputs) < width:
         norm = block.get_submodule(name)
         block.set_submodule(name, in_place_of(norm, ReadChannels(shape.inputs, width, norm, example, is_centred(norm))))
-
-
-def small_key(half: Half, key: str) -> str:
-    """Where a weight of a dense half lies in a narrow one, whose body may keep it elsewhere."""
-    inside = f"{half.name}."
-    return inside + half.body.small_key(key.removeprefix(inside)) if key.startswith(inside) else key

@@ -22,7 +22,7 @@ from p3b.vit.anatomy.half import PreNorm, read_channels
 from p3b.vit.anatomy.shape import BranchShape
 from p3b.vit.anatomy.weights import STREAM, Weight
 from p3b.vit.anatomy.window import WindowSelfAttention
-from p3b.vit.parts import ConstantBranch, NoBranch, ReadingLinear
+from p3b.vit.parts import InPlaceOfBranch, ReadingLinear
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,7 @@ class PoolingPreNorm(PreNorm):
         (before,) = block.get_submodule(self.norm).normalized_shape
         read_channels(block, self.norm, shape, before, example)
 
-    def replace(self, block: nn.Module, replacement: nn.Module) -> None:
-        assert isinstance(replacement, ConstantBranch | NoBranch)
+    def replace(self, block: nn.Module, replacement: InPlaceOfBranch) -> None:
         replacement.q_stride = block.get_submodule(self.name).q_stride  # the shortcut asks for it
         super().replace(block, replacement)
 
@@ -90,7 +89,7 @@ class ProjectedPreNorm(PoolingPreNorm):
             layer: nn.Linear = attention.get_submodule("qkv")
             attention.set_submodule("qkv", in_place_of(layer, ReadingLinear(shape.inputs, layer)))
 
-    def replace(self, block: nn.Module, replacement: nn.Module) -> None:
+    def replace(self, block: nn.Module, replacement: InPlaceOfBranch) -> None:
         norm = block.get_submodule(self.norm)
         super().replace(block, replacement)
         block.set_submodule(self.norm, norm)

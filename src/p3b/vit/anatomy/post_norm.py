@@ -18,21 +18,13 @@ from timm.models.swin_transformer_v2 import WindowAttention
 from torch import Tensor, nn
 
 from p3b.vit.anatomy.body import in_place_of, narrow_linear, pruned_or, refuse
-from p3b.vit.anatomy.half import narrow_body
+from p3b.vit.anatomy.half import PlainPreNorm
 from p3b.vit.anatomy.mlp import PlainMlp
 from p3b.vit.anatomy.norms import has_shift, narrow_norm, norm_of_kept
 from p3b.vit.anatomy.shape import BranchShape
 from p3b.vit.anatomy.weights import STREAM, Axis, Moments, Weight, affine
-from p3b.vit.anatomy.window import PlainPreNorm, WindowSelfAttention, compare_nothing
-from p3b.vit.parts import (
-    ConstantBranch,
-    CosineWindowAttention,
-    DropAndWrite,
-    NoBranch,
-    NormOfFirst,
-    QueryValueLinear,
-    ReadingLinear,
-)
+from p3b.vit.anatomy.window import WindowSelfAttention, compare_nothing
+from p3b.vit.parts import CosineWindowAttention, InPlaceOfBranch, NormOfFirst, QueryValueLinear, ReadingLinear
 
 
 @dataclass(frozen=True)
@@ -102,11 +94,7 @@ class PostNorm(PlainPreNorm):
         refuse(name, {f"{self.norm}: {pruned_or(type(norm).__name__)} after the branch": other})
 
     def weights(self, block: nn.Module) -> list[Weight]:
-        body = self.body.weights(block.get_submodule(self.name))
-        return [
-            *(weight.inside(self.name) for weight in body),
-            *affine(self.norm, block.get_submodule(self.norm), ("out",)),
-        ]
+        return [*self.body_weights(block), *affine(self.norm, block.get_submodule(self.norm), ("out",))]
 
     def moments(self, block: nn.Module) -> list[Moments]:
         return [*super().moments(block), Moments(self.norm, ("out",))]
@@ -126,23 +114,17 @@ class PostNorm(PlainPreNorm):
         weight: Tensor | None = block.get_submodule(self.norm).weight
         return weight
 
-    def narrow(self, block: nn.Module, shape: BranchShape, width: int) -> None:
-        example = narrow_body(self, block, shape)
-        if len(shape.inputs) < width:
-            self.read(block, shape)
-        if len(shape.outputs) < width:
-            path = block.get_submodule(self.drop_path)
-            write = DropAndWrite(shape.outputs, width, example, getattr(path, "drop_prob", 0.0))
-            setattr(block, self.drop_path, in_place_of(path, write))
-            self.narrow_norm(block, len(shape.outputs))
-
-    def read(self, block: nn.Module, shape: BranchShape) -> None:
+    def read(self, block: nn.Module, shape: BranchShape, width: int, example: Tensor) -> None:
         """Let the first layers of the narrowed body read some of the stream's channels."""
         assert isinstance(self.body, PlainMlp)
         mlp = block.get_submodule(self.name)
-        for name in self.body.layers:
+        for name in self.body.layers if len(shape.inputs) < width else ():
             layer: nn.Linear = mlp.get_submodule(name)
             setattr(mlp, name, in_place_of(layer, ReadingLinear(shape.inputs, layer)))
+
+    def write(self, block: nn.Module, shape: BranchShape, width: int, example: Tensor) -> None:
+        super().write(block, shape, width, example)
+        self.narrow_norm(block, len(shape.outputs))
 
     def narrow_norm(self, block: nn.Module, outputs: int) -> None:
         """Make the norm for so many channels."""
@@ -153,7 +135,7 @@ class PostNorm(PlainPreNorm):
 class WindowPostNorm(PostNorm):
     """The half of an attention in windows: it gives as many channels as the stream has, zeros at the end."""
 
-    def read(self, block: nn.Module, shape: BranchShape) -> None:
+    def read(self, block: nn.Module, shape: BranchShape, width: int, example: Tensor) -> None:
         """Nothing: the small attention picks what it reads."""
 
     def narrow_norm(self, block: nn.Module, outputs: int) -> None:
@@ -163,8 +145,7 @@ class WindowPostNorm(PostNorm):
         small = NormOfFirst(outputs, norm.eps, affine, bias=shift, device=like.device, dtype=like.dtype)
         setattr(block, self.norm, in_place_of(norm, small))
 
-    def replace(self, block: nn.Module, replacement: nn.Module) -> None:
-        assert isinstance(replacement, ConstantBranch | NoBranch)
+    def replace(self, block: nn.Module, replacement: InPlaceOfBranch) -> None:
         replacement.fills = True  # the block cuts and joins what it gives as if it were that of all tokens
         super().replace(block, replacement)
         compare_nothing(block)

@@ -12,10 +12,9 @@ them as it is with the keys, but without the scale. It takes narrower heads as i
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 
-import torch
 from timm.layers import RelPosBias, RelPosMlp
 from timm.models.beit import Attention as BeitAttention
 from timm.models.beit import RelativePositionBias
@@ -26,7 +25,7 @@ from torch import Tensor, nn
 from p3b.errors import ModelError
 from p3b.vit.anatomy.attention import SelfAttention
 from p3b.vit.anatomy.body import in_place_of, narrow_linear, pruned_or, refuse, require_linear
-from p3b.vit.anatomy.norms import is_none_or_norm, narrow_norm
+from p3b.vit.anatomy.norms import is_none_or_norm
 from p3b.vit.anatomy.shape import BranchShape
 from p3b.vit.anatomy.weights import STREAM, Axis, Moments, Weight, affine
 from p3b.vit.parts import BiasedAttention, QueryValueLinear
@@ -96,24 +95,11 @@ class RelativeAttention(SelfAttention):
         norms = {norm: getattr(body, norm, nn.Identity()) for norm in ("q_norm", "k_norm")}
         return [Moments(name, self.head_axis(body)) for name, norm in norms.items() if not isinstance(norm, nn.Identity)]
 
-    def constant_without(self, body: nn.Module) -> tuple[bool, bool]:
-        last = body.proj.bias is not None
-        return last or self.value_bias(body) is not None, last
-
-    def blind(self, body: nn.Module, kept: Mapping[str, Sequence[int]]) -> Tensor | None:
-        # Every token offers the same value, so attention returns it, whatever its weights.
-        values = self.value_bias(body)
-        return None if values is None else visible(values.detach(), kept, self.sizes(body))
-
     def makes_constant(self, body: nn.Module) -> list[Tensor | None]:
         return [self.value_bias(body), self.last(body).weight, self.last(body).bias]
 
     def narrow(self, body: nn.Module, shape: BranchShape, inputs: int, outputs: int) -> nn.Module:
-        rows = shape.heads * shape.inner
-        for norm in ("q_norm", "k_norm"):
-            narrow_norm(body.get_submodule(norm), shape.inner)
-        narrow_linear(self.first(body), inputs, 3 * rows)
-        narrow_linear(self.last(body), rows, outputs)
+        self.narrow_layers(body, shape, inputs, outputs)
         biases = body.rel_pos
         if isinstance(biases, RelPosMlp):
             narrow_linear(biases.mlp.fc2, biases.mlp.fc2.in_features, shape.heads)
@@ -121,6 +107,12 @@ class RelativeAttention(SelfAttention):
         if biases is not None:
             set_heads(biases, shape.heads)
         return in_place_of(body, BiasedAttention(body, shape.heads, shape.inner))
+
+    def narrow_layers(self, body: nn.Module, shape: BranchShape, inputs: int, outputs: int) -> None:
+        """Make layers and norms for fewer channels."""
+        rows = shape.heads * shape.inner
+        narrow_linear(self.first(body), inputs, 3 * rows)
+        self.narrow_inside(body, shape.inner, rows, outputs)
 
 
 @dataclass(frozen=True)
@@ -186,11 +178,7 @@ class DecomposedAttention(RelativeAttention):
         return [Weight(name, ((len(table),), ("head",)), times=0) for name, table in tables.items() if table is not None]
 
     def narrow(self, body: nn.Module, shape: BranchShape, inputs: int, outputs: int) -> nn.Module:
-        rows = shape.heads * shape.inner
-        for norm in ("q_norm", "k_norm"):
-            narrow_norm(body.get_submodule(norm), shape.inner)
-        narrow_linear(self.first(body), inputs, 3 * rows)
-        narrow_linear(self.last(body), rows, outputs)
+        self.narrow_layers(body, shape, inputs, outputs)
         for weight in self.bias_weights(body):
             table = body.get_parameter(weight.key)
             setattr(body, weight.key, nn.Parameter(table.new_empty(len(table), shape.inner)))
@@ -209,11 +197,3 @@ def set_heads(biases: nn.Module, heads: int) -> None:
     table = biases._parameters.get(TABLE)
     if table is not None:
         setattr(biases, TABLE, nn.Parameter(table.new_empty(len(table), heads)))
-
-
-def visible(values: Tensor, kept: Mapping[str, Sequence[int]], sizes: Mapping[str, int]) -> Tensor:
-    """(heads * channels,) values, zero where head or channel goes."""
-    heads, channels = (torch.zeros(sizes[dim], device=values.device) for dim in ("heads", "head"))
-    for stays, dim in ((heads, "heads"), (channels, "head")):
-        stays[torch.tensor(kept[dim], device=values.device, dtype=torch.int64)] = 1
-    return values.where(torch.outer(heads, channels).flatten() == 1, 0)

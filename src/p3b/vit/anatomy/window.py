@@ -7,28 +7,21 @@ writes: what is missing on one side are zeros at the end. A table of biases has 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from timm.models.swin_transformer import WindowAttention
 from torch import Tensor, nn
 
 from p3b.errors import ModelError
 from p3b.vit.anatomy.attention import SelfAttention
-from p3b.vit.anatomy.body import Body, in_place_of, narrow_linear, pruned_or, refuse, require_linear
-from p3b.vit.anatomy.half import AsItsBody, PreNorm, narrow_body, read_channels, small_key
-from p3b.vit.anatomy.norms import is_centred, is_norm
-from p3b.vit.anatomy.relative import TABLE, visible
+from p3b.vit.anatomy.body import in_place_of, narrow_linear, pruned_or, require_linear
+from p3b.vit.anatomy.half import PlainPreNorm, PreNorm
+from p3b.vit.anatomy.norms import is_centred
+from p3b.vit.anatomy.relative import TABLE
 from p3b.vit.anatomy.shape import BranchShape
-from p3b.vit.anatomy.weights import STREAM, Moments, Weight, affine
-from p3b.vit.parts import (
-    ConstantBranch,
-    DropAndWrite,
-    NoBranch,
-    PaddedDropAndWrite,
-    PaddedReadChannels,
-    PaddedWindowAttention,
-)
+from p3b.vit.anatomy.weights import STREAM, Moments, Weight
+from p3b.vit.parts import DropAndWrite, InPlaceOfBranch, PaddedDropAndWrite, PaddedReadChannels, PaddedWindowAttention
 
 
 @dataclass(frozen=True)
@@ -65,14 +58,6 @@ class WindowSelfAttention(SelfAttention):
     def moments(self, body: nn.Module) -> list[Moments]:
         return []
 
-    def constant_without(self, body: nn.Module) -> tuple[bool, bool]:
-        last = body.proj.bias is not None
-        return last or self.value_bias(body) is not None, last
-
-    def blind(self, body: nn.Module, kept: Mapping[str, Sequence[int]]) -> Tensor | None:
-        values = self.value_bias(body)
-        return None if values is None else visible(values.detach(), kept, self.sizes(body))
-
     def makes_constant(self, body: nn.Module) -> list[Tensor | None]:
         return [self.first(body).bias, self.last(body).weight, self.last(body).bias]
 
@@ -86,81 +71,18 @@ class WindowSelfAttention(SelfAttention):
 
 
 @dataclass(frozen=True)
-class PlainPreNorm(AsItsBody):
-    """x + path(body(norm(x))), each by its name in the block (`p3b.vit.anatomy.half.Half`)."""
-
-    name: str
-    body: Body
-    norm: str
-    drop_path: str
-
-    @property
-    def stream_norms(self) -> tuple[str, ...]:
-        return (self.norm,)
-
-    def weights(self, block: nn.Module) -> list[Weight]:
-        body = self.body.weights(block.get_submodule(self.name))
-        return [
-            *affine(self.norm, block.get_submodule(self.norm), ("in",)),
-            *(weight.inside(self.name) for weight in body),
-        ]
-
-    def require_covered(self, name: str, block: nn.Module) -> None:
-        self.body.require_covered(f"{name}.{self.name}", block.get_submodule(self.name))
-        norm = block.get_submodule(self.norm)
-        refuse(name, {f"{self.norm}: {pruned_or(type(norm).__name__)}": not is_norm(norm)})
-
-    def entry(self, block: nn.Module) -> nn.Module:
-        return block.get_submodule(self.norm)
-
-    def scaled(self, block: nn.Module, value: Tensor, mask: Tensor) -> Tensor:
-        return value
-
-    def scale(self, block: nn.Module) -> Tensor | None:
-        return None
-
-    def small_key(self, key: str) -> str:
-        return small_key(self, key)
-
-    def set_drop_path(self, block: nn.Module, path: nn.Module) -> None:
-        there = block.get_submodule(self.drop_path)
-        if isinstance(there, DropAndWrite):
-            there.drop_prob = getattr(path, "drop_prob", 0.0)
-        else:
-            setattr(block, self.drop_path, path)
-
-    def narrow(self, block: nn.Module, shape: BranchShape, width: int) -> None:
-        example = narrow_body(self, block, shape)
-        read_channels(block, self.norm, shape, width, example)
-        if len(shape.outputs) < width:
-            path = block.get_submodule(self.drop_path)
-            write = DropAndWrite(shape.outputs, width, example, getattr(path, "drop_prob", 0.0))
-            setattr(block, self.drop_path, in_place_of(path, write))
-
-    def replace(self, block: nn.Module, replacement: nn.Module) -> None:
-        setattr(block, self.name, replacement.train(block.training))
-        for around in (self.norm, self.drop_path):
-            setattr(block, around, nn.Identity().train(block.training))
-
-
-@dataclass(frozen=True)
 class WindowPreNorm(PlainPreNorm):
     """The half of an attention in windows."""
 
-    def narrow(self, block: nn.Module, shape: BranchShape, width: int) -> None:
-        example = narrow_body(self, block, shape)
-        between = max(len(shape.inputs), len(shape.outputs))
+    writer: ClassVar[type[DropAndWrite]] = PaddedDropAndWrite
+
+    def read(self, block: nn.Module, shape: BranchShape, width: int, example: Tensor) -> None:
         if len(shape.inputs) < width:
-            norm = block.get_submodule(self.norm)
+            norm, between = block.get_submodule(self.norm), max(len(shape.inputs), len(shape.outputs))
             read = PaddedReadChannels(shape.inputs, width, norm, example, is_centred(norm), between)
             setattr(block, self.norm, in_place_of(norm, read))
-        if len(shape.outputs) < width:
-            path = block.get_submodule(self.drop_path)
-            write = PaddedDropAndWrite(shape.outputs, width, example, getattr(path, "drop_prob", 0.0))
-            setattr(block, self.drop_path, in_place_of(path, write))
 
-    def replace(self, block: nn.Module, replacement: nn.Module) -> None:
-        assert isinstance(replacement, ConstantBranch | NoBranch)
+    def replace(self, block: nn.Module, replacement: InPlaceOfBranch) -> None:
         replacement.fills = True  # the block cuts and joins what it gives as if it were that of all tokens
         super().replace(block, replacement)
         compare_nothing(block)
@@ -176,8 +98,7 @@ def compare_nothing(block: nn.Module) -> None:
 class MapPreNorm(PreNorm):
     """The half of an attention over a map of tokens, which a block of SAM may cut into windows and join after it."""
 
-    def replace(self, block: nn.Module, replacement: nn.Module) -> None:
-        assert isinstance(replacement, ConstantBranch | NoBranch)
+    def replace(self, block: nn.Module, replacement: InPlaceOfBranch) -> None:
         replacement.fills = True  # the block joins what it gives as if it were that of all tokens
         super().replace(block, replacement)
 

@@ -17,32 +17,20 @@ from p3b.vit.anatomy.half import GammaPreNorm
 from p3b.vit.anatomy.mlp import mlp_of
 from p3b.vit.anatomy.norms import NORMS
 from p3b.vit.anatomy.relative import BeitSelfAttention
-from p3b.vit.families.family import (
-    FLAG,
-    NUMBER_OR_NULL,
-    OF_SHAPE,
-    Block,
-    BranchOutline,
-    Images,
-    Outside,
-    Rule,
-    as_features,
-    branches_of_blocks,
-    classes_of,
-    one_of,
-    ratio_of,
-    require_heads_share,
-)
-from p3b.vit.families.stems import images_of_stem, require_patch_embed
+from p3b.vit.families import allowed
+from p3b.vit.families.family import Block, Outside, as_features, ratio_of
+from p3b.vit.families.norms import describe_norm, require_describable, take_norm
+from p3b.vit.families.stems import describe_patches
 from p3b.vit.families.stream import read_outside
-from p3b.vit.families.vision_transformer import describable_norm, require_describable
+from p3b.vit.families.usual import BlocksAlike, PatchesFirst, describe_whole, require_blocks
+from p3b.vit.parts import InPlaceOfBranch
 
 
 @dataclass(frozen=True)
 class BeitHalf(GammaPreNorm):
     """A half of BEiT's blocks, which ask the first scale whether there are scales: one that is not needed is the number 1."""
 
-    def replace(self, block: nn.Module, replacement: nn.Module) -> None:
+    def replace(self, block: nn.Module, replacement: InPlaceOfBranch) -> None:
         scaled = self.scale(block) is not None
         super().replace(block, replacement)
         if scaled:
@@ -50,18 +38,20 @@ class BeitHalf(GammaPreNorm):
             setattr(block, self.gamma, 1.0)
 
 
-class BeitFamily:
+class BeitFamily(PatchesFirst, BlocksAlike):
     """`p3b.vit.families.family.Family`"""
 
     classes: Mapping[str, type[nn.Module]] = {"Beit": Beit}
-    rules: Mapping[str, Rule] = {
-        **OF_SHAPE,
-        "init_values": NUMBER_OR_NULL,
-        **dict.fromkeys(("qkv_bias", "swiglu_mlp", "scale_mlp", "use_abs_pos_emb", "use_rel_pos_bias", "use_fc_norm"), FLAG),
-        "global_pool": one_of(("", "avg", "token"), "a pooling of timm's Beit"),
-        "norm_layer": one_of(tuple(NORMS)),
+    rules: Mapping[str, allowed.Rule] = {
+        **allowed.OF_SHAPE,
+        "init_values": allowed.NUMBER_OR_NULL,
+        **dict.fromkeys(
+            ("qkv_bias", "swiglu_mlp", "scale_mlp", "use_abs_pos_emb", "use_rel_pos_bias", "use_fc_norm"), allowed.FLAG
+        ),
+        "global_pool": allowed.one_of(("", "avg", "token"), "a pooling of timm's Beit"),
+        "norm_layer": allowed.one_of(tuple(NORMS)),
     }
-    more_rules: Mapping[str, tuple[Rule, Any]] = {"final_norm": (FLAG, True)}
+    more_rules: Mapping[str, tuple[allowed.Rule, Any]] = {"final_norm": (allowed.FLAG, True)}
 
     def blocks(self, model: Beit) -> Sequence[Block]:
         attn = BeitHalf("attn", BeitSelfAttention(), norm="norm1", gamma="gamma_1", drop_path="drop_path1")
@@ -71,14 +61,8 @@ class BeitFamily:
             for depth, block in enumerate(model.blocks)
         ]
 
-    def patch_embed(self, model: Beit) -> nn.Module:
-        return model.patch_embed
-
-    def images(self, model: Beit) -> Images:
-        return images_of_stem(model.patch_embed)
-
     def require_covered(self, model: Beit, purpose: str) -> None:
-        require_patch_embed(model.patch_embed)
+        super().require_covered(model, purpose)
         if model.rel_pos_bias is not None:
             raise ModelError(
                 "rel_pos_bias: relative positions that all blocks share are not covered for BEiT, only those of each block "
@@ -86,24 +70,16 @@ class BeitFamily:
             )
 
     def require_blocks_covered(self, model: Beit) -> None:
-        for depth, block in enumerate(model.blocks):
-            if type(block) is not BeitBlock:
-                raise ModelError(f"blocks.{depth}: {type(block).__name__} is not covered; of Beit only timm's own Block is.")
+        require_blocks(self.blocks(model), BeitBlock, "of Beit only timm's own Block is")
 
     def outside(self, model: Beit) -> Outside:
         return read_outside(model, tokens=("cls_token", "pos_embed"), norms=("norm", "fc_norm"), heads=("head",))
 
     def describe_outside(self, model: Beit) -> dict[str, Any]:
-        patch, conv = model.patch_embed, model.patch_embed.proj
         require_describable(model, ("norm", "fc_norm"))
         return {
-            "img_size": list(patch.img_size),
-            "patch_size": list(patch.patch_size),
-            "in_chans": conv.in_channels,
-            "num_classes": classes_of(model),
-            "global_pool": model.global_pool,
-            "embed_dim": model.embed_dim,
-            "depth": len(model.blocks),
+            **describe_patches(model.patch_embed),
+            **describe_whole(model),
             "use_abs_pos_emb": model.pos_embed is not None,
             "use_fc_norm": not isinstance(model.fc_norm, nn.Identity),
             "final_norm": not (isinstance(model.norm, nn.Identity) and isinstance(model.fc_norm, nn.Identity)),
@@ -120,20 +96,13 @@ class BeitFamily:
             "scale_mlp": not isinstance(block.mlp.norm, nn.Identity),
             "init_values": None if block.gamma_1 is None else 1e-5,
             "use_rel_pos_bias": block.attn.window_size is not None,
-            "norm_layer": describable_norm("blocks.0.norm1", block.norm1),
-            "norm_eps": block.norm1.eps,
+            **describe_norm("blocks.0.norm1", block.norm1),
             "embed_dim": model.embed_dim,
         }
 
-    def check_arguments(self, arguments: Mapping[str, Any]) -> None:
-        require_heads_share(arguments)
-
-    def branches(self, arguments: Mapping[str, Any]) -> list[BranchOutline]:
-        return branches_of_blocks(arguments)
-
     def build(self, kind: type[nn.Module], arguments: Mapping[str, Any], *, values: bool) -> nn.Module:
         given = dict(arguments)
-        norm = partial(NORMS[given.pop("norm_layer")], eps=given.pop("norm_eps"))
+        norm = take_norm(given)
         has_norm = given.pop("final_norm")
         return as_features(kind(**given, norm_layer=norm), has_norm)
 

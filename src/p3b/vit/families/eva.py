@@ -20,28 +20,13 @@ from p3b.vit.anatomy.attention import RotaryAttention
 from p3b.vit.anatomy.half import GammaPreNorm
 from p3b.vit.anatomy.mlp import mlp_of
 from p3b.vit.anatomy.norms import NORMS
+from p3b.vit.families import allowed
 from p3b.vit.families.activations import activation_name
-from p3b.vit.families.family import (
-    COUNT,
-    FLAG,
-    MOST_CHANNELS,
-    NUMBER,
-    NUMBER_OR_NULL,
-    OF_SHAPE,
-    Block,
-    BranchOutline,
-    Images,
-    Outside,
-    Rule,
-    classes_of,
-    is_pair,
-    is_whole,
-    one_of,
-    ratio_of,
-)
-from p3b.vit.families.stems import images_of_stem, require_patch_embed
+from p3b.vit.families.family import Block, BranchOutline, Outside, ratio_of
+from p3b.vit.families.norms import describe_norm, require_describable, take_norm
+from p3b.vit.families.stems import describe_patches
 from p3b.vit.families.stream import read_outside
-from p3b.vit.families.vision_transformer import describable_norm, require_describable
+from p3b.vit.families.usual import PatchesFirst, branches_of_blocks, describe_whole, require_blocks
 
 ROPES: Mapping[str, type[nn.Module]] = {
     "cat": RotaryEmbeddingCat,
@@ -51,28 +36,28 @@ ROPES: Mapping[str, type[nn.Module]] = {
 }
 """Rotary positions by timm's names. All but the mixed ones turn every head of every block by the same angles."""
 _OF_POSITIONS = {"shift_coords", "jitter_coords", "rescale_coords"}
-_IS_COUNT = is_whole(1, MOST_CHANNELS)
+_IS_COUNT = allowed.is_whole(1, allowed.MOST_CHANNELS)
 
 
 def _are_counts(value: Any) -> bool:
     return value is None or (isinstance(value, list) and bool(value) and all(map(_IS_COUNT, value)))
 
 
-class EvaFamily:
+class EvaFamily(PatchesFirst):
     """`p3b.vit.families.family.Family`"""
 
     classes: Mapping[str, type[nn.Module]] = {"Eva": Eva}
-    rules: Mapping[str, Rule] = {
-        **OF_SHAPE,
-        "num_reg_tokens": COUNT,
-        "rope_temperature": NUMBER,
-        "rope_grid_offset": (lambda value: type(value) in (int, float) and abs(value) <= MOST_CHANNELS, "a number"),
+    rules: Mapping[str, allowed.Rule] = {
+        **allowed.OF_SHAPE,
+        "num_reg_tokens": allowed.COUNT,
+        "rope_temperature": allowed.NUMBER,
+        "rope_grid_offset": (lambda value: type(value) in (int, float) and abs(value) <= allowed.MOST_CHANNELS, "a number"),
         **dict.fromkeys(
             (
                 *("init_values", "attn_pool_mlp_ratio"),
                 *("rope_shift_coords", "rope_jitter_coords", "rope_rescale_coords"),
             ),
-            NUMBER_OR_NULL,
+            allowed.NUMBER_OR_NULL,
         ),
         **dict.fromkeys(
             (
@@ -81,35 +66,30 @@ class EvaFamily:
                 *("rope_rotate_half", "use_pre_transformer_norm", "use_post_transformer_norm", "use_fc_norm"),
                 "dynamic_img_size",
             ),
-            FLAG,
+            allowed.FLAG,
         ),
-        "attn_type": one_of(("eva", "rope")),
-        "rope_type": one_of(tuple(ROPES)),
-        "rope_grid_indexing": one_of(("ij", "xy")),
-        "ref_feat_shape": (lambda value: value is None or is_pair(value), "two whole numbers or null"),
+        "attn_type": allowed.one_of(("eva", "rope")),
+        "rope_type": allowed.one_of(tuple(ROPES)),
+        "rope_grid_indexing": allowed.one_of(("ij", "xy")),
+        "ref_feat_shape": (lambda value: value is None or allowed.is_pair(value), "two whole numbers or null"),
         **dict.fromkeys(("num_kv_heads", "rope_mrope_section"), (_are_counts, "a list of whole numbers or null")),
         "attn_pool_num_heads": (lambda value: value is None or _IS_COUNT(value), "a whole number or null"),
-        "global_pool": one_of(("", "avg", "avgmax", "max", "token", "map"), "a pooling of timm"),
-        "norm_layer": one_of(tuple(NORMS)),
+        "global_pool": allowed.one_of(("", "avg", "avgmax", "max", "token", "map"), "a pooling of timm"),
+        "norm_layer": allowed.one_of(tuple(NORMS)),
     }
-    more_rules: Mapping[str, tuple[Rule, Any]] = {}
-
-    def patch_embed(self, model: Eva) -> nn.Module:
-        return model.patch_embed
+    more_rules: Mapping[str, tuple[allowed.Rule, Any]] = {}
 
     def blocks(self, model: Eva) -> Sequence[Block]:
         return eva_blocks(model, "blocks", by_head=model.rope_mixed)
 
-    def images(self, model: Eva) -> Images:
-        return images_of_stem(model.patch_embed)
-
     def require_covered(self, model: Eva, purpose: str) -> None:
-        require_patch_embed(model.patch_embed)
+        super().require_covered(model, purpose)
         if model.rope is not None and type(model.rope) not in ROPES.values():
             raise ModelError(f"rope: {type(model.rope).__name__} is not covered; of timm's rotary positions {list(ROPES)} are.")
 
     def require_blocks_covered(self, model: Eva) -> None:
-        require_eva_blocks(model, "blocks")
+        covered = "of timm's blocks for Eva EvaBlock is, whose norms come first"
+        require_blocks(self.blocks(model), EvaBlock, covered)
 
     def outside(self, model: Eva) -> Outside:
         return read_outside(
@@ -124,13 +104,8 @@ class EvaFamily:
         require_describable(model, ("norm_pre", "norm", "fc_norm"))
         pool = model.attn_pool
         return {
-            "img_size": list(model.patch_embed.img_size),
-            "patch_size": list(model.patch_embed.patch_size),
-            "in_chans": model.patch_embed.proj.in_channels,
-            "num_classes": classes_of(model),
-            "global_pool": model.global_pool,
-            "embed_dim": model.embed_dim,
-            "depth": len(model.blocks),
+            **describe_patches(model.patch_embed),
+            **describe_whole(model),
             "class_token": model.cls_token is not None,
             "num_reg_tokens": 0 if model.reg_token is None else model.reg_token.shape[1],
             "no_embed_class": model.no_embed_class,
@@ -167,8 +142,7 @@ class EvaFamily:
             "scale_mlp": not isinstance(mlp.norm, nn.Identity),
             "init_values": None if block.gamma_1 is None else 1e-5,
             "attn_only_layer_scale": block.gamma_1 is not None and block.gamma_2 is None,
-            "norm_layer": describable_norm("blocks.0.norm1", block.norm1),
-            "norm_eps": block.norm1.eps,
+            **describe_norm("blocks.0.norm1", block.norm1),
             "embed_dim": model.embed_dim,
         }
 
@@ -194,18 +168,11 @@ class EvaFamily:
         heads, depth = arguments["num_heads"], arguments["depth"]
         keys = arguments["num_kv_heads"] or [heads] * depth
         pairs = arguments["embed_dim"] // heads // 2 if arguments["use_rot_pos_emb"] else 0
-        return [
-            branch
-            for index in range(depth)
-            for branch in (
-                BranchOutline(f"blocks.{index}.attn", keys[index], pairs),
-                BranchOutline(f"blocks.{index}.mlp", 0),
-            )
-        ]
+        return branches_of_blocks("blocks", keys, pairs)
 
     def build(self, kind: type[nn.Module], arguments: Mapping[str, Any], *, values: bool) -> nn.Module:
         given = {key: tuple(value) if isinstance(value, list) else value for key, value in arguments.items()}
-        norm = partial(NORMS[given.pop("norm_layer")], eps=given.pop("norm_eps"))
+        norm = take_norm(given)
         align_to = int(given.pop("swiglu_apart"))  # to a multiple of 1: gate and value in layers of their own, no more
         return kind(**given, swiglu_align_to=align_to, norm_layer=norm)
 
@@ -225,16 +192,6 @@ def eva_blocks(tower: nn.Module, name: str, *, by_head: bool) -> list[Block]:
         Block(f"{name}.{depth}", block, (attn, mlp(mlp_of(getattr(block, "mlp", None)))), tower.embed_dim)
         for depth, block in enumerate(tower.blocks)
     ]
-
-
-def require_eva_blocks(tower: nn.Module, name: str) -> None:
-    """ModelError where a block is another one."""
-    for depth, block in enumerate(tower.blocks):
-        if type(block) is not EvaBlock:
-            raise ModelError(
-                f"{name}.{depth}: {type(block).__name__} is not covered; of timm's blocks for Eva EvaBlock is, whose norms "
-                "come first."
-            )
 
 
 def _describe_rope(rope: nn.Module | None) -> dict[str, Any]:

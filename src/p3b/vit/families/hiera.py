@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -24,31 +23,12 @@ from p3b.vit.anatomy.half import Half, PreNorm
 from p3b.vit.anatomy.mask_unit import MaskUnitSelfAttention, PoolingPreNorm, ProjectedPreNorm
 from p3b.vit.anatomy.mlp import PlainMlp
 from p3b.vit.anatomy.norms import NORMS
+from p3b.vit.families import allowed
 from p3b.vit.families.activations import activation_name
-from p3b.vit.families.family import (
-    CLASSES,
-    COUNT,
-    FLAG,
-    MOST_BLOCKS,
-    MOST_CHANNELS,
-    NUMBER,
-    NUMBER_OR_NULL,
-    PAIR,
-    PAIR_OR_NULL,
-    SIZE,
-    Block,
-    BranchOutline,
-    Images,
-    Outside,
-    Rule,
-    is_flag,
-    is_pair_from_0,
-    is_whole,
-    of_stages,
-    one_of,
-    ratio_of,
-)
-from p3b.vit.families.vision_transformer import describable_norm, require_describable
+from p3b.vit.families.family import Block, BranchOutline, Images, Outside, ratio_of
+from p3b.vit.families.norms import describe_norm, require_describable, take_norm
+from p3b.vit.families.stream import stream_stays
+from p3b.vit.families.usual import require_blocks
 
 _MLP = PreNorm("mlp", PlainMlp(), norm="norm2", layer_scale="ls2", drop_path="drop_path2")
 
@@ -57,21 +37,21 @@ class HieraFamily:
     """`p3b.vit.families.family.Family`"""
 
     classes: Mapping[str, type[nn.Module]] = {"Hiera": Hiera}
-    rules: Mapping[str, Rule] = {
-        **dict.fromkeys(("img_size", "patch_kernel", "patch_stride", "q_stride", "mask_unit_size"), PAIR),
-        "patch_padding": (is_pair_from_0, f"two whole numbers from 0 to {MOST_CHANNELS}"),
-        **dict.fromkeys(("in_chans", "embed_dim", "num_heads"), SIZE),
-        "num_classes": CLASSES,
-        "stages": of_stages(is_whole(1, MOST_BLOCKS), "numbers of blocks"),
-        "mask_unit_attn": of_stages(is_flag, "true or false"),
-        "q_pool": COUNT,
-        **dict.fromkeys(("mlp_ratio", "norm_eps", "dim_mul", "head_mul"), NUMBER),
-        "init_values": NUMBER_OR_NULL,
-        **dict.fromkeys(("use_expand_proj", "final_norm"), FLAG),
-        "global_pool": one_of(("", "avg", "avgmax", "max"), "a pooling of timm's Hiera"),
-        "norm_layer": one_of(tuple(NORMS)),
+    rules: Mapping[str, allowed.Rule] = {
+        **dict.fromkeys(("img_size", "patch_kernel", "patch_stride", "q_stride", "mask_unit_size"), allowed.PAIR),
+        "patch_padding": (allowed.is_pair_from_0, f"two whole numbers from 0 to {allowed.MOST_CHANNELS}"),
+        **dict.fromkeys(("in_chans", "embed_dim", "num_heads"), allowed.SIZE),
+        "num_classes": allowed.CLASSES,
+        "stages": allowed.of_stages(allowed.is_whole(1, allowed.MOST_BLOCKS), "numbers of blocks"),
+        "mask_unit_attn": allowed.of_stages(allowed.is_flag, "true or false"),
+        "q_pool": allowed.COUNT,
+        **dict.fromkeys(("mlp_ratio", "norm_eps", "dim_mul", "head_mul"), allowed.NUMBER),
+        "init_values": allowed.NUMBER_OR_NULL,
+        **dict.fromkeys(("use_expand_proj", "final_norm"), allowed.FLAG),
+        "global_pool": allowed.one_of(("", "avg", "avgmax", "max"), "a pooling of timm's Hiera"),
+        "norm_layer": allowed.one_of(tuple(NORMS)),
     }
-    more_rules: Mapping[str, tuple[Rule, Any]] = {"global_pos_size": (PAIR_OR_NULL, None)}
+    more_rules: Mapping[str, tuple[allowed.Rule, Any]] = {"global_pos_size": (allowed.PAIR_OR_NULL, None)}
 
     def blocks(self, model: Hiera) -> Sequence[Block]:
         found, before = [], math.prod(model.tokens_spatial_shape)
@@ -130,15 +110,10 @@ class HieraFamily:
             raise ModelError("unroll: the order of the tokens is not the one that timm gives to a Hiera of these stages.")
 
     def require_blocks_covered(self, model: Hiera) -> None:
-        for depth, block in enumerate(model.blocks):
-            if type(block) is not HieraBlock:
-                raise ModelError(f"blocks.{depth}: {type(block).__name__} is not covered; of timm's Hiera its own block is.")
+        require_blocks(self.blocks(model), HieraBlock, "of timm's Hiera its own block is")
 
     def outside(self, model: Hiera) -> Outside:
-        raise ModelError(
-            "blocks: each stage of a Hiera has a residual stream of its own width, which cannot be pruned; prune this model by "
-            "other dimensions, as block_benefit does."
-        )
+        raise stream_stays("blocks: each stage of a Hiera has a residual stream of its own width")
 
     def describe_outside(self, model: Hiera) -> dict[str, Any]:
         patch = model.patch_embed.proj
@@ -173,8 +148,7 @@ class HieraFamily:
             "head_mul": 2.0 if second is None else second.attn.heads / first.attn.heads,
             "mlp_ratio": ratio_of(first.mlp.fc1, first.dim_out),
             "init_values": 1e-5 if isinstance(first.ls1, LayerScale) else None,
-            "norm_layer": describable_norm("blocks.0.norm1", first.norm1),
-            "norm_eps": first.norm1.eps,
+            **describe_norm("blocks.0.norm1", first.norm1),
         }
 
     def check_arguments(self, arguments: Mapping[str, Any]) -> None:
@@ -184,8 +158,8 @@ class HieraFamily:
         if arguments["q_pool"] >= len(stages):
             raise ModelError(f"q_pool is {arguments['q_pool']} for {len(stages)} stages; expected fewer")
         outlines = self._widths(arguments)
-        if sum(stages) > MOST_BLOCKS or max(width for width, _ in outlines) > MOST_CHANNELS:
-            raise ModelError(f"there are more than {MOST_BLOCKS} blocks, or {MOST_CHANNELS} channels")
+        if sum(stages) > allowed.MOST_BLOCKS or max(width for width, _ in outlines) > allowed.MOST_CHANNELS:
+            raise ModelError(f"there are more than {allowed.MOST_BLOCKS} blocks, or {allowed.MOST_CHANNELS} channels")
         if any(later <= width for (width, _), (later, _) in pairwise(outlines)):
             raise ModelError(f"dim_mul is {arguments['dim_mul']}: each stage has to be wider than the one before")
         if not arguments["use_expand_proj"] and any(later != 2 * width for (width, _), (later, _) in pairwise(outlines)):
@@ -215,7 +189,7 @@ class HieraFamily:
 
     def build(self, kind: type[nn.Module], arguments: Mapping[str, Any], *, values: bool) -> nn.Module:
         given = {key: tuple(value) if isinstance(value, list) else value for key, value in arguments.items()}
-        norm = partial(NORMS[given.pop("norm_layer")], eps=given.pop("norm_eps"))
+        norm = take_norm(given)
         has_norm, positions = given.pop("final_norm"), given.pop("global_pos_size")
         if positions is not None:
             given |= {"abs_win_pos_embed": True, "global_pos_size": positions}

@@ -17,28 +17,12 @@ from p3b.errors import ModelError
 from p3b.vit.anatomy.attention import SelfAttention
 from p3b.vit.anatomy.half import PreNorm
 from p3b.vit.anatomy.mlp import PlainMlp
+from p3b.vit.families import allowed
 from p3b.vit.families.activations import ACTIVATIONS, activation_name
-from p3b.vit.families.family import (
-    CLASSES,
-    COUNT,
-    DEPTH,
-    FLAG,
-    NUMBER,
-    NUMBER_OR_NULL,
-    PAIR,
-    SIZE,
-    Block,
-    BranchOutline,
-    Images,
-    Outside,
-    Rule,
-    branches_of_blocks,
-    classes_of,
-    one_of,
-    ratio_of,
-)
+from p3b.vit.families.family import Block, Images, Outside, ratio_of
+from p3b.vit.families.norms import require_describable
 from p3b.vit.families.stream import read_outside
-from p3b.vit.families.vision_transformer import require_describable
+from p3b.vit.families.usual import BlocksAlike, describe_whole, require_blocks
 
 HALVES = (
     PreNorm("attn", SelfAttention(), norm="norm1", layer_scale="ls1", drop_path="drop_path1"),
@@ -49,33 +33,33 @@ _SIZE = "p3b_img_size"
 _OF_POSITIONS = ("interp_mode", "ar_preserving", "antialias", "align_corners")
 
 
-class NaFlexFamily:
+class NaFlexFamily(BlocksAlike):
     """`p3b.vit.families.family.Family`"""
 
     classes: Mapping[str, type[nn.Module]] = {"NaFlexVit": NaFlexVit}
-    rules: Mapping[str, Rule] = {
-        **dict.fromkeys(("img_size", "patch_size", "pos_embed_grid_size"), PAIR),
-        **dict.fromkeys(("in_chans", "embed_dim", "num_heads", "attn_pool_num_heads"), SIZE),
-        "num_classes": CLASSES,
-        "reg_tokens": COUNT,
-        "depth": DEPTH,
-        **dict.fromkeys(("mlp_ratio", "attn_pool_mlp_ratio"), NUMBER),
-        "init_values": NUMBER_OR_NULL,
+    rules: Mapping[str, allowed.Rule] = {
+        **dict.fromkeys(("img_size", "patch_size", "pos_embed_grid_size"), allowed.PAIR),
+        **dict.fromkeys(("in_chans", "embed_dim", "num_heads", "attn_pool_num_heads"), allowed.SIZE),
+        "num_classes": allowed.CLASSES,
+        "reg_tokens": allowed.COUNT,
+        "depth": allowed.DEPTH,
+        **dict.fromkeys(("mlp_ratio", "attn_pool_mlp_ratio"), allowed.NUMBER),
+        "init_values": allowed.NUMBER_OR_NULL,
         **dict.fromkeys(
             (
                 *("class_token", "qkv_bias", "proj_bias", "qk_norm", "pre_norm", "final_norm", "fc_norm"),
                 *("pool_include_prefix", "dynamic_img_pad", "patchify_channels_last"),
                 *("pos_embed_ar_preserving", "pos_embed_antialias", "pos_embed_align_corners"),
             ),
-            FLAG,
+            allowed.FLAG,
         ),
-        "pos_embed": one_of(("none", "learned", "factorized")),
-        "pos_embed_interp_mode": one_of(("bicubic", "bilinear", "nearest")),
-        "embed_proj_type": one_of(("conv", "linear")),
-        "global_pool": one_of(("", "avg", "avgmax", "max", "token", "map"), "a pooling of timm"),
-        "act_layer": one_of(ACTIVATIONS),
+        "pos_embed": allowed.one_of(("none", "learned", "factorized")),
+        "pos_embed_interp_mode": allowed.one_of(("bicubic", "bilinear", "nearest")),
+        "embed_proj_type": allowed.one_of(("conv", "linear")),
+        "global_pool": allowed.one_of(("", "avg", "avgmax", "max", "token", "map"), "a pooling of timm"),
+        "act_layer": allowed.one_of(ACTIVATIONS),
     }
-    more_rules: Mapping[str, tuple[Rule, Any]] = {}
+    more_rules: Mapping[str, tuple[allowed.Rule, Any]] = {}
 
     def blocks(self, model: NaFlexVit) -> Sequence[Block]:
         return [Block(f"blocks.{depth}", module, HALVES, model.embed_dim) for depth, module in enumerate(model.blocks)]
@@ -99,11 +83,8 @@ class NaFlexFamily:
             )
 
     def require_blocks_covered(self, model: NaFlexVit) -> None:
+        require_blocks(self.blocks(model), TimmBlock, "of NaFlexVit's blocks timm's Block is")
         for depth, block in enumerate(model.blocks):
-            if type(block) is not TimmBlock:
-                raise ModelError(
-                    f"blocks.{depth}: {type(block).__name__} is not covered; of NaFlexVit's blocks timm's Block is."
-                )
             for norm in (block.norm1, block.norm2):
                 if type(norm) is not LayerNorm or norm.eps != 1e-6:
                     raise ModelError(f"blocks.{depth}: {norm} is not covered; of NaFlexVit's norms its usual LayerNorm is.")
@@ -127,10 +108,7 @@ class NaFlexFamily:
             "img_size": list(self.images(model).size),
             "patch_size": list(embeds.patch_size),
             "in_chans": model.in_chans,
-            "num_classes": classes_of(model),
-            "global_pool": model.global_pool,
-            "embed_dim": model.embed_dim,
-            "depth": len(model.blocks),
+            **describe_whole(model),
             "class_token": embeds.cls_token is not None,
             "reg_tokens": 0 if embeds.reg_token is None else embeds.reg_token.shape[1],
             "pos_embed": embeds.pos_embed_type,
@@ -167,9 +145,6 @@ class NaFlexFamily:
                 raise ModelError(f"{width} channels cannot be shared among {arguments[name]} heads ({name})")
         if arguments["global_pool"] == "token" and not arguments["class_token"]:
             raise ModelError("there is no class token to be pooled")
-
-    def branches(self, arguments: Mapping[str, Any]) -> list[BranchOutline]:
-        return branches_of_blocks(arguments)
 
     def build(self, kind: type[nn.Module], arguments: Mapping[str, Any], *, values: bool) -> nn.Module:
         given = {key: tuple(value) if isinstance(value, list) else value for key, value in arguments.items()}

@@ -19,26 +19,12 @@ from p3b.errors import ModelError
 from p3b.vit.anatomy.attention import RotaryAttention
 from p3b.vit.anatomy.half import GammaPreNorm
 from p3b.vit.anatomy.mlp import PlainMlp
+from p3b.vit.families import allowed
 from p3b.vit.families.activations import ACTIVATIONS, activation_name
-from p3b.vit.families.family import (
-    CLASSES,
-    COUNT,
-    DEPTH,
-    FLAG,
-    NUMBER,
-    PAIR,
-    SIZE,
-    Block,
-    BranchOutline,
-    Images,
-    Outside,
-    Rule,
-    classes_of,
-    one_of,
-    ratio_of,
-)
-from p3b.vit.families.stems import images_of_stem, require_patch_embed
+from p3b.vit.families.family import Block, BranchOutline, Outside, classes_of, ratio_of
+from p3b.vit.families.stems import describe_patches, require_patch_embed
 from p3b.vit.families.stream import read_outside
+from p3b.vit.families.usual import PatchesFirst, branches_of_blocks, require_blocks
 
 HALVES = (
     GammaPreNorm("attn", RotaryAttention(), norm="norm1", gamma="gamma_1", drop_path="drop_path1"),
@@ -46,19 +32,17 @@ HALVES = (
 )
 
 
-_TOWER: Mapping[str, Rule] = {
-    **dict.fromkeys(("img_size", "patch_size"), PAIR),
-    **dict.fromkeys(("in_chans", "embed_dim", "num_heads", "merge_size", "pos_embed_grid_size"), SIZE),
-    "num_classes": CLASSES,
-    "out_features": COUNT,
-    "depth": DEPTH,
-    **dict.fromkeys(("mlp_ratio", "norm_eps", "rope_temperature"), NUMBER),
-    "act_layer": one_of(ACTIVATIONS),
+_TOWER: Mapping[str, allowed.Rule] = {
+    **allowed.OF_SHAPE,
+    **dict.fromkeys(("merge_size", "pos_embed_grid_size"), allowed.SIZE),
+    "out_features": allowed.COUNT,
+    "rope_temperature": allowed.NUMBER,
+    "act_layer": allowed.one_of(ACTIVATIONS),
 }
 
 
 @dataclass(frozen=True)
-class Qwen3Family:
+class Qwen3Family(PatchesFirst):
     """`p3b.vit.families.family.Family`
 
     Attributes:
@@ -66,9 +50,9 @@ class Qwen3Family:
     """
 
     classes: Mapping[str, type[nn.Module]]
-    rules: Mapping[str, Rule]
+    rules: Mapping[str, allowed.Rule]
     prefix: str
-    more_rules: Mapping[str, tuple[Rule, Any]] = field(default_factory=dict)
+    more_rules: Mapping[str, tuple[allowed.Rule, Any]] = field(default_factory=dict)
 
     def tower(self, model: nn.Module) -> Qwen3VitEncoder:
         """The tower itself."""
@@ -81,16 +65,11 @@ class Qwen3Family:
     def patch_embed(self, model: nn.Module) -> nn.Module:
         return self.tower(model).patch_embed
 
-    def images(self, model: nn.Module) -> Images:
-        return images_of_stem(self.tower(model).patch_embed)
-
     def require_covered(self, model: nn.Module, purpose: str) -> None:
         require_patch_embed(self.tower(model).patch_embed, f"{self.prefix}patch_embed")
 
     def require_blocks_covered(self, model: nn.Module) -> None:
-        for block in self.blocks(model):
-            if type(block.module) is not EvaBlock:
-                raise ModelError(f"{block.name}: {type(block.module).__name__} is not covered; only timm's EvaBlock is.")
+        require_blocks(self.blocks(model), EvaBlock, "only timm's EvaBlock is")
 
     def outside(self, model: nn.Module) -> Outside:
         norms, heads = (("norm",), ("head",)) if self.prefix else ((), ())
@@ -99,9 +78,7 @@ class Qwen3Family:
     def describe_outside(self, model: nn.Module) -> dict[str, Any]:
         tower = self.tower(model)
         described = {
-            "img_size": list(tower.patch_embed.img_size),
-            "patch_size": list(tower.patch_embed.patch_size),
-            "in_chans": tower.patch_embed.proj.in_channels,
+            **describe_patches(tower.patch_embed),
             "num_classes": 0,
             "global_pool": model.global_pool,
             "out_features": tower.out_features,
@@ -138,14 +115,7 @@ class Qwen3Family:
     def branches(self, arguments: Mapping[str, Any]) -> list[BranchOutline]:
         heads = arguments["num_heads"]
         pairs = arguments["embed_dim"] // heads // 2
-        return [
-            branch
-            for index in range(arguments["depth"])
-            for branch in (
-                BranchOutline(f"{self.prefix}blocks.{index}.attn", heads, pairs),
-                BranchOutline(f"{self.prefix}blocks.{index}.mlp", 0),
-            )
-        ]
+        return branches_of_blocks(f"{self.prefix}blocks", [heads] * arguments["depth"], pairs)
 
     def build(self, kind: type[nn.Module], arguments: Mapping[str, Any], *, values: bool) -> nn.Module:
         given = {key: tuple(value) if isinstance(value, list) else value for key, value in arguments.items()}
@@ -159,12 +129,14 @@ QWEN3 = Qwen3Family(
     {"Qwen3VitClassifier": Qwen3VitClassifier},
     {
         **_TOWER,
-        "final_norm": FLAG,
-        "global_pool": one_of(("", "avg"), "avg or nothing"),
-        "encoder_pool": one_of(("", "merge"), "merge or nothing"),
+        "final_norm": allowed.FLAG,
+        "global_pool": allowed.one_of(("", "avg"), "avg or nothing"),
+        "encoder_pool": allowed.one_of(("", "merge"), "merge or nothing"),
     },
     "encoder.",
 )
 QWEN3_TOWER = Qwen3Family(
-    {"Qwen3VitEncoder": Qwen3VitEncoder}, {**_TOWER, "global_pool": one_of(("", "avg", "merge"), "avg, merge or nothing")}, ""
+    {"Qwen3VitEncoder": Qwen3VitEncoder},
+    {**_TOWER, "global_pool": allowed.one_of(("", "avg", "merge"), "avg, merge or nothing")},
+    "",
 )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 from timm.layers import LayerScale, RelPosBias, RelPosMlp, get_act_layer
@@ -15,27 +14,13 @@ from p3b.vit.anatomy.half import PreNorm
 from p3b.vit.anatomy.mlp import PlainMlp
 from p3b.vit.anatomy.norms import NORMS
 from p3b.vit.anatomy.relative import RelativeAttention
+from p3b.vit.families import allowed
 from p3b.vit.families.activations import ACTIVATIONS, activation_name
-from p3b.vit.families.family import (
-    FLAG,
-    NUMBER_OR_NULL,
-    OF_SHAPE,
-    SIZE,
-    Block,
-    BranchOutline,
-    Images,
-    Outside,
-    Rule,
-    as_features,
-    branches_of_blocks,
-    classes_of,
-    one_of,
-    ratio_of,
-    require_heads_share,
-)
-from p3b.vit.families.stems import images_of_stem, require_patch_embed
+from p3b.vit.families.family import Block, Outside, as_features, ratio_of
+from p3b.vit.families.norms import describe_norm, require_describable, take_norm
+from p3b.vit.families.stems import describe_patches
 from p3b.vit.families.stream import read_outside
-from p3b.vit.families.vision_transformer import describable_norm, require_describable
+from p3b.vit.families.usual import BlocksAlike, PatchesFirst, describe_whole, require_blocks
 
 HALVES = (
     PreNorm("attn", RelativeAttention(), norm="norm1", layer_scale="ls1", drop_path="drop_path1"),
@@ -45,40 +30,27 @@ POSITIONS = {"bias": RelPosBias, "mlp": RelPosMlp, "mlp-swin": RelPosMlp}
 """What gives the biases, by the name that timm has for it."""
 
 
-class RelativePositionsFamily:
+class RelativePositionsFamily(PatchesFirst, BlocksAlike):
     """`p3b.vit.families.family.Family`"""
 
     classes: Mapping[str, type[nn.Module]] = {"VisionTransformerRelPos": VisionTransformerRelPos}
-    rules: Mapping[str, Rule] = {
-        **OF_SHAPE,
-        "rel_pos_dim": SIZE,
-        "init_values": NUMBER_OR_NULL,
-        **dict.fromkeys(("class_token", "fc_norm", "qkv_bias", "qk_norm", "shared_rel_pos"), FLAG),
-        "global_pool": one_of(("", "avg", "token"), "a pooling of timm's VisionTransformerRelPos"),
-        "rel_pos_type": one_of(tuple(POSITIONS)),
-        "act_layer": one_of(ACTIVATIONS),
-        "norm_layer": one_of(tuple(NORMS)),
+    rules: Mapping[str, allowed.Rule] = {
+        **allowed.OF_SHAPE,
+        "rel_pos_dim": allowed.SIZE,
+        "init_values": allowed.NUMBER_OR_NULL,
+        **dict.fromkeys(("class_token", "fc_norm", "qkv_bias", "qk_norm", "shared_rel_pos"), allowed.FLAG),
+        "global_pool": allowed.one_of(("", "avg", "token"), "a pooling of timm's VisionTransformerRelPos"),
+        "rel_pos_type": allowed.one_of(tuple(POSITIONS)),
+        "act_layer": allowed.one_of(ACTIVATIONS),
+        "norm_layer": allowed.one_of(tuple(NORMS)),
     }
-    more_rules: Mapping[str, tuple[Rule, Any]] = {"final_norm": (FLAG, True)}
+    more_rules: Mapping[str, tuple[allowed.Rule, Any]] = {"final_norm": (allowed.FLAG, True)}
 
     def blocks(self, model: VisionTransformerRelPos) -> Sequence[Block]:
         return [Block(f"blocks.{depth}", module, HALVES, model.embed_dim) for depth, module in enumerate(model.blocks)]
 
-    def patch_embed(self, model: VisionTransformerRelPos) -> nn.Module:
-        return model.patch_embed
-
-    def images(self, model: VisionTransformerRelPos) -> Images:
-        return images_of_stem(model.patch_embed)
-
-    def require_covered(self, model: VisionTransformerRelPos, purpose: str) -> None:
-        require_patch_embed(model.patch_embed)
-
     def require_blocks_covered(self, model: VisionTransformerRelPos) -> None:
-        for depth, block in enumerate(model.blocks):
-            if type(block) is not RelPosBlock:
-                raise ModelError(
-                    f"blocks.{depth}: {type(block).__name__} is not covered; of VisionTransformerRelPos only RelPosBlock is."
-                )
+        require_blocks(self.blocks(model), RelPosBlock, "of VisionTransformerRelPos only RelPosBlock is")
 
     def outside(self, model: VisionTransformerRelPos) -> Outside:
         if model.shared_rel_pos is not None:
@@ -89,16 +61,10 @@ class RelativePositionsFamily:
         return read_outside(model, tokens=("cls_token",), norms=("norm", "fc_norm"), heads=("head",))
 
     def describe_outside(self, model: VisionTransformerRelPos) -> dict[str, Any]:
-        patch, conv = model.patch_embed, model.patch_embed.proj
         require_describable(model, ("norm", "fc_norm"))
         return {
-            "img_size": list(patch.img_size),
-            "patch_size": list(patch.patch_size),
-            "in_chans": conv.in_channels,
-            "num_classes": classes_of(model),
-            "global_pool": model.global_pool,
-            "embed_dim": model.embed_dim,
-            "depth": len(model.blocks),
+            **describe_patches(model.patch_embed),
+            **describe_whole(model),
             "class_token": model.cls_token is not None,
             "fc_norm": not isinstance(model.fc_norm, nn.Identity),
             "final_norm": not (isinstance(model.norm, nn.Identity) and isinstance(model.fc_norm, nn.Identity)),
@@ -118,22 +84,18 @@ class RelativePositionsFamily:
             "rel_pos_dim": positions.mlp.fc1.out_features if isinstance(positions, RelPosMlp) else 1,
             "init_values": 1e-5 if isinstance(block.ls1, LayerScale) else None,
             "act_layer": activation_name(block.mlp.act),
-            "norm_layer": describable_norm("blocks.0.norm1", block.norm1),
-            "norm_eps": block.norm1.eps,
+            **describe_norm("blocks.0.norm1", block.norm1),
             "embed_dim": model.embed_dim,
         }
 
     def check_arguments(self, arguments: Mapping[str, Any]) -> None:
-        require_heads_share(arguments)
+        super().check_arguments(arguments)
         if arguments["global_pool"] == "token" and not arguments["class_token"]:
             raise ModelError("there is no class token to be pooled")
 
-    def branches(self, arguments: Mapping[str, Any]) -> list[BranchOutline]:
-        return branches_of_blocks(arguments)
-
     def build(self, kind: type[nn.Module], arguments: Mapping[str, Any], *, values: bool) -> nn.Module:
         given = dict(arguments)
-        norm = partial(NORMS[given.pop("norm_layer")], eps=given.pop("norm_eps"))
+        norm = take_norm(given)
         given["act_layer"] = get_act_layer(given["act_layer"])
         has_norm = given.pop("final_norm")
         return as_features(kind(**given, norm_layer=norm, **({} if values else {"weight_init": "skip"})), has_norm)

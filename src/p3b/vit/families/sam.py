@@ -6,7 +6,6 @@ The convolutions behind the blocks (`neck`) stay whole, and the residual stream,
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 from timm.layers import ClassifierHead, LayerScale, get_act_layer
@@ -20,53 +19,39 @@ from p3b.vit.anatomy.mlp import PlainMlp
 from p3b.vit.anatomy.norms import NORMS
 from p3b.vit.anatomy.relative import DecomposedAttention
 from p3b.vit.anatomy.window import MapPreNorm, tokens_in_windows
+from p3b.vit.families import allowed
 from p3b.vit.families.activations import ACTIVATIONS, activation_name
-from p3b.vit.families.family import (
-    COUNT,
-    FLAG,
-    MOST_BLOCKS,
-    NUMBER_OR_NULL,
-    OF_SHAPE,
-    Block,
-    BranchOutline,
-    Images,
-    Outside,
-    Rule,
-    as_features,
-    branches_of_blocks,
-    is_whole,
-    one_of,
-    ratio_of,
-    require_heads_share,
-)
-from p3b.vit.families.stems import images_of_stem, require_patch_embed
-from p3b.vit.families.vision_transformer import describable_norm, require_describable
+from p3b.vit.families.family import Block, Outside, as_features, ratio_of
+from p3b.vit.families.norms import describe_norm, require_describable, take_norm
+from p3b.vit.families.stems import describe_patches
+from p3b.vit.families.stream import stream_stays
+from p3b.vit.families.usual import BlocksAlike, PatchesFirst, require_blocks
 
 HALVES = (
     MapPreNorm("attn", DecomposedAttention(), norm="norm1", layer_scale="ls1", drop_path="drop_path1"),
     PreNorm("mlp", PlainMlp(), norm="norm2", layer_scale="ls2", drop_path="drop_path2"),
 )
-_IS_BLOCK = is_whole(0, MOST_BLOCKS)
+_IS_BLOCK = allowed.is_whole(0, allowed.MOST_BLOCKS)
 
 
-class SamFamily:
+class SamFamily(PatchesFirst, BlocksAlike):
     """`p3b.vit.families.family.Family`"""
 
     classes: Mapping[str, type[nn.Module]] = {"VisionTransformerSAM": VisionTransformerSAM}
-    rules: Mapping[str, Rule] = {
-        **OF_SHAPE,
-        **dict.fromkeys(("window_size", "neck_chans"), COUNT),
-        "init_values": NUMBER_OR_NULL,
-        **dict.fromkeys(("qkv_bias", "qk_norm", "pre_norm", "use_abs_pos", "use_rel_pos"), FLAG),
+    rules: Mapping[str, allowed.Rule] = {
+        **allowed.OF_SHAPE,
+        **dict.fromkeys(("window_size", "neck_chans"), allowed.COUNT),
+        "init_values": allowed.NUMBER_OR_NULL,
+        **dict.fromkeys(("qkv_bias", "qk_norm", "pre_norm", "use_abs_pos", "use_rel_pos"), allowed.FLAG),
         "global_attn_indexes": (
-            lambda value: isinstance(value, list) and len(value) <= MOST_BLOCKS and all(map(_IS_BLOCK, value)),
+            lambda value: isinstance(value, list) and len(value) <= allowed.MOST_BLOCKS and all(map(_IS_BLOCK, value)),
             "a list of numbers of blocks",
         ),
-        "global_pool": one_of(("", "avg", "avgmax", "max", "catavgmax"), "a pooling of timm's convolutional networks"),
-        "act_layer": one_of(ACTIVATIONS),
-        "norm_layer": one_of(tuple(NORMS)),
+        "global_pool": allowed.one_of(("", "avg", "avgmax", "max", "catavgmax"), "a pooling of timm's convolutional networks"),
+        "act_layer": allowed.one_of(ACTIVATIONS),
+        "norm_layer": allowed.one_of(tuple(NORMS)),
     }
-    more_rules: Mapping[str, tuple[Rule, Any]] = {"final_norm": (FLAG, True)}
+    more_rules: Mapping[str, tuple[allowed.Rule, Any]] = {"final_norm": (allowed.FLAG, True)}
 
     def blocks(self, model: VisionTransformerSAM) -> Sequence[Block]:
         grid = model.patch_embed.grid_size
@@ -75,34 +60,21 @@ class SamFamily:
             for depth, module in enumerate(model.blocks)
         ]
 
-    def patch_embed(self, model: VisionTransformerSAM) -> nn.Module:
-        return model.patch_embed
-
-    def images(self, model: VisionTransformerSAM) -> Images:
-        return images_of_stem(model.patch_embed)
-
     def require_covered(self, model: VisionTransformerSAM, purpose: str) -> None:
-        require_patch_embed(model.patch_embed)
+        super().require_covered(model, purpose)
         if type(model.head) is not ClassifierHead:
             raise ModelError(f"head: {type(model.head).__name__} is not covered; of SAM's heads timm's ClassifierHead is.")
 
     def require_blocks_covered(self, model: VisionTransformerSAM) -> None:
-        for depth, block in enumerate(model.blocks):
-            if type(block) is not SamBlock:
-                raise ModelError(f"blocks.{depth}: {type(block).__name__} is not covered; of SAM's blocks only timm's own is.")
+        require_blocks(self.blocks(model), SamBlock, "of SAM's blocks only timm's own is")
 
     def outside(self, model: VisionTransformerSAM) -> Outside:
-        raise ModelError(
-            "neck: the convolutions behind the blocks read the residual stream, which cannot be pruned; prune this model by "
-            "other dimensions, as block_benefit does."
-        )
+        raise stream_stays("neck: the convolutions behind the blocks read the residual stream")
 
     def describe_outside(self, model: VisionTransformerSAM) -> dict[str, Any]:
         require_describable(model, ("norm_pre",))
         return {
-            "img_size": list(model.patch_embed.img_size),
-            "patch_size": list(model.patch_embed.patch_size),
-            "in_chans": model.patch_embed.proj.in_channels,
+            **describe_patches(model.patch_embed),
             "num_classes": model.head.fc.out_features if isinstance(model.head.fc, nn.Linear) else model.num_classes,
             "global_pool": model.head.global_pool.pool_type,
             "embed_dim": model.embed_dim,
@@ -126,19 +98,12 @@ class SamFamily:
             "global_attn_indexes": [depth for depth, window in enumerate(windows) if not window],
             "init_values": 1e-5 if isinstance(block.ls1, LayerScale) else None,
             "act_layer": activation_name(block.mlp.act),
-            "norm_layer": describable_norm("blocks.0.norm1", block.norm1),
-            "norm_eps": block.norm1.eps,
+            **describe_norm("blocks.0.norm1", block.norm1),
         }
-
-    def check_arguments(self, arguments: Mapping[str, Any]) -> None:
-        require_heads_share(arguments)
-
-    def branches(self, arguments: Mapping[str, Any]) -> list[BranchOutline]:
-        return branches_of_blocks(arguments)
 
     def build(self, kind: type[nn.Module], arguments: Mapping[str, Any], *, values: bool) -> nn.Module:
         given = {key: tuple(value) if isinstance(value, list) else value for key, value in arguments.items()}
-        norm = partial(NORMS[given.pop("norm_layer")], eps=given.pop("norm_eps"))
+        norm = take_norm(given)
         has_norm = given.pop("final_norm")
         return as_features(kind(**given | {"act_layer": get_act_layer(given["act_layer"])}, norm_layer=norm), has_norm)
 

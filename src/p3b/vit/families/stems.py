@@ -18,11 +18,12 @@ from timm.models.vitamin import MbConvStages, VitCfg
 from torch import nn
 
 from p3b.errors import ModelError
-from p3b.vit.families.family import MOST_CHANNELS, Images, Rule, is_whole
+from p3b.vit.families import allowed
+from p3b.vit.families.family import Images
 
 _MOST_STAGES, _MOST_BLOCKS = 4, 64
 _CONVOLUTION = partial(StdConv2dSame, eps=1e-8)
-_IS_COUNT, _IS_WIDTH = is_whole(1, _MOST_BLOCKS), is_whole(1, MOST_CHANNELS)
+_IS_COUNT, _IS_WIDTH = allowed.is_whole(1, _MOST_BLOCKS), allowed.is_whole(1, allowed.MOST_CHANNELS)
 _BACKBONES = (ResNetV2, MbConvStages, ConvStem, nn.Sequential)  # the last one is a ResNet's first convolution and pooling
 
 
@@ -50,7 +51,7 @@ def _is_conv_stem(value: Any) -> bool:
     )
 
 
-STEMS: Mapping[str, tuple[Rule, Any]] = {
+STEMS: Mapping[str, tuple[allowed.Rule, Any]] = {
     "resnet": (
         (
             lambda value: value is None or _is_list(value, _IS_COUNT, _MOST_STAGES),
@@ -87,6 +88,12 @@ def images_of_stem(embed: nn.Module) -> Images:
         return Images(embed.proj.in_channels, (height, width), (high, wide), (rows, columns))
     down, right = embed.feature_ratio
     return Images(embed.in_chans, (height, width), (high * down, wide * right), (rows, columns))
+
+
+def describe_patches(embed: nn.Module) -> dict[str, Any]:
+    """Arguments of a model that say which images its PatchEmbed or HybridEmbed is made for."""
+    sizes = {"img_size": list(embed.img_size), "patch_size": list(embed.patch_size)}
+    return sizes | {"in_chans": images_of_stem(embed).channels}
 
 
 def last_convolution(embed: nn.Module) -> str:

@@ -14,6 +14,11 @@ from p3b.vit.families.family import Outside
 _REFUSED = "is not covered where the residual stream itself is pruned; prune this model by other dimensions, or with another"
 
 
+def stream_stays(why: str) -> ModelError:
+    """The error of a family whose residual stream cannot be pruned; `why` says which part stands in the way."""
+    return ModelError(f"{why}, which cannot be pruned; prune this model by other dimensions, as block_benefit does.")
+
+
 def read_outside(
     model: nn.Module,
     *,

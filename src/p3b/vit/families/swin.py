@@ -8,7 +8,6 @@ What lies between the stages (`downsample`) stays whole, and so does the residua
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock
@@ -16,35 +15,18 @@ from timm.models.swin_transformer_v2 import SwinTransformerV2, SwinTransformerV2
 from torch import nn
 
 from p3b.errors import ModelError
-from p3b.vit.anatomy.half import Half
+from p3b.vit.anatomy.half import Half, PlainPreNorm
 from p3b.vit.anatomy.mlp import PlainMlp
 from p3b.vit.anatomy.norms import NORMS
 from p3b.vit.anatomy.post_norm import CosineAttention, PostNorm, WindowPostNorm
-from p3b.vit.anatomy.window import PlainPreNorm, WindowPreNorm, WindowSelfAttention, tokens_in_windows
+from p3b.vit.anatomy.window import WindowPreNorm, WindowSelfAttention, tokens_in_windows
+from p3b.vit.families import allowed
 from p3b.vit.families.activations import activation_name
-from p3b.vit.families.family import (
-    CLASSES,
-    FLAG,
-    MOST_BLOCKS,
-    MOST_CHANNELS,
-    NUMBER,
-    PAIR,
-    SIZE,
-    Block,
-    BranchOutline,
-    Images,
-    Outside,
-    Rule,
-    as_features,
-    is_pair,
-    is_pair_from_0,
-    is_whole,
-    of_stages,
-    one_of,
-    ratio_of,
-)
-from p3b.vit.families.stems import images_of_stem, require_patch_embed
-from p3b.vit.families.vision_transformer import describable_norm, require_describable
+from p3b.vit.families.family import Block, BranchOutline, Outside, as_features, ratio_of
+from p3b.vit.families.norms import describe_norm, require_describable, take_norm
+from p3b.vit.families.stems import describe_patches
+from p3b.vit.families.stream import stream_stays
+from p3b.vit.families.usual import PatchesFirst, require_blocks
 
 _BLOCKS = (SwinTransformerBlock, SwinTransformerV2Block)
 HALVES = (
@@ -57,23 +39,23 @@ POST_NORM_HALVES = (
 )
 
 
-class SwinFamily:
+class SwinFamily(PatchesFirst):
     """`p3b.vit.families.family.Family`"""
 
     classes: Mapping[str, type[nn.Module]] = {"SwinTransformer": SwinTransformer}
-    rules: Mapping[str, Rule] = {
-        **dict.fromkeys(("img_size", "patch_size"), PAIR),
-        **dict.fromkeys(("in_chans", "embed_dim"), SIZE),
-        "num_classes": CLASSES,
-        "depths": of_stages(is_whole(1, MOST_BLOCKS), "numbers of blocks"),
-        "num_heads": of_stages(is_whole(1, MOST_CHANNELS), "numbers of heads"),
-        "window_size": of_stages(is_pair, "two sizes"),
-        **dict.fromkeys(("mlp_ratio", "norm_eps"), NUMBER),
-        **dict.fromkeys(("qkv_bias", "always_partition", "strict_img_size"), FLAG),
-        "global_pool": one_of(("", "avg", "avgmax", "max", "catavgmax"), "a pooling of timm's Swin"),
-        "norm_layer": one_of(tuple(NORMS)),
+    rules: Mapping[str, allowed.Rule] = {
+        **dict.fromkeys(("img_size", "patch_size"), allowed.PAIR),
+        **dict.fromkeys(("in_chans", "embed_dim"), allowed.SIZE),
+        "num_classes": allowed.CLASSES,
+        "depths": allowed.of_stages(allowed.is_whole(1, allowed.MOST_BLOCKS), "numbers of blocks"),
+        "num_heads": allowed.of_stages(allowed.is_whole(1, allowed.MOST_CHANNELS), "numbers of heads"),
+        "window_size": allowed.of_stages(allowed.is_pair, "two sizes"),
+        **dict.fromkeys(("mlp_ratio", "norm_eps"), allowed.NUMBER),
+        **dict.fromkeys(("qkv_bias", "always_partition", "strict_img_size"), allowed.FLAG),
+        "global_pool": allowed.one_of(("", "avg", "avgmax", "max", "catavgmax"), "a pooling of timm's Swin"),
+        "norm_layer": allowed.one_of(tuple(NORMS)),
     }
-    more_rules: Mapping[str, tuple[Rule, Any]] = {"final_norm": (FLAG, True)}
+    more_rules: Mapping[str, tuple[allowed.Rule, Any]] = {"final_norm": (allowed.FLAG, True)}
     halves: tuple[Half, ...] = HALVES
     block: type[nn.Module] = SwinTransformerBlock
 
@@ -92,43 +74,22 @@ class SwinFamily:
             for depth, block in enumerate(stage.blocks)
         ]
 
-    def patch_embed(self, model: SwinTransformer) -> nn.Module:
-        return model.patch_embed
-
-    def images(self, model: SwinTransformer) -> Images:
-        return images_of_stem(model.patch_embed)
-
-    def require_covered(self, model: SwinTransformer, purpose: str) -> None:
-        require_patch_embed(model.patch_embed)
-
     def require_blocks_covered(self, model: SwinTransformer) -> None:
-        for number, stage in enumerate(model.layers):
-            for depth, block in enumerate(stage.blocks):
-                if type(block) is not self.block:
-                    raise ModelError(
-                        f"layers.{number}.blocks.{depth}: {type(block).__name__} is not covered; of timm's "
-                        f"{type(model).__name__} its own block is."
-                    )
+        require_blocks(self.blocks(model), self.block, f"of timm's {type(model).__name__} its own block is")
 
     def outside(self, model: SwinTransformer) -> Outside:
-        raise ModelError(
-            "layers: each stage of a Swin Transformer has a residual stream of its own width, which cannot be pruned; prune "
-            "this model by other dimensions, as block_benefit does."
-        )
+        raise stream_stays("layers: each stage of a Swin Transformer has a residual stream of its own width")
 
     def describe_outside(self, model: SwinTransformer) -> dict[str, Any]:
-        patch = model.patch_embed
         require_describable(model, ("patch_embed.norm", "norm"))
         return {
-            "img_size": list(patch.img_size),
-            "patch_size": list(patch.patch_size),
-            "in_chans": patch.proj.in_channels,
+            **describe_patches(model.patch_embed),
             "num_classes": model.head.fc.out_features if isinstance(model.head.fc, nn.Linear) else model.num_classes,
             "global_pool": model.global_pool,
             "embed_dim": model.embed_dim,
             "depths": [len(stage.blocks) for stage in model.layers],
             "window_size": [_window_size(stage.blocks) for stage in model.layers],
-            "strict_img_size": patch.strict_img_size,
+            "strict_img_size": model.patch_embed.strict_img_size,
             "final_norm": not isinstance(model.norm, nn.Identity),
         }
 
@@ -143,8 +104,7 @@ class SwinFamily:
             "always_partition": first.always_partition,
             "mlp_ratio": ratio_of(first.mlp.fc1, model.embed_dim),
             "qkv_bias": self.has_biases(first.attn),
-            "norm_layer": describable_norm("layers.0.blocks.0.norm1", first.norm1),
-            "norm_eps": first.norm1.eps,
+            **describe_norm("layers.0.blocks.0.norm1", first.norm1),
         }
 
     def has_biases(self, attention: nn.Module) -> bool:
@@ -156,8 +116,8 @@ class SwinFamily:
         for name in ("num_heads", "window_size"):
             if len(arguments[name]) != stages:
                 raise ModelError(f"{name} has {len(arguments[name])} entries for {stages} stages")
-        if sum(arguments["depths"]) > MOST_BLOCKS or arguments["embed_dim"] << stages > 2 * MOST_CHANNELS:
-            raise ModelError(f"there are more than {MOST_BLOCKS} blocks, or {MOST_CHANNELS} channels")
+        if sum(arguments["depths"]) > allowed.MOST_BLOCKS or arguments["embed_dim"] << stages > 2 * allowed.MOST_CHANNELS:
+            raise ModelError(f"there are more than {allowed.MOST_BLOCKS} blocks, or {allowed.MOST_CHANNELS} channels")
         for number, heads in enumerate(arguments["num_heads"]):
             if (width := arguments["embed_dim"] << number) % heads:
                 raise ModelError(f"{width} channels of stage {number} cannot be shared among {heads} heads")
@@ -173,7 +133,7 @@ class SwinFamily:
     def build(self, kind: type[nn.Module], arguments: Mapping[str, Any], *, values: bool) -> nn.Module:
         given = {key: tuple(value) if isinstance(value, list) else value for key, value in arguments.items()}
         given["window_size"] = tuple(map(tuple, given["window_size"]))
-        norm = partial(NORMS[given.pop("norm_layer")], eps=given.pop("norm_eps"))
+        norm = take_norm(given)
         has_norm = given.pop("final_norm")
         return as_features(kind(**given, norm_layer=norm, **({} if values else {"weight_init": "skip"})), has_norm)
 
@@ -182,9 +142,9 @@ class SwinV2Family(SwinFamily):
     """`p3b.vit.families.family.Family`"""
 
     classes: Mapping[str, type[nn.Module]] = {"SwinTransformerV2": SwinTransformerV2}
-    rules: Mapping[str, Rule] = {
+    rules: Mapping[str, allowed.Rule] = {
         **SwinFamily.rules,
-        "pretrained_window_sizes": of_stages(is_pair_from_0, "two sizes, each a whole number from 0"),
+        "pretrained_window_sizes": allowed.of_stages(allowed.is_pair_from_0, "two sizes, each a whole number from 0"),
     }
     halves: tuple[Half, ...] = POST_NORM_HALVES
     block: type[nn.Module] = SwinTransformerV2Block

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 from timm.layers import GluMlp, HybridEmbed, LayerScale, Mlp, SwiGLU, SwiGLUPacked
@@ -13,82 +12,58 @@ from timm.models.vision_transformer import VisionTransformer
 from timm.models.vitamin import GeGluMlp
 from torch import nn
 
-from p3b.errors import ModelError
 from p3b.vit.anatomy.attention import SelfAttention
 from p3b.vit.anatomy.half import NormTwice, PreNorm
 from p3b.vit.anatomy.mlp import mlp_of
-from p3b.vit.anatomy.norms import NORMS, is_norm, norm_name
+from p3b.vit.anatomy.norms import NORMS
+from p3b.vit.families import allowed
 from p3b.vit.families.activations import ACTIVATIONS, activation_name
-from p3b.vit.families.family import (
-    CLASSES,
-    COUNT,
-    DEPTH,
-    FLAG,
-    NUMBER,
-    NUMBER_OR_NULL,
-    PAIR,
-    SIZE,
-    Block,
-    BranchOutline,
-    Images,
-    Outside,
-    Rule,
-    branches_of_blocks,
-    classes_of,
-    one_of,
-    ratio_of,
-    require_heads_share,
-)
+from p3b.vit.families.family import Block, Outside, ratio_of
+from p3b.vit.families.norms import describe_norm, require_describable, take_norm
 from p3b.vit.families.stems import (
     STEMS,
+    describe_patches,
     describe_stem,
     embed_arguments,
-    images_of_stem,
     last_convolution,
     require_patch_embed,
 )
 from p3b.vit.families.stream import read_outside
+from p3b.vit.families.usual import BlocksAlike, PatchesFirst, describe_whole, require_blocks
 
 MLP_LAYERS = {"Mlp": Mlp, "GluMlp": GluMlp, "SwiGLUPacked": SwiGLUPacked, "SwiGLU": SwiGLU, "GeGluMlp": GeGluMlp}
 """MLPs by the name that a description has for them. SwiGLUPacked is a GluMlp whose gate comes first."""
 
 
-class VisionTransformerFamily:
+class VisionTransformerFamily(PatchesFirst, BlocksAlike):
     """`p3b.vit.families.family.Family`"""
 
     classes: Mapping[str, type[nn.Module]] = {
         "VisionTransformer": VisionTransformer,
         "VisionTransformerDistilled": VisionTransformerDistilled,
     }
-    rules: Mapping[str, Rule] = {
-        **dict.fromkeys(("img_size", "patch_size"), PAIR),
-        **dict.fromkeys(("in_chans", "embed_dim", "num_heads"), SIZE),
-        "num_classes": CLASSES,
-        "reg_tokens": COUNT,
-        "depth": DEPTH,
-        **dict.fromkeys(("mlp_ratio", "norm_eps"), NUMBER),
-        "init_values": NUMBER_OR_NULL,
+    rules: Mapping[str, allowed.Rule] = {
+        **allowed.OF_SHAPE,
+        "reg_tokens": allowed.COUNT,
+        "init_values": allowed.NUMBER_OR_NULL,
         **dict.fromkeys(
             (
                 *("class_token", "no_embed_class", "pre_norm", "final_norm", "fc_norm", "pool_include_prefix"),
                 *("dynamic_img_size", "qkv_bias", "proj_bias"),
             ),
-            FLAG,
+            allowed.FLAG,
         ),
-        "global_pool": one_of(("", "avg", "avgmax", "max", "token", "map", "prr"), "a pooling of timm"),
-        "pos_embed": one_of(("learn", "none"), "learn or none"),
-        "act_layer": one_of(ACTIVATIONS),
-        "norm_layer": one_of(tuple(NORMS)),
+        "global_pool": allowed.one_of(("", "avg", "avgmax", "max", "token", "map", "prr"), "a pooling of timm"),
+        "pos_embed": allowed.one_of(("learn", "none"), "learn or none"),
+        "act_layer": allowed.one_of(ACTIVATIONS),
+        "norm_layer": allowed.one_of(tuple(NORMS)),
     }
-    more_rules: Mapping[str, tuple[Rule, Any]] = {
-        **dict.fromkeys(("qk_norm", "scale_attn_norm", "scale_mlp_norm"), (FLAG, False)),
-        "mlp_layer": (one_of(tuple(MLP_LAYERS)), "Mlp"),
-        "embed_norm": (FLAG, False),
+    more_rules: Mapping[str, tuple[allowed.Rule, Any]] = {
+        **dict.fromkeys(("qk_norm", "scale_attn_norm", "scale_mlp_norm"), (allowed.FLAG, False)),
+        "mlp_layer": (allowed.one_of(tuple(MLP_LAYERS)), "Mlp"),
+        "embed_norm": (allowed.FLAG, False),
         **STEMS,
     }
-
-    def patch_embed(self, model: VisionTransformer) -> nn.Module:
-        return model.patch_embed
 
     def blocks(self, model: VisionTransformer) -> Sequence[Block]:
         attn = PreNorm("attn", SelfAttention(), norm="norm1", layer_scale="ls1", drop_path="drop_path1")
@@ -97,19 +72,11 @@ class VisionTransformerFamily:
             for depth, block in enumerate(model.blocks)
         ]
 
-    def images(self, model: VisionTransformer) -> Images:
-        return images_of_stem(model.patch_embed)
-
     def require_covered(self, model: VisionTransformer, purpose: str) -> None:
         require_patch_embed(model.patch_embed, hybrid=True)
 
     def require_blocks_covered(self, model: VisionTransformer) -> None:
-        for depth, block in enumerate(model.blocks):
-            if type(block) is not TimmBlock:
-                raise ModelError(
-                    f"blocks.{depth}: {type(block).__name__} is not covered; only timm's standard Block (attention, then MLP) "
-                    "is."
-                )
+        require_blocks(self.blocks(model), TimmBlock, "only timm's standard Block (attention, then MLP) is")
 
     def outside(self, model: VisionTransformer) -> Outside:
         return read_outside(
@@ -126,13 +93,8 @@ class VisionTransformerFamily:
         require_describable(model, _norms(model))
         final_norm = model.norm if not isinstance(model.norm, nn.Identity) else model.fc_norm
         return {
-            "img_size": list(patch.img_size),
-            "patch_size": list(patch.patch_size),
-            "in_chans": images_of_stem(patch).channels,
-            "num_classes": classes_of(model),
-            "global_pool": model.global_pool,
-            "embed_dim": model.embed_dim,
-            "depth": len(model.blocks),
+            **describe_patches(patch),
+            **describe_whole(model),
             "class_token": model.cls_token is not None,
             "pos_embed": "none" if model.pos_embed is None else "learn",
             "no_embed_class": model.no_embed_class,
@@ -155,8 +117,7 @@ class VisionTransformerFamily:
             "proj_bias": block.attn.proj.bias is not None,
             "init_values": 1e-5 if isinstance(block.ls1, LayerScale) else None,
             "act_layer": activation_name(block.mlp.act),
-            "norm_layer": describable_norm("blocks.0.norm1", block.norm1),
-            "norm_eps": block.norm1.eps,
+            **describe_norm("blocks.0.norm1", block.norm1),
             "embed_dim": model.embed_dim,
             "qk_norm": not isinstance(block.attn.q_norm, nn.Identity),
             "scale_attn_norm": not isinstance(block.attn.norm, nn.Identity),
@@ -164,15 +125,9 @@ class VisionTransformerFamily:
             "mlp_layer": _mlp_name(block.mlp),
         }
 
-    def check_arguments(self, arguments: Mapping[str, Any]) -> None:
-        require_heads_share(arguments)
-
-    def branches(self, arguments: Mapping[str, Any]) -> list[BranchOutline]:
-        return branches_of_blocks(arguments)
-
     def build(self, kind: type[nn.Module], arguments: Mapping[str, Any], *, values: bool) -> nn.Module:
         given = dict(arguments)
-        norm = partial(NORMS[given.pop("norm_layer")], eps=given.pop("norm_eps"))
+        norm = take_norm(given)
         given["mlp_layer"] = MLP_LAYERS[given["mlp_layer"]]
         given |= embed_arguments({name: given.pop(name) for name in STEMS}, given["in_chans"], given["embed_dim"])
         given["embed_norm_layer"] = norm if given.pop("embed_norm") else None
@@ -195,21 +150,6 @@ def _mlp_name(mlp: nn.Module) -> str:
     if isinstance(mlp, GluMlp):
         return "GluMlp" if mlp.gate_last else "SwiGLUPacked"
     return type(mlp).__name__
-
-
-def require_describable(model: nn.Module, norms: Sequence[str]) -> None:
-    """ModelError for norms outside of the blocks that no argument expresses."""
-    for name in norms:
-        part = model.get_submodule(name)
-        if not isinstance(part, nn.Identity) and not is_norm(part):
-            raise ModelError(f"{name}: {type(part).__name__} cannot be described in config.json; put timm's own layer back.")
-
-
-def describable_norm(name: str, norm: nn.Module) -> str:
-    """Name of a norm for a description; ModelError where it has none."""
-    if (found := norm_name(norm)) is None:
-        raise ModelError(f"{name}: {type(norm).__name__} cannot be described in config.json.")
-    return found
 
 
 VISION_TRANSFORMER = VisionTransformerFamily()
