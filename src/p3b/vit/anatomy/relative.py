@@ -31,7 +31,7 @@ from p3b.vit.anatomy.weights import STREAM, Axis, Moments, Weight, affine
 from p3b.vit.parts import BiasedAttention, QueryValueLinear
 
 TABLE = "relative_position_bias_table"
-_DISTANCES = {"rel_pos_h", "rel_pos_w"}
+_DISTANCES = ("rel_pos_h", "rel_pos_w")
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,8 @@ class DecomposedAttention(RelativeAttention):
 
     def rescale(self, weights: MutableMapping[str, nn.Parameter], sizes: Mapping[str, int], kept: Mapping[str, int]) -> None:
         super().rescale(weights, sizes, kept)
-        for name in _DISTANCES & weights.keys():  # what the queries are multiplied by goes off here, where nothing is scaled
+        # What the queries are multiplied by goes off here, where nothing is scaled.
+        for name in (each for each in _DISTANCES if each in weights):
             weights[name].div_(math.sqrt(kept["head"] / sizes["head"]))
 
 
