@@ -70,6 +70,7 @@ class Row:
 
 LINEAR = (("prune_benefit", "linear"),)
 LOW_RANK = (("prune_benefit", "low_rank"),)
+REMOVAL = (("prune_benefit", "removal"),)
 ACTIVE, COMPENSATED = ("prune_compute", "active"), ("compensate", "on")
 ALIGNED = ("align", 8)
 NARROW = (ALIGNED, ("prune_stream", "auto"))
@@ -92,6 +93,16 @@ ROWS: Mapping[str, Row] = {
         Row("p3b-published", "P3B as published", "block_pr", 0.5, 0.5, structure=_SOFT),
         Row(_SOFT, "P3B, small early", "block_benefit", 0.25, 0.75, EARLY),
         Row("p3b-early-stream", "P3B, small early, narrow stream", "block_benefit", 0.25, 0.75, (*EARLY, *NARROW)),
+        Row(
+            "p3b-removal-stream",
+            "P3B by removal, small early, narrow stream",
+            "block_benefit",
+            0.25,
+            0.75,
+            (*REMOVAL, ACTIVE, *NARROW),
+            structure="p3b-early-stream",
+            cost="uniform-early-stream",  # it has no probes either
+        ),
         Row("uniform-early-stream", "uniform, small early, narrow stream", "uniform", 0.25, 0.75, (ACTIVE, *NARROW)),
         Row("uniform-early", "uniform, small early", "uniform", 0.25, 0.75, structure="uniform", cost="uniform"),
         Row("taylor-early", "taylor, small early", "taylor", 0.25, 0.75, structure="taylor", cost="taylor"),

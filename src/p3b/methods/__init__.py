@@ -16,6 +16,7 @@ from p3b.methods.savit import Savit
 from p3b.methods.wdpruning import WDPruning
 from p3b.scoring.interactions import KINDS
 from p3b.scoring.meter import Reduce
+from p3b.scoring.removal import REMOVAL
 from p3b.vit.anatomy.weights import STREAM
 from p3b.vit.layout import DEFAULT_DIMS, ModelLayout
 
@@ -39,8 +40,8 @@ PUBLISHED_OPTIONS: Mapping[str, Mapping[str, Any]] = {"block_pr": {"estimator": 
 
 ONE_SHOT_METHODS = tuple(name for name in METHODS if name != "wdpruning")
 """Those that can prune a trained model in one shot; the other learns while it trains."""
-ONE_SHOT_ESTIMATOR = "ridge"
-"""Estimator of block benefit in one shot: its probes are solved, not trained."""
+ONE_SHOT_ESTIMATORS = ("ridge", REMOVAL)
+"""Estimators of block benefit in one shot, the usual one first: its probes are solved, not trained; the other has none."""
 
 _STATELESS_IN_WARM_UP = ("uniform", "random", "magnitude", "taylor", "savit")
 _OF_BLOCK_BENEFIT_LATER = ("alpha", "gamma", "benefit_scale", "blocks_only", "align", "stream", "keep_ratios")
@@ -112,11 +113,11 @@ def options_of_one_shot(name: str, options: Mapping[str, Any]) -> dict[str, Any]
             f"or choose another method: {', '.join(ONE_SHOT_METHODS)}."
         )
     if "estimator" in method_options(name) and options.get("keep_ratios") is None:
-        options = {"estimator": ONE_SHOT_ESTIMATOR, **options}
-        if options["estimator"] != ONE_SHOT_ESTIMATOR:
+        options = {"estimator": ONE_SHOT_ESTIMATORS[0], **options}
+        if options["estimator"] not in ONE_SHOT_ESTIMATORS:
             raise ConfigError(
                 f"The probes of estimator={options['estimator']!r} learn by gradient over many steps, so they cannot measure a "
-                f"benefit in one shot; leave it out: {ONE_SHOT_ESTIMATOR!r} needs none."
+                f"benefit in one shot; leave it out ({ONE_SHOT_ESTIMATORS[0]!r} is taken) or give {REMOVAL!r}."
             )
     return dict(options)
 
@@ -168,7 +169,8 @@ def own_in_warm_up(name: str, options: Mapping[str, Any]) -> dict[str, Any] | No
         return None
     options = effective_options(name, options)
     name = PUBLISHED_NAMES.get(name, name)
-    if name in _STATELESS_IN_WARM_UP or (name == "block_benefit" and options["keep_ratios"] is not None):
+    without_probes = name == "block_benefit" and (options["keep_ratios"] is not None or options["estimator"] == REMOVAL)
+    if name in _STATELESS_IN_WARM_UP or without_probes:
         return {}
     if name == "block_benefit":  # its probes learn from the first step on
         return {"method": name} | {key: value for key, value in options.items() if key not in _OF_BLOCK_BENEFIT_LATER}

@@ -48,6 +48,7 @@ from p3b.scoring.estimator import BenefitEstimator
 from p3b.scoring.estimators import OF_MAPS, ProbeSettings, create_estimator
 from p3b.scoring.first_order import FirstOrder, require_signal
 from p3b.scoring.meter import IntervalMeter, Reduce
+from p3b.scoring.removal import REMOVAL
 from p3b.vit.gates import Gates
 from p3b.vit.layout import ModelLayout
 from p3b.vit.narrow_stream import narrow_stream
@@ -81,7 +82,7 @@ class BlockBenefit:
             the budget is met all the same. What lies outside the blocks ("head", "patch_embed") always stays.
         keep_ratios: given by hand, one per block; then nothing is probed and prune_ratio plays no part.
         estimator: how benefits are measured, by name (`p3b.scoring.estimators`); "paper" is the published way, "low_rank" that
-            with narrow convolutions.
+            with narrow convolutions, "removal" a way without probes (`p3b.scoring.removal`).
         probe_lr: learning rate of the probes, not scaled with the batch size.
         probe_weight_decay: of the probes' weights; none on biases and norms.
         probe_seed: seed of the probes' first weights, the same on all ranks.
@@ -141,13 +142,14 @@ class BlockBenefit:
 
         self._device = next(model.parameters()).device
         self._first_order = FirstOrder(layout, model, reduce)
+        self._removal = estimator == REMOVAL and self._given is None
         self._meter = IntervalMeter()
         self._pending_benefits: list[Tensor] = []
         self._importance: list[Tensor | None] = [None, None]
         self._taps = Taps()
         self._estimator: BenefitEstimator | None = None
         self._reads_maps = estimator not in ESTIMATORS_OF_MEANS
-        if self._given is None:
+        if self._given is None and not self._removal:
             self._require_readable(model, estimator, probe_outputs)
             first = next(model.parameters())
             read = layout if probe_outputs is None else replace(layout, num_classes=probe_outputs)
@@ -179,7 +181,7 @@ class BlockBenefit:
         return loss
 
     def collect(self, gradients_finite: Tensor, scaler: torch.amp.GradScaler | None = None) -> None:
-        self._first_order.add_to(self._meter, gradients_finite, scaler)
+        self._first_order.add_to(self._meter, gradients_finite, scaler, removal=self._removal)
         if self._pending_benefits:
             # Reduced at every step, so that the sums, which a checkpoint keeps, are the same on every rank.
             benefits_2B = self._reduce(torch.stack(self._pending_benefits).mean(0))
@@ -223,6 +225,8 @@ class BlockBenefit:
         """Benefits -> importance -> goals -> masks, all from means over an interval."""
         blocks = self._layout.blocks
         benefits_2B = mean("benefits")
+        if self._removal and mean("removal") is not None:
+            benefits_2B = mean("removal").sqrt().expand(2, -1)  # one benefit, of neither the class token nor the patches
         if mean("scores") is None or (benefits_2B is None and not self._may_rest()):
             raise TrainingError(
                 "Nothing has been measured that masks could be decided from. Call pruner.loss(criterion, targets) after each "
@@ -238,7 +242,7 @@ class BlockBenefit:
                 for previous, benefit in zip(self._importance, benefits_2B, strict=True)
             ]
         importance_B = None
-        if self._estimator is not None:
+        if self._given is None:
             cls_B, patch_B = (torch.ones_like(self._params) if each is None else each for each in self._importance)
             importance_B = mix_importance(cls_B, patch_B, self._alpha)
         # Mean scores over the interval and over ranks.

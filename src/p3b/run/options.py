@@ -160,7 +160,7 @@ class PhaseOptions:
     prune_benefit: str | None = None
     """How a block's benefit is measured: low_rank (narrow convolutions; the default), paper (as published, costly; the default
     under the published name block_pr), linear (linear probes on class and mean patch token), ridge (the same in closed form),
-    subsampled (paper's, on part of the data)."""
+    subsampled (paper's, on part of the data), removal (without probes: what the loss would change by if the block went)."""
     calibration_images: int = 512
     """Training images that --epochs 0 measures on, and that --compensate fits on."""
     compensate: Literal["auto", "on", "off"] = "auto"

@@ -13,6 +13,7 @@ from p3b.scoring.estimator import BenefitEstimator, Probes
 from p3b.scoring.meter import Reduce
 from p3b.scoring.places import PlaceProbes
 from p3b.scoring.probes import BlockProbes
+from p3b.scoring.removal import REMOVAL
 from p3b.scoring.ridge import RidgeProbes
 from p3b.scoring.staged import Staged
 from p3b.scoring.subsampled import Subsampled
@@ -91,7 +92,7 @@ def create_estimator(name: str, settings: ProbeSettings) -> BenefitEstimator:
     """
     known = ESTIMATORS | OF_MAPS
     if name not in known:
-        raise ConfigError(unknown_name("estimator of block benefit", name, known))
+        raise ConfigError(unknown_name("estimator of block benefit", name, [*known, REMOVAL]))
     stages = settings.layout.stages
     if len(stages) == 1:
         return known[name](settings)
