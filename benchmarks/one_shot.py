@@ -53,6 +53,7 @@ class Way:
         compensate: what goes is made up for by what stays.
         order: the basis of the heads is changed first.
         criterion: of logits (S, C) and labels (S,), whose gradients scores are made of.
+        estimator: of block benefit, where it is not the usual one.
     """
 
     said: str
@@ -61,6 +62,7 @@ class Way:
     compensate: bool = True
     order: bool = False
     criterion: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy
+    estimator: str | None = None
 
 
 def entropy(logits_SC: Tensor, _labels: Tensor) -> Tensor:
@@ -78,6 +80,7 @@ WAYS = {
     "plain": Way("equal shares, nothing compensated", compensate=False),
     "compensated": Way("equal shares, compensated"),
     "ridge": Way("shares by block benefit (ridge probes), compensated", "block_benefit"),
+    "removal": Way("shares by block benefit (removal), compensated", "block_benefit", estimator="removal"),
     "taylor-plain": Way("one ranking of the network, nothing compensated", "taylor", compensate=False),
     "taylor": Way("one ranking of the network, compensated", "taylor"),
     "taylor-single": Way("the same, scores of single images", "taylor", score_batch=1),
@@ -154,7 +157,8 @@ def cut(way: Way, ratio: float, dense: VisionTransformer, calibration: Images) -
         return found
 
     photos = [images for images, _ in calibration.batches(BATCH)]
-    pruner = p3b.Pruner(model, ratio, way.method)
+    chosen = {} if way.estimator is None else {"estimator": way.estimator}
+    pruner = p3b.Pruner(model, ratio, way.method, **chosen)
     timed("calibrate", lambda: pruner.calibrate(calibration.batches(way.score_batch), way.criterion, order=way.order))
     return timed("cut", lambda: pruner.finalize(photos if way.compensate else None)), seconds
 
