@@ -77,6 +77,18 @@ def flags_are_described_once() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session")
+def onnx_is_listed_once() -> Iterator[None]:
+    """torch lists all operations that ONNX has anew at each export, which takes as long as to export a tiny model."""
+    from functools import cache
+
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(cache(ONNXRegistry.from_torchlib)))
+        yield
+
+
 @pytest.fixture
 def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Refusals:
     from refusals import Refusals
