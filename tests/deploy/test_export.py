@@ -42,7 +42,7 @@ EVIDENCE = Evidence(PREPROCESSING, IMAGES, IMAGES, [(image, number % 5) for numb
 
 @pytest.fixture(scope="module")
 def model() -> VisionTransformer:
-    return small_vit()
+    return small_vit(depth=1)
 
 
 @pytest.fixture(scope="module")
