@@ -42,7 +42,7 @@ EVIDENCE = Evidence(PREPROCESSING, IMAGES, IMAGES, [(image, number % 5) for numb
 
 @pytest.fixture(scope="module")
 def model() -> VisionTransformer:
-    return small_vit(depth=1)
+    return small_vit()
 
 
 @pytest.fixture(scope="module")

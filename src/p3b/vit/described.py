@@ -72,7 +72,7 @@ def require_described(model: VisionTransformer, purpose: str = "saved") -> None:
 
 @lru_cache(maxsize=4)
 def _skeleton(description: str, shapes: tuple[BranchShape, ...], width: int) -> VisionTransformer:
-    """What a description gives, cut to shapes and a width; nobody may change it. A run wants the same one each time it saves."""
+    """What a description gives, cut to shapes and a width; nobody may change it. A run wants the same one at each save."""
     built = build_skeleton(json.loads(description))
     with NoValues():
         reshape_branches(built, shapes, width)
