@@ -11,6 +11,9 @@ SHELL  := /bin/bash
 demo: $(READY)  ## the whole job on embedded data, in minutes
 	$(BIN)/p3b demo
 
+# What pytest makes of the test files is kept for the next run, also where the environment asks Python to keep nothing.
+test test-slow: export PYTHONDONTWRITEBYTECODE =
+
 test: $(READY)  ## the default tests: every law, each kind of model and setting at least once
 	$(BIN)/python -m pytest -n auto --dist worksteal
 

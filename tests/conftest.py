@@ -7,7 +7,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -56,6 +56,37 @@ def python() -> Iterator[SparePython]:
     spare = SparePython()
     yield spare
     spare.close()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def flags_are_described_once() -> Iterator[None]:
+    """tyro works out anew what flags a command has each time that words are parsed: longer than a tiny run takes to train."""
+    import tyro._parsers
+
+    describe, known = tyro._parsers.ParserSpecification.from_callable_or_type, {}
+
+    def describe_once(settings: Any, **how: Any) -> Any:
+        if how["parent_classes"] or how["default_instance"] is not tyro.MISSING_NONPROP:
+            return describe(settings, **how)
+        if settings not in known:
+            known[settings] = describe(settings, **how)
+        return known[settings]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tyro._parsers.ParserSpecification, "from_callable_or_type", staticmethod(describe_once))
+        yield
+
+
+@pytest.fixture(scope="session")
+def onnx_is_listed_once() -> Iterator[None]:
+    """torch lists all operations that ONNX has anew at each export, which takes as long as to export a tiny model."""
+    from functools import cache
+
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(cache(ONNXRegistry.from_torchlib)))
+        yield
 
 
 @pytest.fixture

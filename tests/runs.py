@@ -15,12 +15,13 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 import p3b
 from p3b.commands.command_line import main, published_main
 from p3b.deploy.speed import images_per_second
 from p3b.train.checkpoint import Checkpoints
+from p3b.vit.cost import count_macs
 from tiny import DISTILLED, VIT
 
 COLOURS = ("blue", "green", "red")
@@ -99,10 +100,22 @@ ONE_BATCH: dict[str, Any] = {"rounds": 1, "seconds_per_round": 0.0}
 """Of throughput, in place of seconds."""
 
 
+_COUNTED: dict[Any, int] = {}
+
+
+def _count_macs_once(model: nn.Module, img_size: int | tuple[int, int]) -> int:
+    """`count_macs`, which takes longer than to train a tiny model; runs have the same few shapes again and again."""
+    shapes = tuple((name, tensor.shape) for name, tensor in model.state_dict().items())
+    key = type(model), img_size, shapes, str(model)
+    if key not in _COUNTED:
+        _COUNTED[key] = count_macs(model, img_size)
+    return _COUNTED[key]
+
+
 @contextmanager
 def brief(*, figures: bool = False) -> Iterator[None]:
     """Everything is real, but what takes longer than a tiny run itself: throughput is measured more briefly and in two layouts,
-    and figures are drawn only where a test looks at them.
+    figures are drawn only where a test looks at them, and the MACs of a shape are counted once.
     """
     import p3b.commands.prune
     import p3b.deploy.choice
@@ -115,6 +128,7 @@ def brief(*, figures: bool = False) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for module in (p3b.run.final_table, p3b.run.series_speed):
             patch.setattr(module, "images_per_second", measure)
+        patch.setattr(p3b.run.final_table, "count_macs", _count_macs_once)
         patch.setattr(p3b.commands.prune, "choose_layout", partial(p3b.commands.prune.choose_layout, seconds=0.0))
         patch.setattr(p3b.deploy.choice, "images_per_second", lambda *given, **more: measure(*given, **{**more, **ONE_BATCH}))
         patch.setattr(p3b.deploy.choice, "CANDIDATES", p3b.deploy.choice.CANDIDATES[:2])

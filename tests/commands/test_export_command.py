@@ -13,11 +13,13 @@ from p3b.deploy.runners import open_runner
 
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
+pytestmark = pytest.mark.usefixtures("onnx_is_listed_once")
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_small(tmp_path_factory.mktemp("saved") / "pruned")
+    """Of one block, since exports are what takes the time here: three a test, each of the model and of the dense one."""
+    return save_small(tmp_path_factory.mktemp("saved") / "pruned", depth=1)
 
 
 def class_folders(root: Path) -> Path:
@@ -47,7 +49,7 @@ def test_the_layout_is_chosen_by_measurement(saved: Path, tmp_path: Path, capsys
 
 
 def test_a_model_that_does_not_say_how_images_are_prepared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    bare, file = p3b.save(small_vit().half(), tmp_path / "bare"), tmp_path / "bare.pt2"
+    bare, file = p3b.save(small_vit(depth=1).half(), tmp_path / "bare"), tmp_path / "bare.pt2"
     settings = ["export", str(bare), "--output", str(file), "--layout", "index", "--check-images", "2"]
     assert main([*settings, "--with-preprocessing"]) == 2 and not file.exists()
     assert "does not say how its images are prepared" in capsys.readouterr().err

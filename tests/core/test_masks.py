@@ -32,6 +32,7 @@ from p3b.core.masks import (
 from p3b.core.schedule import Schedule
 from p3b.vit.cost import block_params, dense_params, prefix_cost
 from p3b.vit.layout import DEFAULT_DIMS, BlockLayout, ModelLayout, read_layout
+from thinning import thinned
 from tiny import VARIANTS, tiny_vit
 
 
@@ -322,8 +323,7 @@ def test_a_gate_keeps_the_elements_that_would_go_last() -> None:
 # --- whole heads
 
 
-@pytest.mark.parametrize("multiple", [4, 8, 16])
-@pytest.mark.parametrize("prune_ratio", [0.3, 0.5, 0.75, 0.9])
+@pytest.mark.parametrize(("prune_ratio", "multiple"), thinned([0.3, 0.5, 0.75, 0.9], [4, 8, 16], 3))
 @pytest.mark.parametrize("name", NETWORKS)
 def test_whole_heads_go_where_they_would_be_thin_and_the_budget_is_met(name: str, prune_ratio: float, multiple: int) -> None:
     """The same bounds as without heads that go; the channels inside a block are as many as before, to one head and multiple."""

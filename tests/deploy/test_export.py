@@ -33,6 +33,7 @@ from tiny import tiny_vit
 
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
+pytestmark = pytest.mark.usefixtures("onnx_is_listed_once")
 
 METADATA = Metadata(NAMES, PREPROCESSING, {"stage": "a test"})
 IMAGES = photos(8)

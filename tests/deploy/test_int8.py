@@ -22,6 +22,7 @@ from p3b.errors import ExportError
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
+pytestmark = pytest.mark.usefixtures("onnx_is_listed_once")
 
 METADATA = Metadata(None, PREPROCESSING)
 IMAGES = photos(8)

@@ -225,6 +225,7 @@ def test_a_laid_out_model_is_exported_and_autocast() -> None:
         assert half(images(dtype=torch.bfloat16)).dtype == torch.bfloat16
 
 
+@pytest.mark.usefixtures("onnx_is_listed_once")
 @pytest.mark.parametrize("layout", ["index", "gathered"])
 def test_an_exported_model_gathers_by_element_at_every_batch_size(layout: str, tmp_path: Path) -> None:
     """ONNX Runtime's Gather along the last axis takes several times as long as its GatherElements."""

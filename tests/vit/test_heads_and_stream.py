@@ -576,6 +576,7 @@ def test_every_layout_computes_the_same(family: str, dims: str) -> None:
             )
 
 
+@pytest.mark.usefixtures("onnx_is_listed_once")
 def test_onnx_runtime_agrees(tmp_path: Path) -> None:
     runtime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")

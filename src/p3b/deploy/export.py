@@ -250,7 +250,9 @@ class _Trials:
 
     def final(self, model: VisionTransformer, layout: str) -> tuple[Path, Agreement]:
         """The model as it is kept, and how far it is from itself in PyTorch."""
-        file = self._write(model, layout, "final", half=self._plan.half, tidy=True)
+        file = self._scratch / f"candidate-{layout}{PROGRAM}"
+        if not file.exists():  # of a .pt2 the candidate is the same
+            file = self._write(model, layout, "final", half=self._plan.half, tidy=True)
         agreement = self.agreement(self.open(file))
         self._require(agreement, layout)
         return file, agreement

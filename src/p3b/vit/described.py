@@ -7,7 +7,9 @@ and settings, in this place. What acts in training alone (dropout, stochastic de
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from functools import lru_cache
 from itertools import chain
 
 import torch
@@ -16,6 +18,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from p3b.errors import ModelError
+from p3b.vit.anatomy.shape import BranchShape
 from p3b.vit.architecture import BLOCK_ARGUMENTS, build_skeleton, describe_dense
 from p3b.vit.compact import reshape_branches
 from p3b.vit.coverage import foreign_parts
@@ -58,14 +61,22 @@ def require_described(model: VisionTransformer, purpose: str = "saved") -> None:
     """
     if BLOCK_ARGUMENTS not in model.__dict__:
         require_standard_blocks(model)
-    described = build_skeleton(describe_dense(model))
+    description = json.dumps(describe_dense(model))
     try:
-        with NoValues():
-            reshape_branches(described, branch_shapes(model), width_of(model))
+        described = _skeleton(description, tuple(branch_shapes(model)), width_of(model))
     except ModelError as error:
         raise ModelError(f"The model cannot be {purpose}: {error}.") from error
     for difference in _differences(model, described):
         raise ModelError(f"The model cannot be {purpose}: {difference}")
+
+
+@lru_cache(maxsize=4)
+def _skeleton(description: str, shapes: tuple[BranchShape, ...], width: int) -> VisionTransformer:
+    """What a description gives, cut to shapes and a width; nobody may change it. A run wants the same one at each save."""
+    built = build_skeleton(json.loads(description))
+    with NoValues():
+        reshape_branches(built, shapes, width)
+    return built
 
 
 def _differences(model: nn.Module, described: nn.Module) -> Iterator[str]:
