@@ -20,6 +20,7 @@ from harness.pages import Part, how_it_was_run, table
 from harness.records import RESULTS, ROOT, Line
 from harness.turns import Machine, ratio, take_turns
 from p3b.scoring.estimators import ESTIMATORS
+from p3b.scoring.removal import REMOVAL
 from training import CYCLES, Entry, Shape, Training, measure_memory, rounds_of
 
 EPOCH_STEPS, UPDATES = 100, 3
@@ -28,6 +29,10 @@ SHAPES: Mapping[str, Shape] = {
     "tiny": Shape("DeiT-Tiny", "deit_tiny_patch16_224", 16, 11, {}),
     "small": Shape("DeiT-Small", "deit_small_patch16_224", 8, 9, {}),
 }
+
+MEASURED = (*ESTIMATORS, REMOVAL)
+"""All ways to a benefit."""
+FORMS = ("fp32", "bf16")
 
 
 def measure_gates(shape: Shape, machine: Machine, precision: str, rounds: int) -> dict[str, Any]:
@@ -51,21 +56,21 @@ def measure_masks(shape: Shape, machine: Machine, precision: str, rounds: int) -
 
 def measure_benefit(shape: Shape, machine: Machine, precision: str, rounds: int) -> dict[str, Any]:
     """A step of pruning with each estimator of benefit against a plain step."""
-    sides = {name: Training(shape, machine, precision, shape.prune_options(name)) for name in ("plain", *ESTIMATORS)}
+    sides = {name: Training(shape, machine, precision, shape.prune_options(name)) for name in ("plain", *MEASURED)}
     return {"sides": take_turns(machine, {name: side.step for name, side in sides.items()}, rounds, CYCLES)}
 
 
 def measure_peaks(shape: Shape, machine: Machine, precision: str, rounds: int) -> dict[str, Any]:
     """The most memory that a plain step takes, and one with each estimator of benefit."""
-    sides = {name: shape.prune_options(name) for name in ("plain", *ESTIMATORS)}
+    sides = {name: shape.prune_options(name) for name in ("plain", *MEASURED)}
     return measure_memory(sides, shape, machine, precision, rounds)
 
 
 ENTRIES: Mapping[str, Entry] = {
-    **{f"gates-{s}-{p}": Entry("gates", s, p, measure_gates) for s in SHAPES for p in ("fp32", "bf16")},
+    **{f"gates-{s}-{p}": Entry("gates", s, p, measure_gates) for s in SHAPES for p in FORMS},
     **{f"masks-{s}": Entry("masks", s, "fp32", measure_masks, 11) for s in SHAPES},
-    **{f"benefit-{s}-bf16": Entry("benefit", s, "bf16", measure_benefit, {"small": 3}.get(s, 5)) for s in SHAPES},
-    **{f"memory-{s}-bf16": Entry("memory", s, "bf16", measure_peaks, 2) for s in SHAPES},
+    **{f"benefit-{s}-{p}": Entry("benefit", s, p, measure_benefit, {"small": 3}.get(s, 5)) for s in SHAPES for p in FORMS},
+    **{f"memory-{s}-{p}": Entry("memory", s, p, measure_peaks, 2) for s in SHAPES for p in FORMS},
 }
 
 
@@ -111,7 +116,7 @@ def _summary(lines: Sequence[Line]) -> list[str]:
     """The answer: the time of a step with each estimator and its memory, by model."""
     time, memory = ({(*place,): result["sides"] for place, result in _of(lines, kind)} for kind in ("benefit", "memory"))
     rows = []
-    for name in ESTIMATORS:
+    for name in MEASURED:
         cells = []
         for place, sides in time.items():
             cells.append(f"{sides[name]['ratio']:.2f} x" if name in sides else "")

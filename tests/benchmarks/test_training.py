@@ -10,7 +10,6 @@ import torch
 
 import bench
 from p3b.deploy.speed import images_per_second
-from p3b.scoring.estimators import ESTIMATORS
 from tiny import VIT, tiny_vit
 from training import Entry, Shape
 
@@ -29,11 +28,11 @@ def test_a_measurement_becomes_a_row(precision: str, monkeypatch: pytest.MonkeyP
     gates, masks, benefit = (line["result"] for line in lines.values())
     assert gates["rounds"] == 1 and gates["batch"] == 2 and gates["sides"]["pruning"]["ratio"] > 0
     assert masks["share_of_training"] == pytest.approx(3 * masks["sides"]["update"]["ratio"] / 100)
-    assert list(benefit["sides"]) == ["plain", *ESTIMATORS]
+    assert list(benefit["sides"]) == ["plain", *bench.MEASURED]
     assert all(side["ratio"] > 0 for side in benefit["sides"].values())
     text = "\n".join(bench.tables(list(lines.values())))
     assert f"| tiny | {precision} | 1 core, batch 2 |" in text
-    assert all(f"| {name} | " in text for name in ESTIMATORS)
+    assert all(f"| {name} | " in text for name in bench.MEASURED)
     assert "- `c`: 1 round" in text
 
 
