@@ -261,24 +261,24 @@ def test_what_a_user_has_set_stays() -> None:
 # --- images and heads
 
 
-@pytest.mark.parametrize("estimator", ["low_rank", "paper", "subsampled", "linear", "ridge"])
+@pytest.mark.parametrize("estimator", ["low_rank", "paper", "subsampled", "linear", "ridge", "removal"])
 def test_images_of_another_size_are_refused_where_probes_read_maps(estimator: str) -> None:
     model = tiny_vit(dynamic_img_size=True)
     pruner = _pruner(model, "block_benefit", estimator=estimator)
     for size in ((48, 48), (16, 64)):  # the second has as many patches, in other places
         batch = torch.randn(4, 3, *size)
         model(batch)
-        if estimator in ("linear", "ridge"):
+        if estimator in ("linear", "ridge", "removal"):
             pruner.loss(CE, labels(4))
         else:
             with pytest.raises(TrainingError, match=r"set_input_size.*'linear', 'ridge'"):
                 pruner.loss(CE, labels(4))
 
 
-@pytest.mark.parametrize("estimator", ["low_rank", "paper", "subsampled", "linear", "ridge"])
+@pytest.mark.parametrize("estimator", ["low_rank", "paper", "subsampled", "linear", "ridge", "removal"])
 def test_patch_dropout_is_refused_where_probes_read_maps(estimator: str) -> None:
     model = tiny_vit(patch_drop_rate=0.25).train()
-    if estimator in ("linear", "ridge"):
+    if estimator in ("linear", "ridge", "removal"):
         _to_the_end(model, _pruner(model, "block_benefit", estimator=estimator)).finalize()
         return
     with pytest.raises(ModelError, match=r"patch_drop_rate=0\.25"):

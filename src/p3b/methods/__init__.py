@@ -40,8 +40,8 @@ PUBLISHED_OPTIONS: Mapping[str, Mapping[str, Any]] = {"block_pr": {"estimator": 
 
 ONE_SHOT_METHODS = tuple(name for name in METHODS if name != "wdpruning")
 """Those that can prune a trained model in one shot; the other learns while it trains."""
-ONE_SHOT_ESTIMATORS = ("ridge", REMOVAL)
-"""Estimators of block benefit in one shot, the usual one first: its probes are solved, not trained; the other has none."""
+ONE_SHOT_ESTIMATORS = (REMOVAL, "ridge")
+"""Estimators of block benefit in one shot, the usual one first: it has no probes; those of the other are solved, not trained."""
 
 _STATELESS_IN_WARM_UP = ("uniform", "random", "magnitude", "taylor", "savit")
 _OF_BLOCK_BENEFIT_LATER = ("alpha", "gamma", "benefit_scale", "blocks_only", "align", "stream", "keep_ratios")
@@ -117,7 +117,7 @@ def options_of_one_shot(name: str, options: Mapping[str, Any]) -> dict[str, Any]
         if options["estimator"] not in ONE_SHOT_ESTIMATORS:
             raise ConfigError(
                 f"The probes of estimator={options['estimator']!r} learn by gradient over many steps, so they cannot measure a "
-                f"benefit in one shot; leave it out ({ONE_SHOT_ESTIMATORS[0]!r} is taken) or give {REMOVAL!r}."
+                f"benefit in one shot; leave it out ({ONE_SHOT_ESTIMATORS[0]!r} is taken) or give {ONE_SHOT_ESTIMATORS[1]!r}."
             )
     return dict(options)
 

@@ -261,7 +261,7 @@ class BlockBenefit:
             raise ModelError(
                 "The model has no head (num_classes=0), so the probes of block_benefit do not know how many classes there are. "
                 "Give it the head itself: model.reset_classifier(num_classes). In a larger model, whose head lies elsewhere, "
-                "give probe_outputs=, the numbers that your criterion reads. Or choose a method without probes: 'taylor'."
+                "give probe_outputs=, the numbers that your criterion reads. Or do without probes: estimator='removal'."
             )
         dropout = getattr(model, "patch_drop", None)  # not every class of timm's has it
         if self._reads_maps and isinstance(dropout, (PatchDropout, PatchDropoutWithIndices)) and dropout.prob > 0:
