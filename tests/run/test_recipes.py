@@ -185,6 +185,14 @@ def test_a_model_whose_stream_can_be_narrowed_gets_narrower_where_nothing_forbid
     assert chosen(MANY, prune_stream=0.0)["align"] == 8, "what is given is not all that a rule depends on"
 
 
+def test_where_probes_would_see_few_images_of_a_class_there_are_none() -> None:
+    crowded = replace(MANY, classes=512, smallest=20, largest=20)
+    (choice,) = [each for each in auto_recipe(crowded, {}).choices if each.setting == "prune_benefit"]
+    assert choice.value == "removal" and "images of a class before pruning starts" in choice.reason
+    assert chosen(crowded, epochs=40, prune_start_epoch="20")["prune_benefit"] == "linear", "a longer warm-up shows more"
+    assert chosen(replace(crowded, images=1_000_000))["prune_benefit"] == "linear"
+
+
 def test_with_many_images_most_of_a_run_is_of_the_small_model() -> None:
     for images, least, most in ((120, 0.9, 1.0), (1200, 0.9, 1.0), (6000, 1.5, 2.1), (1_000_000, 1.5, 2.1)):
         values = chosen(replace(PHOTOS, images=images))

@@ -41,7 +41,7 @@ PUBLISHED_OPTIONS: Mapping[str, Mapping[str, Any]] = {"block_pr": {"estimator": 
 ONE_SHOT_METHODS = tuple(name for name in METHODS if name != "wdpruning")
 """Those that can prune a trained model in one shot; the other learns while it trains."""
 ONE_SHOT_ESTIMATORS = (REMOVAL, "ridge")
-"""Estimators of block benefit in one shot, the usual one first: it has no probes; those of the other are solved, not trained."""
+"""Estimators of block benefit in one shot, the usual one first: one has no probes, those of the other are solved."""
 
 _STATELESS_IN_WARM_UP = ("uniform", "random", "magnitude", "taylor", "savit")
 _OF_BLOCK_BENEFIT_LATER = ("alpha", "gamma", "benefit_scale", "blocks_only", "align", "stream", "keep_ratios")

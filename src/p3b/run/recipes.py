@@ -349,7 +349,18 @@ def _narrow(setting: str, value: Any, reason: str) -> Callable[[Facts, Settings]
 def _prune_benefit(facts: Facts, settled: Settings) -> Choice | None:
     if not _is_early(facts) or "block_benefit" not in _methods(settled):
         return None
+    epochs, steps = settled["epochs"], _steps_per_epoch(facts, settled)
+    warm_up = parse_duration(settled["prune_start_epoch"], epochs, steps)
+    seen = round(facts.images * warm_up / max(1, facts.classes))
+    if seen < _SEEN:
+        return Choice("prune_benefit", "removal", f"probes would see {seen} images of a class before pruning starts, too few")
     return Choice("prune_benefit", "linear", f"{facts.images:,} images: the probes that cost least are good enough")
+
+
+_SEEN = 100
+"""Images of a class in the warm-up from which on probes know enough to judge blocks: with 5 they did not, with 400 they did
+(docs/results/equal_time_syllables.md, docs/results/equal_time.md).
+"""
 
 
 def _prune_compute(facts: Facts, settled: Settings) -> Choice | None:
