@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from p3b.errors import TrainingError
+from p3b.scoring.estimator import at_least_float32
 from p3b.vit.anatomy.weights import STREAM
 from p3b.vit.gates import Gates
 from p3b.vit.layout import BlockLayout, ModelLayout
@@ -41,7 +42,8 @@ def by_weights(layout: ModelLayout, weights: Mapping[str, Tensor]) -> Tensor:
         for key in _writers(block):
             parameter = weights[key]
             if parameter.grad is not None:
-                found[b] += (parameter.detach() * parameter.grad).sum(dtype=torch.float32)
+                ours, theirs = (at_least_float32(each).flatten() for each in (parameter.detach(), parameter.grad))
+                found[b] += torch.dot(ours, theirs)
     return found
 
 
