@@ -54,7 +54,9 @@ def _pruned(name: str, data: Path, out: Path) -> Path:
     return finished("prune", data, out, *PHASES, "--model", name, "--model-kwargs", *arguments) / "pruned"
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if n % 2 else ()) for n, name in enumerate(FAMILIES)]
+)
 def test_the_command_prunes_it_and_leaves_a_small_model_that_answers(name: str, data: Path, tmp_path: Path) -> None:
     small = p3b.load(_pruned(name, data, tmp_path))
     dense, _ = build_model(

@@ -117,7 +117,7 @@ def _put(kept: DecodedImages, number: int) -> None:
     kept.put(number, Image.fromarray(np.full((3, 5, 3), number, np.uint8)))
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_a_process_shares_it_however_it_begins(method: str) -> None:
     context: Any = multiprocessing.get_context(method)

@@ -43,7 +43,7 @@ def loss_of(model: nn.Module, photos: Tensor) -> Tensor:
     return F.cross_entropy(answers[0] if isinstance(answers, tuple) else answers, labels(len(photos)))
 
 
-@pytest.mark.parametrize(("kind", "stream"), thinned(KINDS, [False, True], 2, whole=0))
+@pytest.mark.parametrize(("kind", "stream"), thinned(KINDS, [False, True], 4, whole=4))
 def test_it_is_the_derivative_by_a_factor_on_the_block(kind: str, stream: bool) -> None:
     model = dense_of(kind).double().eval()
     try:

@@ -27,6 +27,7 @@ from p3b.storage.artifact import CONFIG_FILE, WEIGHTS_FILE, is_artifact, read_co
 from p3b.vit.compact import apply_cuts, plan_cuts
 from p3b.vit.layout import read_layout
 from processes import SparePython, forked, status_of
+from thinning import thinned
 from tiny import VARIANTS, images, masks_of, parameters_of, random_masks, tiny_vit
 
 
@@ -488,8 +489,7 @@ def _stopped_saves(new: nn.Module, start: Path, work: Path, how: str) -> list[Pa
     return folders
 
 
-@pytest.mark.parametrize("first", [True, False])
-@pytest.mark.parametrize("how", ["exit", "raise"])
+@pytest.mark.parametrize(("how", "first"), thinned(["exit", "raise"], [True, False], 2, whole=0))
 def test_wherever_saving_stops_the_old_model_or_the_new_one_is_there(how: str, first: bool, tmp_path: Path) -> None:
     old, new, third = (tiny_vit(depth=1, seed=seed) for seed in range(3))
     start = tmp_path / "start"
