@@ -120,8 +120,7 @@ def recorded_costs(lines: Sequence[Line], entry: Entry, transfer: Transfer) -> C
     ]
     found = [line for line in costs if (line["ratio"], line["pixels"]) == asked]
     if not found:
-        asked_for = " ".join([*transfer.asked, f"--ratios {entry.ratio:g}", f"--pixels {entry.scale.pixels}"])
-        raise ConfigError(f"What steps take was not measured: python benchmarks/equal_time.py costs {asked_for}")
+        raise ConfigError(f"What steps take was not measured: {_command('costs', transfer, *asked)}")
     return costs_of({"sides": {name: side for line in reversed(found) for name, side in line["sides"].items()}})
 
 
@@ -280,7 +279,7 @@ def measure_all_costs(given: argparse.Namespace) -> None:
         config = config_for(entry, Plan(0, 0, 1, 1.0), replace(place, work=place.work / "costs"))
         rows = [ROWS[name] for name in given.only or ROWS]
         only = f" --only {' '.join(given.only)}" if given.only else ""
-        command = _command("costs", given, ratio) + only
+        command = _command("costs", place.transfer, ratio, given.pixels) + only
         saved = {row.name: place.folder(Entry(row, ratio, given.seeds[0], scale_of(given))) / PRODUCTS["prune"] for row in rows}
         saved = {name: folder for name, folder in saved.items() if folder.exists()}
         made = certified(partial(measure_costs, config, rows, ratio, given.rounds, saved), command, *PACKAGES)
@@ -301,17 +300,14 @@ def measure_speed(given: argparse.Namespace) -> None:
         at_ratio = dense + [line for line in lines if line["ratio"] == ratio and line["seed"] == given.seeds[0]]
         models = dict(_models(at_ratio, given.work / "runs"))
         for batch in SPEED_BATCHES:
-            command = (
-                f"python benchmarks/equal_time.py speed --transfer {given.transfer} --ratios {ratio:g} --pixels {given.pixels}"
-            )
+            command = _command("speed", TRANSFERS[given.transfer], ratio, given.pixels)
             made = certified(lambda: {"sides": _latencies(models, batch)}, command, *PACKAGES)  # noqa: B023
             told = {"kind": "speed", "name": f"speed-{ratio:g}-{batch}-{given.pixels}px", "ratio": ratio, "batch": batch}
             _replace(given.record, {**told, "pixels": given.pixels, **made})
 
 
-def _command(action: str, given: argparse.Namespace, ratio: float) -> str:
-    asked = [*TRANSFERS[given.transfer].asked, f"--ratios {ratio:g}", f"--pixels {given.pixels}"]
-    return " ".join(["python benchmarks/equal_time.py", action, *asked])
+def _command(action: str, transfer: Transfer, ratio: float, pixels: int) -> str:
+    return " ".join(["python benchmarks/equal_time.py", action, *transfer.asked, f"--ratios {ratio:g} --pixels {pixels}"])
 
 
 def _models(lines: Sequence[Line], runs: Path) -> Iterator[tuple[str, torch.nn.Module]]:

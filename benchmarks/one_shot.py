@@ -79,7 +79,7 @@ def surprise(logits_SC: Tensor, _labels: Tensor) -> Tensor:
 WAYS = {
     "plain": Way("equal shares, nothing compensated", compensate=False),
     "compensated": Way("equal shares, compensated"),
-    "ridge": Way("shares by block benefit (ridge probes), compensated", "block_benefit"),
+    "ridge": Way("shares by block benefit (ridge probes), compensated", "block_benefit", estimator="ridge"),
     "removal": Way("shares by block benefit (removal), compensated", "block_benefit", estimator="removal"),
     "taylor-plain": Way("one ranking of the network, nothing compensated", "taylor", compensate=False),
     "taylor": Way("one ranking of the network, compensated", "taylor"),

@@ -224,9 +224,9 @@ class BlockBenefit:
     ) -> Decision:
         """Benefits -> importance -> goals -> masks, all from means over an interval."""
         blocks = self._layout.blocks
-        benefits_2B = mean("benefits")
-        if self._removal and mean("removal") is not None:
-            benefits_2B = mean("removal").sqrt().expand(2, -1)  # one benefit, of neither the class token nor the patches
+        benefits_2B, removal_B = mean("benefits"), mean("removal")
+        if removal_B is not None:
+            benefits_2B = removal_B.sqrt().expand(2, -1)  # one benefit, of neither the class token nor the patches
         if mean("scores") is None or (benefits_2B is None and not self._may_rest()):
             raise TrainingError(
                 "Nothing has been measured that masks could be decided from. Call pruner.loss(criterion, targets) after each "
