@@ -32,13 +32,15 @@ from harness.records import RESULTS, ROOT, Line
 from harness.turns import CPU, take_turns
 from layouts import MODELS, SEED, dense_model, small_model
 from p3b.core.allocation import keep_ratios
+from p3b.methods import method_dims
 from p3b.methods.base import BlockShares
 from p3b.storage.models import build_model
 from p3b.train.optim import Precision, build_optimizer
 from p3b.vit.active import ActiveWidths
 from p3b.vit.attention import choose_attention
-from p3b.vit.cost import count_parameters, dense_params
-from p3b.vit.layout import DEFAULT_DIMS, read_layout
+from p3b.vit.cost import count_parameters
+from p3b.vit.layout import read_layout
+from p3b.vit.narrow_stream import narrow_stream
 from p3b.vit.trainable import trainable_form
 
 BATCH, FEW, CLASSES = 32, 16, 6
@@ -46,6 +48,8 @@ BATCH, FEW, CLASSES = 32, 16, 6
 RATIOS = {"75": 0.75, "90": 0.9}
 POINTS = 8
 """Moments of the stage that are measured."""
+NARROW: Mapping[str, Any] = {"align": 8, "stream": "auto"}
+"""Options of a narrower stream."""
 SPARSE = 0.375
 """Share of the stage after which keep ratios have reached their goals, as `p3b prune` has it."""
 EPSILONS = (0.01, 0.03, 0.1)
@@ -101,27 +105,34 @@ def measure_small(prune_ratio: float, precision: Precision, given: Given) -> dic
 
 
 def measure_stage(prune_ratio: float, precision: Precision, given: Given) -> dict[str, Any]:
-    """Steps at points of the stage: dense, all computed, active elements alone, and that with `linear` probes."""
+    """Steps at points of the stage: dense, all computed, active elements, with `linear` probes; all with a narrower stream."""
     never = p3b.Schedule(start=0, sparse=1, final=10**6, update_every=10**6)
+    probed = {"prune_ratio": prune_ratio, "estimator": "linear"}
+    uniform = {"prune_ratio": prune_ratio, "method": "uniform", **NARROW}
     sides: Mapping[str, Mapping[str, Any] | None] = {
         "dense": None,
         "full": {"keep_ratios": [0.5] * 24},
         "active": {"keep_ratios": [0.5] * 24, "compute": "active"},
-        "active, linear probes": {"prune_ratio": prune_ratio, "estimator": "linear", "compute": "active"},
+        "active, linear probes": {**probed, "compute": "active"},
+        "narrow stream, full": uniform,
+        "narrow stream, active": {**uniform, "compute": "active"},
+        "narrow stream, active, linear probes": {**probed, **NARROW, "compute": "active"},
     }
     steps = {}
     for side, options in sides.items():
         model = dense_model("animals")
         steps[side] = Step(model, precision, None if options is None else p3b.Pruner(model, schedule=never, **options))
-    masks_at = _masks_of_stage(dense_model("animals"), prune_ratio)
+    dense = dense_model("animals")
+    kinds = {"narrow": _masks_of_stage(dense, prune_ratio, NARROW), "wide": _masks_of_stage(dense, prune_ratio, {})}
     points = []
     for point in range(POINTS):
         progress, tau = _moment((point + 0.5) / POINTS)
-        masks, computed = masks_at(progress, tau), 1.0
-        for step in steps.values():
+        masks = {kind: masks_at(progress, tau) for kind, masks_at in kinds.items()}
+        computed = 1.0
+        for side, step in steps.items():
             if step.pruner is not None:
-                step.pruner._set_masks(masks)
-                if (active := step.pruner.gates.active) is not None:
+                step.pruner._set_masks(masks["narrow" if side.startswith("narrow") else "wide"])
+                if side == "active" and (active := step.pruner.gates.active) is not None:
                     computed = float(active.computed_N.double().mean())
         found = take_turns(CPU, steps, given.rounds)
         points.append({"progress": progress, "tau": tau, "computed": computed, "sides": found})
@@ -195,15 +206,19 @@ def _moment(share: float) -> tuple[float, float]:
     return schedule.progress(step), schedule.tau(step)
 
 
-def _masks_of_stage(dense: VisionTransformer, prune_ratio: float) -> Callable[[float, float], Mapping[str, Tensor]]:
-    """Masks at a moment of the stage, the same scores all the time."""
-    layout = read_layout(dense, DEFAULT_DIMS)
+def _masks_of_stage(
+    dense: VisionTransformer, prune_ratio: float, options: Mapping[str, Any]
+) -> Callable[[float, float], Mapping[str, Tensor]]:
+    """Masks at a moment of the stage, the same scores all the time; of a method with these options."""
+    layout = read_layout(dense, method_dims("block_benefit", options))
     generator = torch.Generator().manual_seed(SEED)
     importance = 0.4 + 0.8 * torch.rand(len(layout.blocks), generator=generator, dtype=torch.float64)
-    params = torch.tensor([dense_params(block) for block in layout.blocks], dtype=torch.float64)
-    goals = keep_ratios(importance, params, layout.other_params, prune_ratio).tolist()
     scores = {gate: torch.rand(size, generator=generator) for gate, size in layout.gates.items()}
-    shares = BlockShares(layout.blocks)
+    align = options.get("align", 1)
+    narrow = narrow_stream(layout, options.get("stream", 0), align, prune_ratio, blocks_only=False)
+    shares = BlockShares(layout.blocks, align, stream=narrow)
+    others, ratio = (layout.other_params, prune_ratio) if narrow is None else (narrow.others, narrow.ratio)
+    goals = keep_ratios(importance, shares.params_at_goal, others, ratio).tolist()
     return lambda progress, tau: shares.decide(goals, scores, progress=progress, tau=tau).masks
 
 

@@ -84,6 +84,7 @@ def pruning(out: Path) -> None:
         for method, options in (
             ("block_benefit", {}),
             ("block_benefit", {"keep_ratios": [0.9, 0.3, 0.6, 0.5], "compute": "active"}),
+            ("block_benefit", {"estimator": "linear", "stream": 0.3, "compute": "active"}),
             *((method, {}) for method in METHODS if method != "block_benefit"),
         ):
             model = tiny_vit(img_size=16)

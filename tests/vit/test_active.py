@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from copy import deepcopy
 
 import pytest
@@ -10,31 +11,39 @@ from torch import Tensor, nn
 
 from p3b.vit.active import EPSILON, MULTIPLE, ActiveWidths, LeftOut
 from p3b.vit.gates import Gates
-from p3b.vit.layout import read_layout
+from p3b.vit.layout import DEFAULT_DIMS, read_layout
 from tiny import VARIANTS, images, masks_of, tiny_vit
 
+NARROW = ("heads", "head", "hidden", "stream")
+DIMS = pytest.mark.parametrize("dims", [DEFAULT_DIMS, NARROW], ids=["blocks", "stream and heads"])
 
-def _active(model: nn.Module, least: float = 0.0, seed: int = 0) -> tuple[Gates, ActiveWidths]:
-    """A gated model with three masks in ten open, and the others at `least`."""
-    layout = read_layout(model)
+
+def _active(
+    model: nn.Module, least: float = 0.0, seed: int = 0, dims: Sequence[str] = DEFAULT_DIMS
+) -> tuple[Gates, ActiveWidths]:
+    """A gated model with three masks in ten open, and the others at `least`; of whole heads the last."""
+    layout = read_layout(model, dims)
     gates = Gates(layout, model)
     gates.active = active = ActiveWidths(layout, model)
     gates.attach(model)
     generator = torch.Generator().manual_seed(seed)
 
-    def mask(_gate: str, size: int) -> Tensor:
+    def mask(gate: str, size: int) -> Tensor:
+        if gate.endswith(".heads"):
+            return torch.tensor([least] * (size - 1) + [0.7])
         return torch.where(torch.rand(size, generator=generator) < 0.3, torch.rand(size, generator=generator) + EPSILON, least)
 
-    masks = masks_of(layout, mask)
+    masks = {gate: mask(gate, size) for gate, size in layout.gates.items()}
     gates.set(masks)
     active.set(masks)
     return gates, active
 
 
+@DIMS
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_leaving_out_what_is_masked_changes_neither_outputs_nor_gradients(variant: str) -> None:
+def test_leaving_out_what_is_masked_changes_neither_outputs_nor_gradients(variant: str, dims: Sequence[str]) -> None:
     model = tiny_vit(dtype=torch.float64, embed_dim=48, num_heads=2, **VARIANTS[variant])
-    _, active = _active(model)
+    _, active = _active(model, dims=dims)
     batch = images(dtype=torch.float64)
     narrow = model(batch)
     with active.suspended():
@@ -52,11 +61,12 @@ def test_leaving_out_what_is_masked_changes_neither_outputs_nor_gradients(varian
         torch.testing.assert_close(a[computed], b[computed], rtol=1e-8, atol=1e-10, msg=key)
 
 
-def test_fewer_products_are_computed() -> None:
+@DIMS
+def test_fewer_products_are_computed(dims: Sequence[str]) -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
     model = tiny_vit(embed_dim=48, num_heads=2)
-    _, active = _active(model)
+    _, active = _active(model, dims=dims)
     with FlopCounterMode(display=False) as narrow:
         model(images())
     with active.suspended(), FlopCounterMode(display=False) as full:
@@ -64,9 +74,10 @@ def test_fewer_products_are_computed() -> None:
     assert narrow.get_total_flops() < 0.5 * full.get_total_flops()
 
 
-def test_what_is_left_out_is_small_and_measured_without_a_random_number() -> None:
+@DIMS
+def test_what_is_left_out_is_small_and_measured_without_a_random_number(dims: Sequence[str]) -> None:
     model = tiny_vit(embed_dim=48, num_heads=2, drop_path_rate=0.5, proj_drop_rate=0.1)
-    gates, active = _active(model, least=0.9 * EPSILON)
+    gates, active = _active(model, least=0.9 * EPSILON, dims=dims)
     left_out = LeftOut(active, model.train())
     assert left_out.measure() is None
     model(images())
@@ -124,16 +135,17 @@ def test_the_score_of_what_is_not_computed_follows_its_mask() -> None:
     torch.testing.assert_close(filled[closed], scores[closed] * (0.001 / 0.5) ** 2)
 
 
-def test_copies_and_interrupted_passes_compute_the_same() -> None:
+@DIMS
+def test_copies_and_interrupted_passes_compute_the_same(dims: Sequence[str]) -> None:
     model = tiny_vit(embed_dim=48, num_heads=2)
-    gates, _ = _active(model)
+    gates, _ = _active(model, dims=dims)
     outputs, shapes = model(images()), {key: value.shape for key, value in model.named_parameters()}
     assert torch.equal(deepcopy(model)(images()), outputs)
 
     def interrupt(_layer: nn.Module, _args: object) -> None:
         raise KeyboardInterrupt
 
-    for layer in (model.blocks[1].attn.qkv, model.blocks[1].attn.proj, model.blocks[0].mlp.fc2):
+    for layer in (model.patch_embed.proj, model.blocks[1].attn.qkv, model.blocks[1].norm2, model.blocks[0].mlp.fc2):
         handle = layer.register_forward_pre_hook(interrupt)
         with pytest.raises(KeyboardInterrupt):
             model(images())
@@ -141,15 +153,41 @@ def test_copies_and_interrupted_passes_compute_the_same() -> None:
         assert torch.equal(model(images()), outputs)
     gates.detach()
     assert {key: value.shape for key, value in model.named_parameters()} == shapes
-    assert model.blocks[1].attn.head_dim == 24
+    assert (model.blocks[1].attn.head_dim, model.blocks[1].attn.num_heads) == (24, 2)
+    assert model.norm.normalized_shape == (48,)
 
 
-def test_gradient_checkpointing_computes_the_same_gradients() -> None:
+def test_features_of_a_narrower_stream_have_zeros_where_nothing_was_computed() -> None:
+    model = tiny_vit(embed_dim=48, num_heads=2)
+    gates, active = _active(model, dims=NARROW)
+    kept = gates.masks["stream"] > 0
+    features: list[Tensor] = []
+    model.blocks[1].register_forward_hook(lambda _block, _args, output: features.append(output))
+    model(images())
+    with active.suspended():
+        model(images())
+    narrow, full = features
+    assert narrow.shape[-1] < full.shape[-1] == 48
+    whole = active.whole_stream(narrow)
+    torch.testing.assert_close(whole[..., kept], full[..., kept])
+    assert not whole[..., ~kept].any()
+    assert active.whole_stream(full) is full
+
+
+def test_where_a_block_has_norms_inside_all_of_the_stream_is_computed() -> None:
+    model = tiny_vit(embed_dim=48, num_heads=2, qk_norm=True)
+    gates, active = _active(model, dims=NARROW)
+    assert active.computed_N[-len(gates.masks["stream"]) :].all()
+    assert not active.computed_N.all()  # the MLPs are narrowed all the same
+
+
+@DIMS
+def test_gradient_checkpointing_computes_the_same_gradients(dims: Sequence[str]) -> None:
     gradients = []
     for checkpointing in (False, True):
         model = tiny_vit(embed_dim=48, num_heads=2).train()
         model.set_grad_checkpointing(checkpointing)
-        _active(model)
+        _active(model, dims=dims)
         model(images()).square().sum().backward()
         gradients.append([parameter.grad for parameter in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))

@@ -224,6 +224,26 @@ def test_a_norm_of_what_stays_is_the_narrow_norm(kind: Callable[[int], nn.Module
     assert not norm_of_kept(norm, x, torch.zeros(6)).any()
 
 
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("kind", [timm.layers.LayerNorm, timm.layers.RmsNorm])
+def test_a_norm_over_soft_masks_has_its_derivatives(kind: Callable[..., nn.Module], affine: bool) -> None:
+    norm, x = kind(5, affine=affine).double(), torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
+    parameters = [parameter.detach().uniform_(0.5, 2).requires_grad_() for parameter in norm.parameters()]
+    names = [name for name, _ in norm.named_parameters()]
+    mask = torch.tensor([1.0, 0.7, 0.0, 0.2, 1.0], dtype=torch.float64)
+
+    def given(x: Tensor, *parameters: Tensor) -> Tensor:
+        for name, parameter in zip(names, parameters, strict=True):
+            norm._parameters[name] = parameter
+        return norm_of_kept(norm, x, mask)
+
+    assert torch.autograd.gradcheck(given, (x, *parameters))
+    assert torch.autograd.gradgradcheck(given, (x, *parameters))
+    learned = mask.clone().requires_grad_()
+    torch.testing.assert_close(norm_of_kept(norm, x, learned), given(x, *parameters), rtol=0, atol=1e-12)
+    assert torch.autograd.gradcheck(lambda mask: norm_of_kept(norm, x, mask), (learned,))
+
+
 def test_a_small_attention_reads_the_angles_of_its_own_pairs_at_any_image_size() -> None:
     dense = tiny_vit(dtype=torch.float64, **ANATOMIES["grouped keys"])
     layout = read_layout(dense)

@@ -49,6 +49,7 @@ from p3b.scoring.estimators import OF_MAPS, ProbeSettings, create_estimator
 from p3b.scoring.first_order import FirstOrder, require_signal
 from p3b.scoring.meter import IntervalMeter, Reduce
 from p3b.scoring.removal import REMOVAL
+from p3b.vit.active import ActiveWidths
 from p3b.vit.gates import Gates
 from p3b.vit.layout import ModelLayout
 from p3b.vit.narrow_stream import narrow_stream
@@ -159,6 +160,8 @@ class BlockBenefit:
             self._taps.recording = self._estimator.due()
 
     needs_gradients = True
+    _active: ActiveWidths | None = None
+    """What is computed, where that is not everything."""
 
     @property
     def probes(self) -> bool:
@@ -166,6 +169,7 @@ class BlockBenefit:
 
     def attach(self, gates: Gates, schedule: Schedule) -> None:
         self._first_order.attach(gates)
+        self._active = gates.active
 
     def loss(self, criterion: Criterion, targets: Any) -> Tensor:
         if self._estimator is None or not self._estimator.due():
@@ -176,7 +180,7 @@ class BlockBenefit:
                 "No forward pass has been recorded: call model(images), with gradients enabled, before pruner.loss."
             )
         self._require_fitting(stream[0])
-        benefits_2B, loss = self._estimator.observe(stream, criterion, targets)
+        benefits_2B, loss = self._estimator.observe(self._whole(stream), criterion, targets)
         self._pending_benefits.append(benefits_2B)
         return loss
 
@@ -248,6 +252,15 @@ class BlockBenefit:
         # Mean scores over the interval and over ranks.
         scores = by_gate(self._layout, self._reduce(mean("scores")).cpu())
         return self._shares.decide(self._goals(importance_B), scores, progress, tau, benefits_2B, importance_B, last=last)
+
+    def _whole(self, stream: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The features at full width, where only some channels of the stream are computed: the others are zero."""
+        active, prefix = self._active, self._layout.prefix_tokens
+        if active is None or stream[0].shape[-1] == self._layout.width:
+            return stream
+        if not self._reads_maps:  # the mean of the patches in their place: less to widen, and all that is read
+            stream = [torch.cat([x_SND[:, :prefix], x_SND[:, prefix:].mean(1, keepdim=True)], 1) for x_SND in stream]
+        return [active.whole_stream(x_SND) for x_SND in stream]
 
     def _require_readable(self, model: VisionTransformer, estimator: str, probe_outputs: int | None) -> None:
         """ModelError where probes could not be built for this model, or not be given what they read."""

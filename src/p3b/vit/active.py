@@ -4,11 +4,13 @@ All parameters keep their width, and with them gradients, optimizer moments, mov
 forward pass the layers of a block compute with the rows and columns of the active elements alone, selected from the (gated)
 weights; going back, autograd gives the others a gradient of zero.
 
-    active      mask >= EPSILON, and of those below it the highest, up to a multiple of 8
+    active      mask >= EPSILON, and of those below it the highest, up to a multiple of 8 (of heads: those alone)
     "hidden"    rows of fc1, columns of fc2                "head"    rows of q, k and v, columns of proj, in every head
+    "heads"     the same rows and columns, of whole heads  "stream"  everything that reads or writes it, in the whole model
     "in"        columns of qkv or fc1; the norm's output is gathered     "out"    rows of proj or fc2; what they give is spread
 
-"in" and "out" move activations, so they are narrowed only where the products that are saved take longer (`GATHER_COST`).
+"in" and "out" move activations, so they are narrowed only where the products that are saved take longer (`GATHER_COST`). A
+narrower stream moves none (`p3b.vit.active_stream`).
 Elements between EPSILON and 0.5 count as pruned and are computed: these are the ones that can come back next. As masks sharpen
 fewer lie between, just as fewer come back where everything is computed. Only timm's plain attention and MLP are narrowed; of
 other kinds, and of those with norms inside, everything is computed.
@@ -28,7 +30,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -36,6 +38,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
+from p3b.vit.active_stream import ActiveStream
+from p3b.vit.anatomy.weights import STREAM
 from p3b.vit.layout import BlockLayout, ModelLayout
 from p3b.vit.parts import flat_select
 from p3b.vit.trainable import gather_both_ways, is_plain, round_up
@@ -54,19 +58,21 @@ class _Branch:
 
     Attributes:
         rows, columns: selected from the first layer.
+        read: columns that are gathered from the norm's output; None where this has no others.
         last_rows, last_columns: selected from the last layer.
         queries: factor for each selected row of the first layer, where heads are narrower than they were.
-        width: channels of a head; None for an MLP or where all are active.
+        heads: heads and channels of a head; None for an MLP or where all are active.
         spread: D indices into the last layer's output and a zero behind it.
         back: for each of these outputs the channel whose gradient it gets.
     """
 
     rows: Tensor | None = None
     columns: Tensor | None = None
+    read: Tensor | None = None
     last_rows: Tensor | None = None
     last_columns: Tensor | None = None
     queries: Tensor | None = None
-    width: int | None = None
+    heads: tuple[int, int] | None = None
     spread: Tensor | None = None
     back: Tensor | None = None
 
@@ -75,7 +81,7 @@ class ActiveWidths:
     """Lets a gated model compute its active elements alone.
 
     Args:
-        layout: of the model, without the residual stream among its dimensions.
+        layout: of the model.
         model: dense; on its device.
         epsilon: least mask of what is computed, in (0, 0.5].
 
@@ -91,6 +97,7 @@ class ActiveWidths:
             block for block in layout.blocks if is_plain(model.get_submodule(block.name.rpartition(".")[0]), block.kind)
         ]
         """Blocks that are narrowed: timm's plain attention and MLP; of others everything is computed."""
+        self._stream = ActiveStream(layout, model) if len(self._narrowed) == len(layout.blocks) else None
         self._off = False
         self._handles: list[RemovableHandle] = []
         elements = sum(layout.gates.values())
@@ -117,6 +124,8 @@ class ActiveWidths:
             self._around(last, self._select_last(block.name), _restore)
             self._handles.append(norm.register_forward_hook(self._read(block.name)))
             self._handles.append(last.register_forward_hook(self._write(block.name)))
+        if self._stream is not None:
+            self._handles += self._stream.attach(model)
 
     def detach(self) -> None:
         """Take everything off the model."""
@@ -151,11 +160,24 @@ class ActiveWidths:
     @contextmanager
     def suspended(self) -> Iterator[None]:
         """Within it everything is computed."""
-        self._off = True
+        self._turn(off=True)
         try:
             yield
         finally:
-            self._off = False
+            self._turn(off=False)
+
+    def whole_stream(self, x: Tensor) -> Tensor:
+        """What flows in the residual stream, (..., D' or D) -> (..., D): zeros where nothing was computed."""
+        return x if self._stream is None else self._stream.whole(x)
+
+    def of_norm(self, name: str, mask: Tensor) -> Tensor:
+        """The part of a norm's mask, (D,) or of another width, that is for what this norm is given."""
+        return mask if self._stream is None else self._stream.of_norm(name, mask)
+
+    def _turn(self, *, off: bool) -> None:
+        self._off = off
+        if self._stream is not None:
+            self._stream.off = off
 
     def state_dict(self) -> dict[str, Any]:
         """All that later scores depend on, besides the masks."""
@@ -169,20 +191,31 @@ class ActiveWidths:
 
     def _choose(self, masks: Mapping[str, Tensor]) -> None:
         computed: dict[str, Tensor] = {gate: torch.ones(size, dtype=torch.bool) for gate, size in self._layout.gates.items()}
+        stream = self._choose_stream(masks)
+        if stream is not None:
+            computed[STREAM].zero_()[stream] = True
         for block in self._narrowed:
-            kept = {
-                dim: _active(masks[block.gate(dim)].cpu(), self._epsilon, spare=1 if dim == "out" else 0)
-                for dim in block.dims
-                if dim != "heads"
-            }
+            kept = {dim: _active(masks[block.gate(dim)].cpu(), self._epsilon, dim) for dim in block.dims}
             kept = {dim: index for dim, index in kept.items() if len(index) < block.dims[dim]}
             kept = {dim: index for dim, index in kept.items() if _pays(block, dim, kept)}
             for dim, index in kept.items():
                 computed[block.gate(dim)].zero_()[index] = True
-            self._active[block.name] = _branch(block, kept, self._device)
+            branch = _branch(block, kept, self._device)
+            if stream is not None:
+                along = stream.to(self._device)
+                branch = replace(branch, columns=along, last_rows=along)
+            self._active[block.name] = branch
         self.computed_N = torch.cat(list(computed.values()))
         self._computed = self.computed_N.to(self._device)
         self._masks_N = torch.cat([masks[gate] for gate in self._layout.gates]).to(self._device, torch.float32)
+
+    def _choose_stream(self, masks: Mapping[str, Tensor]) -> Tensor | None:
+        """Sorted indices of the channels of the residual stream that are computed, on the CPU; None where all are."""
+        if self._stream is None or not self._stream.possible:
+            return None
+        index = _active(masks[STREAM].cpu(), self._epsilon, STREAM)
+        self._stream.choose(index)
+        return index if len(index) < len(masks[STREAM]) else None
 
     def _now(self, name: str) -> _Branch:
         return _ALL if self._off else self._active[name]
@@ -211,17 +244,18 @@ class ActiveWidths:
 
     def _narrow_heads(self, name: str) -> Callable[[nn.Module, Any], None]:
         def narrow(attention: Any, _args: object) -> None:
-            width = self._now(name).width
-            if width is not None:
-                attention._whole_heads = attention.head_dim, attention.attn_dim, attention.scale
-                attention.head_dim, attention.attn_dim, attention.scale = width, attention.num_heads * width, width**-0.5
+            heads = self._now(name).heads
+            if heads is not None:
+                attention._whole_heads = {key: getattr(attention, key) for key in _OF_HEADS}
+                count, width = heads
+                attention.__dict__.update(zip(_OF_HEADS, (count, width, count * width, width**-0.5), strict=True))
 
         return narrow
 
     def _read(self, name: str) -> Callable[[nn.Module, Any, Tensor], Tensor | None]:
         def gather(_norm: nn.Module, _args: object, output: Tensor) -> Tensor | None:
-            columns = self._now(name).columns
-            return None if columns is None else flat_select(output, columns)
+            read = self._now(name).read
+            return None if read is None else flat_select(output, read)
 
         return gather
 
@@ -289,12 +323,14 @@ class LeftOut:
 
 
 _ALL = _Branch()
+_OF_HEADS = ("num_heads", "head_dim", "attn_dim", "scale")
+"""What timm's attention knows of its heads."""
 
 
-def _active(mask: Tensor, epsilon: float, spare: int) -> Tensor:
-    """Sorted indices of the active elements of a gate; with `spare` so many fewer than a multiple."""
-    count = max(1, int((mask >= epsilon).sum()))
-    count = min(round_up(count + spare, MULTIPLE) - spare, len(mask))
+def _active(mask: Tensor, epsilon: float, dim: str) -> Tensor:
+    """Sorted indices of the active elements of a gate; of outputs one fewer than a multiple, for a row of zeros comes after."""
+    count, spare, multiple = max(1, int((mask >= epsilon).sum())), int(dim == "out"), 1 if dim == "heads" else MULTIPLE
+    count = min(round_up(count + spare, multiple) - spare, len(mask))
     return mask.argsort(descending=True, stable=True)[:count].sort().values
 
 
@@ -302,9 +338,9 @@ def _pays(block: BlockLayout, dim: str, kept: Mapping[str, Tensor]) -> bool:
     """Whether narrowing a dimension saves more than it costs, once the inner ones are narrow; these cost nothing."""
     if dim not in ("in", "out"):
         return True
-    inner = "head" if block.kind == "attn" else "hidden"
     width = block.sizes[dim]
-    channels = block.heads * (len(kept[inner]) if inner in kept else block.sizes[inner])
+    inner = ("heads", "head") if block.kind == "attn" else ("hidden",)
+    channels = math.prod(len(kept[each]) if each in kept else block.sizes[each] for each in inner)
     products = (3 if (block.kind, dim) == ("attn", "in") else 1) * channels
     moved = len(kept[dim]) if dim == "in" else width
     return products * (width - len(kept[dim])) > GATHER_COST * moved
@@ -319,22 +355,26 @@ def _branch(block: BlockLayout, kept: Mapping[str, Tensor], device: torch.device
         spread = torch.full((width,), len(channels), device=device)
         spread[channels] = torch.arange(len(channels), device=device)
         back = torch.cat([channels, channels[-1:]])  # the gradient of the zero is dropped: that of any channel will do
-    if "head" in index:
-        inside = index["head"]
-        heads = torch.arange(3 * block.heads, device=device)[:, None] * block.sizes["head"]
-        rows = (heads + inside).flatten()
-        last_columns = (heads[: block.heads] + inside).flatten()
-        queries = torch.ones(len(rows), 1, device=device, dtype=torch.float64)
-        queries[: len(last_columns)] = math.sqrt(len(inside) / block.sizes["head"])
+    heads = None
+    if index.keys() & {"heads", "head"}:
+        width = block.sizes["head"]
+        which, inside = (index.get(dim, torch.arange(block.sizes[dim], device=device)) for dim in ("heads", "head"))
+        places = (which[:, None] * width + inside).flatten()
+        heads, last_columns = (len(which), len(inside)), places
+        rows = (torch.arange(3, device=device)[:, None] * (block.heads * width) + places).flatten()
+        if len(inside) < width:
+            queries = torch.ones(len(rows), 1, device=device, dtype=torch.float64)
+            queries[: len(places)] = math.sqrt(len(inside) / width)
     if "hidden" in index:
         rows = last_columns = index["hidden"]
     return _Branch(
         rows=rows,
         columns=index.get("in"),
+        read=index.get("in"),
         last_rows=index.get("out"),
         last_columns=last_columns,
         queries=queries,
-        width=len(kept["head"]) if "head" in kept else None,
+        heads=heads,
         spread=spread,
         back=back,
     )
@@ -370,5 +410,4 @@ def _restore(layer: nn.Module, *_args: object) -> None:
 
 
 def _restore_heads(attention: Any, *_args: object) -> None:
-    if "_whole_heads" in attention.__dict__:
-        attention.head_dim, attention.attn_dim, attention.scale = attention.__dict__.pop("_whole_heads")
+    attention.__dict__.update(attention.__dict__.pop("_whole_heads", {}))

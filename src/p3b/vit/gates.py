@@ -271,7 +271,11 @@ class Gates:
     def _norm_hook(self, name: str) -> Callable[[nn.LayerNorm, tuple[Tensor, ...], Tensor], Tensor | None]:
         def normalise(norm: nn.LayerNorm, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
             mask = self._norm_masks.get(name)
-            return None if mask is None else norm_of_kept(norm, args[0], mask).to(output.dtype)
+            if mask is None:
+                return None
+            if self.active is not None:
+                mask = self.active.of_norm(name, mask)
+            return norm_of_kept(norm, args[0], mask).to(output.dtype)
 
         return normalise
 
