@@ -56,6 +56,10 @@ RUN = (
 KINDS = {
     "plain": ("--precision", "fp32", "--num-workers", "0", "--model-ema", "--model-ema-decay", "0.9"),
     "distilled": ("--precision", "fp32", "--num-workers", "0", "--distill-from", "warm-up"),
+    "smaller while it trains": (
+        *("--precision", "fp32", "--num-workers", "0", "--prune-benefit", "linear", "--prune-compute", "active"),
+        *("--prune-stream", "auto", "--align", "4", "--model-ema", "--model-ema-decay", "0.9"),
+    ),
     "bf16, accumulated, a data worker": ("--precision", "bf16", "--num-workers", "1", "--grad-accum-steps", "2"),
 }
 TWO_RANKS = "two processes"

@@ -86,7 +86,8 @@ def one_case(number: int, seed: int, work: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Setting:
-    """A small run. Micro-batches have eight images over all processes; `probes_first`: their loss comes before the task's."""
+    """A small run. Micro-batches have eight images over all processes; `probes_first`: their loss comes before the task's;
+    `narrow`: the residual stream narrows, too, and active elements alone are computed."""
 
     depth: int
     heads: int
@@ -98,10 +99,11 @@ class Setting:
     probes_first: bool
     dtype: str
     seed: int
+    narrow: bool
 
     @classmethod
     def draw(cls, number: int, draw: random.Random) -> Setting:
-        """At random, but for the dtype: cases take turns."""
+        """At random, but for dtype and width: cases take turns."""
         return cls(
             depth=draw.randint(1, 3),
             heads=draw.randint(1, 3),
@@ -113,6 +115,7 @@ class Setting:
             probes_first=draw.random() < 0.5,
             dtype=list(CLOSE)[number // 3 % 2],
             seed=draw.randrange(1000),
+            narrow=number % 2 == 0,
         )
 
     def model(self) -> nn.Module:
@@ -168,9 +171,9 @@ def prune_by_hand(setting: Setting, world: Processes, shift: int = 0) -> dict[st
     model = setting.model().train()
     # Small buckets: gradients of the model travel in many parts, while those of the probes are on their way.
     wrapped: Any = model if world.world_size == 1 else DistributedDataParallel(model, bucket_cap_mb=SMALL_BUCKET)
-    pruner = p3b.Pruner(
-        wrapped, setting.prune_ratio, schedule=p3b.Schedule(start=1, sparse=5, final=8, update_every=setting.update_every)
-    )
+    schedule = p3b.Schedule(start=1, sparse=5, final=8, update_every=setting.update_every)
+    narrow = {"estimator": "linear", "stream": "auto", "compute": "active"} if setting.narrow else {}
+    pruner = p3b.Pruner(wrapped, setting.prune_ratio, schedule=schedule, **narrow)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
     decisions, own = [], slice(world.rank, None, world.world_size)
     while not pruner.done:
