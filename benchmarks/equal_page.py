@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from equal_rows import ROWS, Costs, Row, costs_of, is_timed, plan
+from equal_rows import ROWS, TIME, Costs, Row, Scale, costs_of, is_timed, plan
 from harness.pages import Part, how_it_was_run, table
 from harness.paired import Paired, compare, unpack
 from harness.records import Line, read_lines
@@ -54,11 +54,11 @@ def tables(figure: str, precision: str, lines: Sequence[Line]) -> list[str]:
     """
     runs = [line for line in lines if line["kind"] == "run"]
     text = []
-    for scale in sorted({_scale(line) for line in runs}, reverse=True):
-        here = [line for line in runs if _scale(line) == scale]
+    for scale in sorted({_scale(line) for line in runs}, key=lambda scale: (*scale[:-1], scale[-1] == TIME), reverse=True):
+        here = [line for line in runs if _scale(line) == scale or (line["row"] == DENSE and _scale(line)[:-1] == scale[:-1])]
         for ratio in sorted({line["ratio"] for line in here if line["ratio"] is not None}, reverse=True):
             at_ratio = [line for line in here if line["ratio"] in (ratio, None)]
-            title = f"{ratio:.0%} of the parameters pruned, {_scale_in_words(at_ratio[0]['scale'])}"
+            title = f"{ratio:.0%} of the parameters pruned, {_scale_in_words(*scale)}"
             text += [f"## {title}", "", *_accuracy(at_ratio, precision)]
     if runs:
         text += [f"![Accuracy against processor time and latency]({figure})", "", *HOW_TO_READ, ""]
@@ -221,12 +221,14 @@ def _how_it_was_run(lines: Sequence[Line]) -> list[str]:
     return ["## How the runs were made", "", *how_it_was_run(lines, *facts)]
 
 
-def _scale(line: Line) -> tuple[int, ...]:
-    return tuple(line["scale"][key] for key in ("images", "pixels", "epochs"))
+def _scale(line: Line) -> tuple[int, int, int, str]:
+    scale = Scale(**line["scale"])
+    return scale.images, scale.pixels, scale.epochs, scale.equal
 
 
-def _scale_in_words(scale: Mapping[str, int]) -> str:
-    return f"the time of {scale['epochs']} dense epochs of {scale['images']:,} images of {scale['pixels']} pixels"
+def _scale_in_words(images: int, pixels: int, epochs: int, equal: str) -> str:
+    there = f"the time of {epochs} dense epochs" if equal == TIME else f"{epochs} epochs"
+    return f"{there} of {images:,} images of {pixels} pixels"
 
 
 # --- the figure

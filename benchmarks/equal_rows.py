@@ -18,6 +18,8 @@ from p3b.methods import own_in_warm_up
 from p3b.run.series_plan import DENSE, SMALLER
 
 PEER, TEACHER = "torch-pruning", "teacher"
+TIME, EPOCHS = "time", "epochs"
+"""What rows may have as much of as dense training."""
 
 
 @dataclass(frozen=True)
@@ -181,10 +183,11 @@ class Plan:
         return round(self.warm_up + self.pruning)
 
 
-def plan(row: Row, costs: Costs, epochs: int, *, distilled: bool) -> Plan:
+def plan(row: Row, costs: Costs, epochs: int, *, distilled: bool, equal: str = TIME) -> Plan:
     """The epochs of a row whose time is that of some epochs of dense training, to half an epoch of the small model.
 
-    Those are whole, and rounded to the nearest: to round all down would leave some rows a tenth less time than others.
+    Those are whole, and rounded to the nearest: to round all down would leave some rows a tenth less time than others. Where
+    epochs are equal and not time, all phases together have as many as dense training.
     A teacher is asked from the end of the warm-up on, by a model without warm-up at every step. Its own training does not
     count.
 
@@ -201,7 +204,10 @@ def plan(row: Row, costs: Costs, epochs: int, *, distilled: bool) -> Plan:
         before = max(1.0, step) if row.probes_in_warm_up else 1.0
         mean = (before + step) / 2 if row.narrows else step  # measured where masks have closed; they close step by step
         spent = row.warm_up * before + row.pruning * (mean + teacher)
-    small_epochs = round((epochs - spent) / small)
+    if equal == EPOCHS:
+        small_epochs = epochs - round(row.warm_up + row.pruning)
+    else:
+        small_epochs = round((epochs - spent) / small)
     if small_epochs < 1:
         raise ConfigError(f"{row.name} takes {spent:.2f} epochs before its model is small; it may take {epochs} in all.")
     return Plan(row.warm_up, row.pruning, small_epochs, spent + small_epochs * small)
@@ -221,11 +227,13 @@ class Scale:
         epochs: of dense training; every row may take as long.
         pixels: side of the images.
         images: of the training set that an epoch goes through.
+        equal: what a row has as much of as dense training: "time", or "epochs", as published comparisons have it.
     """
 
     epochs: int = 3
     pixels: int = 32
     images: int = 10_000
+    equal: str = TIME
 
     @property
     def name(self) -> str:
@@ -261,7 +269,8 @@ class Entry:
         teacher += [f"alpha{self.alpha:g}"] if self.alpha is not None else []
         teacher += [f"tau{self.tau:g}"] if self.tau is not None else []
         ratio = [] if self.ratio is None else [f"{self.ratio:g}"]
-        return "-".join([self.row.name, *teacher, *ratio, self.scale.name, f"seed{self.seed}"])
+        equal = [] if self.scale.equal == TIME or self.row.method == DENSE else [f"equal-{self.scale.equal}"]
+        return "-".join([self.row.name, *teacher, *ratio, *equal, self.scale.name, f"seed{self.seed}"])
 
     @property
     def teacher(self) -> Entry:

@@ -6,6 +6,7 @@
     python benchmarks/equal_time.py speed                         # latency of all models that are there, in turns
     python benchmarks/equal_time.py table                         # docs/results/equal_time.md from equal_time.jsonl
 
+    python benchmarks/equal_time.py run --equal epochs            # as many epochs as dense training, as published comparisons
     python benchmarks/equal_time.py run --transfer syllables      # 512 classes instead of 6; see glyph_images.py
 
 Images and recipe: `transfers.py`. The rows and how their epochs are counted: `equal_rows.py`. The row of Torch-Pruning needs
@@ -29,7 +30,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 import equal_page
 from equal_costs import ROUNDS, measure_costs
-from equal_rows import PEER, ROWS, Costs, Entry, Plan, Scale, costs_of, is_timed, plan
+from equal_rows import EPOCHS, PEER, ROWS, TIME, Costs, Entry, Plan, Scale, costs_of, is_timed, plan
 from harness.paired import pack
 from harness.records import Line, add_line, certified, read_lines, write_lines
 from harness.turns import CPU, take_turns
@@ -99,7 +100,7 @@ def entries(given: argparse.Namespace) -> list[Entry]:
 
 
 def scale_of(given: argparse.Namespace) -> Scale:
-    return Scale(given.epochs, given.pixels, given.images)
+    return Scale(given.epochs, given.pixels, given.images, given.equal)
 
 
 def recorded_costs(lines: Sequence[Line], entry: Entry, transfer: Transfer) -> Costs:
@@ -219,7 +220,8 @@ def run_all(given: argparse.Namespace) -> list[str]:
         if entry.name in {line["name"] for line in lines}:
             continue
         try:
-            epochs = plan(entry.row, recorded_costs(lines, entry, transfer), entry.scale.epochs, distilled=entry.distilled)
+            costs, scale = recorded_costs(lines, entry, transfer), entry.scale
+            epochs = plan(entry.row, costs, scale.epochs, distilled=entry.distilled, equal=scale.equal)
             print(f"{entry.name}: {epochs.warm_up:g} + {epochs.pruning:g} + {epochs.small} epochs", flush=True)
             make = partial(carry_out, entry, epochs, place)
             made = certified(make, again(entry, transfer), *PACKAGES)
@@ -262,7 +264,8 @@ def dense_size(place: Place, entry: Entry) -> int:
 
 def again(entry: Entry, transfer: Transfer) -> str:
     """The command that makes a run again and records it elsewhere."""
-    scale = " ".join(f"--{key} {value}" for key, value in asdict(entry.scale).items())
+    told = {key: value for key, value in asdict(entry.scale).items() if value != TIME}
+    scale = " ".join(f"--{key} {value}" for key, value in told.items())
     asked = f"--only {entry.row.name} --seeds {entry.seed} {scale}"
     asked += "" if entry.ratio is None else f" --ratios {entry.ratio:g}"
     asked += " --distilled" if entry.distilled else ""
@@ -291,7 +294,7 @@ def measure_all_costs(given: argparse.Namespace) -> None:
 
 def measure_speed(given: argparse.Namespace) -> None:
     """Record the latency of all models that are there, of a size, in every layout, in turns with the dense one."""
-    lines = [line for line in read_lines(given.record) if line["kind"] == "run" and line["scale"] == asdict(scale_of(given))]
+    lines = [line for line in read_lines(given.record) if line["kind"] == "run" and Scale(**line["scale"]) == scale_of(given)]
     # Any seed's will do: how fast it is follows from its shape alone.
     dense = [line for line in lines if line["row"] == DENSE and (given.work / "runs" / line["name"]).exists()][:1]
     if not dense:
@@ -351,6 +354,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="seeds, one after the other")
     parser.add_argument("--ratios", type=float, nargs="+", default=list(RATIOS), help="shares of the parameters that go")
     parser.add_argument("--epochs", type=int, default=Scale().epochs, help="of dense training, whose time every row may take")
+    parser.add_argument("--equal", choices=(TIME, EPOCHS), default=TIME, help="what rows have as much of as dense training")
     parser.add_argument("--pixels", type=int, default=Scale().pixels, help="side of the images")
     parser.add_argument("--images", type=int, help="of the training set; usually all that the transfer has")
     parser.add_argument("--distilled", action="store_true", help="learn from the dense run of the same seed and scale, too")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,23 @@ def test_what_a_row_takes_is_the_sum_of_its_phases() -> None:
     narrowing = plan(ROWS["p3b-early"], narrowed, 3, distilled=False)
     assert narrowing.dense_epochs == pytest.approx(0.25 + 0.75 * (1.0 + 0.4) / 2 + 6 * 0.4), "steps get cheaper on the way"
     assert plan(ROWS[SMALLER], COSTS, 3, distilled=True).small == 4
+
+
+def test_rows_may_have_as_many_epochs_as_the_dense_model_instead() -> None:
+    found = plan(ROWS["uniform-early"], COSTS, 3, distilled=False, equal="epochs")
+    assert found == Plan(0.25, 0.75, 2, pytest.approx(0.25 + 0.75 * 1.2 + 2 * 0.4))
+    assert plan(ROWS[SMALLER], COSTS, 3, distilled=False, equal="epochs").small == 3
+    with pytest.raises(ConfigError, match="it may take 2 in all"):
+        plan(ROWS["uniform"], COSTS, 2, distilled=False, equal="epochs")
+    alike = [
+        Entry(ROWS[row], None if row == DENSE else 0.9, 0, Scale(equal=equal)).name
+        for row in ("uniform", DENSE)
+        for equal in ("time", "epochs")
+    ]
+    assert alike[0] != alike[1] == "uniform-0.9-equal-epochs-e3-32px-10000-seed0"
+    assert alike[2] == alike[3], "dense training is the same"
+    assert " --equal epochs " in equal_time.again(Entry(ROWS["uniform"], 0.9, 0, Scale(equal="epochs")), ANIMALS)
+    assert "--equal" not in equal_time.again(Entry(ROWS["uniform"], 0.9, 0, Scale()), ANIMALS)
 
 
 def test_a_row_that_does_not_fit_or_was_not_measured_is_refused() -> None:
@@ -222,7 +240,8 @@ def test_the_page_compares_alike_with_alike(tmp_path: Path) -> None:
             "pruning p3b-early-stream": {"ratio": 1.2, "seconds": 0.4, "ratio_range": [1.1, 1.3]},
         }},
     ]  # fmt: skip
-    write_lines(tmp_path / "equal_time.jsonl", lines)
+    by_epochs = {**run_line("uniform", top1=47.0), "name": "by epochs", "scale": asdict(Scale(equal="epochs"))}
+    write_lines(tmp_path / "equal_time.jsonl", [*lines, by_epochs])
     equal_page.write(tmp_path / "equal_time.jsonl", ANIMALS)
     page = (tmp_path / "equal_time.md").read_text()
     assert (tmp_path / "equal_time.png").stat().st_size > 10_000
@@ -230,7 +249,7 @@ def test_the_page_compares_alike_with_alike(tmp_path: Path) -> None:
     for line in page.splitlines():
         title, *cells = [cell.strip() for cell in line.split("|")[1:-1]] or [""]
         rows[title] = rows.get(title, []) + cells
-    assert rows["dense"][4:] == ["60.00", "+5.00", "10 : 0", "**0.002**", "-"]
+    assert rows["dense"][4:9] == ["60.00", "+5.00", "10 : 0", "**0.002**", "-"]
     assert rows["uniform, small early"][1:7] == ["0.25 + 0.75 + 5", "3.15", "250", "50.00", "-5.00", "0 : 10"]
     assert rows["uniform, small early, distilled"][4:7] == ["58.50", "+0.50", "1 : 0"]
     assert rows["P3B, small early, narrow stream"][5:9] == [""] * 4
@@ -239,6 +258,8 @@ def test_the_page_compares_alike_with_alike(tmp_path: Path) -> None:
     assert rows["pruning, P3B, small early, narrow stream"] == ["1.200 (1.100 to 1.300)"]
     assert rows[run_line("p3b-early-stream")["name"]] == ["folded", "0.300", "3.33"]
     assert "## 90% of the parameters pruned, the time of 3 dense epochs of 10,000 images of 32 pixels" in page
+    other = page.split("## 90% of the parameters pruned, 3 epochs of 10,000 images of 32 pixels")[1].split("##")[0]
+    assert "| dense | 0 |" in other and "| 47.00 |" in other and "| P3B" not in other
 
 
 def test_times_of_other_precisions_and_processors_do_not_count() -> None:
