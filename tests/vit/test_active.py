@@ -174,6 +174,20 @@ def test_features_of_a_narrower_stream_have_zeros_where_nothing_was_computed() -
     assert active.whole_stream(full) is full
 
 
+def test_parts_of_a_model_that_are_called_by_themselves_compute_all_channels() -> None:
+    model = tiny_vit(dtype=torch.float64, embed_dim=48, num_heads=2)
+    gates, active = _active(model, dims=NARROW)
+    hard = {gate: (mask > 0).to(mask) for gate, mask in gates.masks.items()}
+    gates.set(hard)
+    active.set(hard)
+    answers = model(images(dtype=torch.float64))
+    features = model.forward_features(images(dtype=torch.float64))
+    assert features.shape[-1] == 48
+    torch.testing.assert_close(model.forward_head(features), answers)  # what was added to closed channels nobody reads
+    assert not features[..., hard["stream"] == 0].any()
+    torch.testing.assert_close(model(images(dtype=torch.float64)), answers)
+
+
 def test_where_a_block_has_norms_inside_all_of_the_stream_is_computed() -> None:
     model = tiny_vit(embed_dim=48, num_heads=2, qk_norm=True)
     gates, active = _active(model, dims=NARROW)

@@ -30,7 +30,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -98,6 +98,8 @@ class ActiveWidths:
         ]
         """Blocks that are narrowed: timm's plain attention and MLP; of others everything is computed."""
         self._stream = ActiveStream(layout, model) if len(self._narrowed) == len(layout.blocks) else None
+        self._streams: dict[str, Tensor | None] = {}
+        """By block, which channels of the stream its first layer has just read, so that its last one writes these."""
         self._off = False
         self._handles: list[RemovableHandle] = []
         elements = sum(layout.gates.values())
@@ -170,9 +172,9 @@ class ActiveWidths:
         """What flows in the residual stream, (..., D' or D) -> (..., D): zeros where nothing was computed."""
         return x if self._stream is None else self._stream.whole(x)
 
-    def of_norm(self, name: str, mask: Tensor) -> Tensor:
-        """The part of a norm's mask, (D,) or of another width, that is for what this norm is given."""
-        return mask if self._stream is None else self._stream.of_norm(name, mask)
+    def of_norm(self, name: str, mask: Tensor, x: Tensor) -> Tensor:
+        """The part of a norm's mask, (D,) or of another width, that is for what this norm is given, x."""
+        return mask if self._stream is None else self._stream.of_norm(name, mask, x)
 
     def _turn(self, *, off: bool) -> None:
         self._off = off
@@ -200,11 +202,7 @@ class ActiveWidths:
             kept = {dim: index for dim, index in kept.items() if _pays(block, dim, kept)}
             for dim, index in kept.items():
                 computed[block.gate(dim)].zero_()[index] = True
-            branch = _branch(block, kept, self._device)
-            if stream is not None:
-                along = stream.to(self._device)
-                branch = replace(branch, columns=along, last_rows=along)
-            self._active[block.name] = branch
+            self._active[block.name] = _branch(block, kept, self._device)
         self.computed_N = torch.cat(list(computed.values()))
         self._computed = self.computed_N.to(self._device)
         self._masks_N = torch.cat([masks[gate] for gate in self._layout.gates]).to(self._device, torch.float32)
@@ -229,16 +227,17 @@ class ActiveWidths:
         ]
 
     def _select_first(self, name: str) -> Callable[[nn.Module, Any], None]:
-        def select(layer: nn.Module, _args: object) -> None:
+        def select(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
             now = self._now(name)
-            _swap(layer, now.rows, now.columns, factors=now.queries)
+            stream = self._streams[name] = None if self._stream is None else self._stream.of(args[0])
+            _swap(layer, now.rows, now.columns if stream is None else stream, factors=now.queries)
 
         return select
 
     def _select_last(self, name: str) -> Callable[[nn.Module, Any], None]:
         def select(layer: nn.Module, _args: object) -> None:
-            now = self._now(name)
-            _swap(layer, now.last_rows, now.last_columns, zero_row=now.spread is not None)
+            now, stream = self._now(name), self._streams.get(name)
+            _swap(layer, now.last_rows if stream is None else stream, now.last_columns, zero_row=now.spread is not None)
 
         return select
 

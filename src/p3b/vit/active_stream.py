@@ -3,6 +3,9 @@
 In a forward pass all that reads or writes the stream has the rows or columns of these channels: patch embedding, tokens,
 positions, norms, LayerScale, heads; and the first and last layers of blocks, which `p3b.vit.active` sees to. What flows is D'
 wide, so that norms and additions get cheaper with the products, and nothing is gathered. Parameters keep their width.
+
+Tokens and positions belong to the model itself, whose hooks act where it is called. Where a part of it is (`forward_features`,
+`forward_intermediates`) all channels are computed: a layer that is given D of them takes all, and one that is given D' those.
 """
 
 from __future__ import annotations
@@ -22,7 +25,8 @@ from p3b.vit.layout import ModelLayout
 
 _MODELS = (VisionTransformer, VisionTransformerDistilled)
 """Classes whose forward pass takes the width from its tensors."""
-_WRITERS = (nn.Conv2d, nn.Linear, LayerScale)
+_LAYERS = (nn.Conv2d, nn.Linear, LayerScale)
+"""Beside norms: what may hold parameters that lie along the stream."""
 
 
 class ActiveStream:
@@ -38,6 +42,8 @@ class ActiveStream:
 
     def __init__(self, layout: ModelLayout, model: nn.Module) -> None:
         self.off = False
+        self._called = False
+        """Whether a pass is under way that began with a call of the model, so that its tokens are narrow."""
         self._size = layout.width
         self._device = next(model.parameters()).device
         self._index: Tensor | None = None
@@ -56,7 +62,7 @@ class ActiveStream:
                 layers.setdefault(holder, {})[parameter] = axis
         modules = [model.get_submodule(name) for name in layers if name]
         users = {weight.user for weight in layout.stream.weights}
-        if users == {None} and all(isinstance(module, _WRITERS) or is_norm(module) for module in modules):
+        if users == {None} and all(isinstance(module, _LAYERS) or is_norm(module) for module in modules):
             self._layers, self._norms = layers, layout.stream.norms
 
     @property
@@ -83,7 +89,17 @@ class ActiveStream:
                 # The gates' own hook on a norm computes with its weights, so it comes before.
                 layer.register_forward_hook(_restore, prepend=name not in self._norms, always_call=True),
             ]
+        if self.possible:
+            handles += [
+                model.register_forward_pre_hook(lambda *_: self._call(begins=True), prepend=True),
+                model.register_forward_hook(lambda *_: self._call(begins=False), always_call=True),
+            ]
         return handles
+
+    def of(self, x: Tensor) -> Tensor | None:
+        """The channels that x (..., D' or D) has; None where these are all."""
+        index = self._index
+        return index if index is not None and x.shape[-1] == len(index) else None
 
     def whole(self, x: Tensor) -> Tensor:
         """(..., D' or D) -> (..., D), zeros where nothing was computed."""
@@ -91,17 +107,18 @@ class ActiveStream:
             return x
         return x.new_zeros(*x.shape[:-1], self._size).index_copy_(-1, self._index, x)
 
-    def of_norm(self, name: str, mask: Tensor) -> Tensor:
-        """The part of a norm's mask (D,) that is for what the norm is given."""
-        index = self._now()
-        return mask if index is None or name not in self._norms else mask.index_select(0, index)
+    def of_norm(self, name: str, mask: Tensor, x: Tensor) -> Tensor:
+        """The part of a norm's mask (D,) that is for what the norm is given, x."""
+        index = self.of(x) if name in self._norms else None
+        return mask if index is None else mask.index_select(0, index)
 
-    def _now(self) -> Tensor | None:
-        return None if self.off else self._index
+    def _call(self, *, begins: bool) -> None:
+        self._called = begins and not self.off
 
     def _select(self, axes: Mapping[str, int]) -> Callable[[nn.Module, Any], None]:
-        def select(layer: nn.Module, _args: object) -> None:
-            index = self._now()
+        def select(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+            begins = isinstance(layer, (*_MODELS, nn.Conv2d))  # what it is given are images
+            index = (self._index if self._called else None) if begins else self.of(args[0])
             if index is None:
                 return
             layer.__dict__["_whole_stream"] = {name: layer._parameters[name] for name in axes}, _shape(layer)

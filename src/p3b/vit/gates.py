@@ -274,7 +274,7 @@ class Gates:
             if mask is None:
                 return None
             if self.active is not None:
-                mask = self.active.of_norm(name, mask)
+                mask = self.active.of_norm(name, mask, args[0])
             return norm_of_kept(norm, args[0], mask).to(output.dtype)
 
         return normalise
