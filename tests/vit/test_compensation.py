@@ -13,7 +13,7 @@ from p3b.errors import ModelError
 from p3b.vit.compact import apply_cuts, plan_cuts
 from p3b.vit.compensation import compensate
 from p3b.vit.gates import Gates
-from p3b.vit.layout import DEFAULT_DIMS, read_layout
+from p3b.vit.layout import DEFAULT_DIMS, ModelLayout, read_layout
 from tiny import VARIANTS, images, masks_of, random_masks, tiny_vit
 
 SHAPES = {"default": DEFAULT_DIMS, "whole heads": ("heads", "hidden", "out")}
@@ -40,6 +40,46 @@ def test_small_equals_masked_after_compensation(variant: str, dims: str) -> None
     assert torch.allclose(model(batch), closed, rtol=0, atol=1e-9)
 
 
+NARROW = ("heads", "head", "hidden", "stream")
+
+
+def _narrow_masks(layout: ModelLayout, keep: float, seed: int = 0) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {gate: (torch.rand(size, generator=generator) < keep).float() for gate, size in layout.gates.items()}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_small_equals_masked_where_the_stream_is_cut(variant: str) -> None:
+    model, batch = tiny_vit(dtype=torch.float64, **VARIANTS[variant]), images(6, dtype=torch.float64)
+    layout = read_layout(model, NARROW)
+    masks = _narrow_masks(layout, 0.6)
+    compensate(model, layout, masks, [batch[:3], batch[3:]], _same)
+    small = apply_cuts(deepcopy(model), plan_cuts(layout, masks))
+    gates = Gates(layout, model)
+    gates.attach(model)
+    gates.set(masks)
+    assert torch.allclose(small(batch), model(batch), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("variant", ["plain", "distilled", "layer scale"])
+def test_a_cut_of_the_stream_is_compensated_up_to_the_heads(variant: str) -> None:
+    model, fresh = tiny_vit(**VARIANTS[variant]).eval(), images(32, seed=9)
+    layout = read_layout(model, NARROW)
+    masks = _narrow_masks(layout, 0.8, seed=1)
+    dense, plain = model(fresh), apply_cuts(deepcopy(model), plan_cuts(layout, masks))(fresh)
+    frozen = deepcopy(model)
+    frozen.head.requires_grad_(False)
+    misses = []
+    for each in (model, frozen):
+        compensate(each, layout, masks, images(128).split(32), _same)
+        misses.append((apply_cuts(each, plan_cuts(layout, masks))(fresh) - dense).square().mean())
+    assert misses[0] < 0.3 * (plain - dense).square().mean()
+    assert misses[0] < misses[1], "the head has a share in it"
+    kept = masks["stream"] > 0
+    before = tiny_vit(**VARIANTS[variant]).head.weight[:, kept]
+    assert torch.equal(frozen.head.weight, before)
+
+
 def test_what_is_constant_is_compensated_exactly() -> None:
     model, batch = tiny_vit(dtype=torch.float64), images(4, dtype=torch.float64)
     layout = read_layout(model)
@@ -61,11 +101,12 @@ def test_what_is_constant_is_compensated_exactly() -> None:
     assert torch.allclose(model(batch), before, rtol=0, atol=1e-8)
 
 
-def test_a_cut_of_nothing_moves_nothing() -> None:
+@pytest.mark.parametrize("dims", [DEFAULT_DIMS, NARROW])
+def test_a_cut_of_nothing_moves_nothing(dims: tuple[str, ...]) -> None:
     model, batch = tiny_vit(), images(4)
     weights = deepcopy(model.state_dict())
-    layout = read_layout(model)
-    compensate(model, layout, masks_of(layout, lambda _gate, size: torch.ones(size)), [batch], _same)
+    layout = read_layout(model, dims)
+    compensate(model, layout, {gate: torch.ones(size) for gate, size in layout.gates.items()}, [batch], _same)
     assert all(torch.allclose(value, weights[key], atol=1e-5) for key, value in model.state_dict().items())
 
 
@@ -96,9 +137,6 @@ def test_what_cannot_be_compensated_is_refused_and_left_alone() -> None:
     layout = read_layout(model)
     with pytest.raises(ModelError, match="no images"):
         compensate(model, layout, random_masks(layout), [], _same)
-    layout = read_layout(model, ("heads", "hidden", "stream"))
-    with pytest.raises(ModelError, match="residual stream itself"):
-        compensate(model, layout, {}, [images()], _same)
     normed = tiny_vit(qk_norm=True)
     with pytest.raises(ModelError, match=r"blocks\.0\.attn\.q_norm: a norm over what is cut"):
         compensate(normed, read_layout(normed), {}, [images()], _same)

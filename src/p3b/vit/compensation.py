@@ -13,6 +13,9 @@ The biases take what is constant in what closed, exactly; the weights take what 
 what earlier blocks have missed is made good where a later one can write it. Nothing but kept weights and their biases moves,
 so the small network still computes exactly what the masked one does, with the parameters that the budget allows.
 
+Where the residual stream itself is cut, x~ has the channels that stay, norms take their moments over these, and the heads are
+fitted as well, to the answers of the dense model.
+
 After CORP (arXiv 2602.05243), VBP (arXiv 2507.12988) and GRAIL (arXiv 2602.23795): the first regresses closed channels on kept
 ones, the second moves their means into the next bias, the third fits the next layer by a Gram matrix. Not so here: both layers
 of a block are fitted, to what the cut network really gives them, and the last one towards the dense model's stream.
@@ -23,9 +26,11 @@ S images, N tokens, D width, F features of a layer, R rows.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -34,10 +39,12 @@ from torch import Tensor, nn
 from p3b.errors import ModelError
 from p3b.vit.anatomy.attention import RotaryAttention
 from p3b.vit.anatomy.half import PreNorm
-from p3b.vit.anatomy.weights import Weight, dims_of, expand_along
+from p3b.vit.anatomy.norms import norm_of_kept
+from p3b.vit.anatomy.weights import STREAM, Weight, dims_of, expand_along
 from p3b.vit.families import family_of
+from p3b.vit.gates import Gates
 from p3b.vit.layout import BlockLayout, ModelLayout
-from p3b.vit.observing import evaluating, observed
+from p3b.vit.observing import Seen, evaluating, observed
 
 PENALTY = 0.01
 """r, what holds weights to those that were trained, as a share of each feature's variance."""
@@ -56,15 +63,15 @@ def compensate(
 ) -> None:
     """Close what the masks cut, by zeros in the weights themselves, and fit what stays; the model is changed in place.
 
-    Afterwards it computes what the hard masks leave of it, and `apply_cuts` by the same masks makes it small. Frozen layers
-    are closed and not fitted.
+    Afterwards it computes what the hard masks leave of it (but for those of the stream, which norms look at), and `apply_cuts`
+    by the same masks makes it small. Frozen layers are closed and not fitted.
 
     Args:
         model: dense, without gates.
         layout: its map.
         masks: by gate name; an element stays where its mask is >= 0.5.
         batches: images, (S, C, H, W) each, on the model's device; a few hundred are enough. Two streams of them, (S, N, D)
-            each, are held.
+            each, are held; where the stream is cut, the images as well.
         reduce: mean of a tensor over all ranks, which have images of their own.
         penalty: r, >= 0.
 
@@ -72,13 +79,23 @@ def compensate(
         ModelError: a part of the model is not covered (`require_compensable`), or there are no images.
     """
     branches = _branches(model, layout)
-    streams = [_Streams(x_SND, x_SND) for x_SND in (_first_stream(model, batch) for batch in batches)]
-    if not streams:
+    if layout.stream is not None:
+        batches = list(batches)  # gone through again for the heads
+    dense = [_first_stream(model, batch) for batch in batches]
+    if not dense:
         raise ModelError("There are no images to compensate the cut on: the batches are empty, or an iterator that is used up.")
+    cut, heads = dense, None
+    if layout.stream is not None:
+        heads = _Heads(model, layout, masks, list(batches))
+        with heads.narrowed():
+            cut = [_first_stream(model, batch) for batch in batches]
+    streams = [_Streams(*each) for each in zip(dense, cut, strict=True)]
     with evaluating(model):
         for block in layout.blocks:
             timm_block, half = branches[block.name]
             _Branch(timm_block, half, block, masks).fit(streams, reduce, penalty)
+    if heads is not None:
+        heads.fit(reduce, penalty)
 
 
 def require_compensable(model: VisionTransformer, layout: ModelLayout) -> None:
@@ -93,8 +110,6 @@ def require_compensable(model: VisionTransformer, layout: ModelLayout) -> None:
 def _branches(model: VisionTransformer, layout: ModelLayout) -> dict[str, tuple[nn.Module, PreNorm]]:
     """Every residual branch by its name: its block, and which half of it. ModelError for one that is not covered."""
     mend = "cut without compensation (--compensate off)."
-    if layout.stream is not None:
-        raise ModelError(f"A cut of the residual stream itself cannot be compensated; {mend}")
     for block in layout.blocks:
         if block.moments:
             raise ModelError(f"{block.moments[0].norm}: a norm over what is cut inside a block cannot be compensated; {mend}")
@@ -122,6 +137,56 @@ def _first_stream(model: VisionTransformer, batch: Tensor) -> Tensor:
     return seen[model.blocks[0]].input
 
 
+class _Heads:
+    """The linear layers that read what the blocks have made of a stream that is cut.
+
+    Args:
+        model, layout, masks: as in `compensate`; nothing is fitted yet.
+        batches: of images.
+    """
+
+    def __init__(
+        self, model: VisionTransformer, layout: ModelLayout, masks: Mapping[str, Tensor], batches: Sequence[Tensor]
+    ) -> None:
+        assert layout.stream is not None
+        self._model, self._layout, self._batches = model, layout, batches
+        self._stays = masks[STREAM] >= 0.5
+        keys = [weight.key for weight in layout.stream.outside if len(weight.axes) == 2 and STREAM in weight.axes[1]]
+        self._heads: list[Any] = [model.get_submodule(key.rpartition(".")[0]) for key in keys]
+        self._answers = [[seen.output for seen in each] for each in self._seen()]
+        """Of the dense model, by batch and head."""
+
+    @contextmanager
+    def narrowed(self) -> Iterator[None]:
+        """The model computes with the channels of the stream that stay."""
+        gates = Gates(self._layout, self._model)
+        ones = {gate: torch.ones_like(mask) for gate, mask in gates.masks.items()}
+        gates.attach(self._model)
+        gates.set({**ones, STREAM: self._stays.to(ones[STREAM])})
+        try:
+            yield
+        finally:
+            gates.detach()
+
+    def fit(self, reduce: Reduce, penalty: float) -> None:
+        """Close and fit all heads, once the blocks are."""
+        with self.narrowed():
+            features = [[seen.input for seen in each] for each in self._seen()]
+        for number, head in enumerate(self._heads):
+            layer = _CutLayer(head, torch.ones(head.out_features, dtype=torch.bool), self._stays.cpu())
+            layer.close()
+            if not layer.frozen:
+                pairs = zip(features, self._answers, strict=True)
+                layer.fit(((given[number], answers[number]) for given, answers in pairs), reduce, penalty)
+
+    def _seen(self) -> Iterator[list[Seen]]:
+        """What the heads see, batch by batch."""
+        for batch in self._batches:
+            with observed(self._model, self._heads) as seen:
+                self._model(batch)
+            yield [seen[head] for head in self._heads]
+
+
 class _Branch:
     """One residual branch, dense and cut.
 
@@ -133,6 +198,7 @@ class _Branch:
 
     def __init__(self, timm_block: nn.Module, half: PreNorm, block: BlockLayout, masks: Mapping[str, Tensor]) -> None:
         self._norm, self._scale = half.entry(timm_block), half.scale(timm_block)
+        self._stream = (masks[STREAM] >= 0.5) if STREAM in masks else None
         self._cut = timm_block.get_submodule(half.name)
         self._dense = deepcopy(self._cut)
         inside = f"{block.name}."
@@ -151,14 +217,17 @@ class _Branch:
                 layer.fit((self._features_and_target(name, each) for each in streams), reduce, penalty)
         for each in streams:
             each.dense = each.dense + self._scaled(self._dense(self._norm(each.dense)))
-            each.cut = each.cut + self._scaled(self._cut(self._norm(each.cut)))
+            each.cut = each.cut + self._scaled(self._cut(self._norm_of_cut(each.cut)))
+
+    def _norm_of_cut(self, x_SND: Tensor) -> Tensor:
+        return self._norm(x_SND) if self._stream is None else norm_of_kept(self._norm, x_SND, self._stream).to(x_SND.dtype)
 
     def _scaled(self, outputs_SND: Tensor) -> Tensor:
         return outputs_SND if self._scale is None else outputs_SND * self._scale
 
     def _features_and_target(self, name: str, streams: _Streams) -> tuple[Tensor, Tensor]:
         """What a layer of the cut branch is given, and what it should put out."""
-        z_SND, cut_SND = self._norm(streams.dense), self._norm(streams.cut)
+        z_SND, cut_SND = self._norm(streams.dense), self._norm_of_cut(streams.cut)
         if name != self._last:
             return cut_SND, self._dense.get_submodule(name)(z_SND)
         missed_SND = streams.dense - streams.cut
