@@ -17,7 +17,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,8 @@ from p3b.train.distributed import Processes
 
 CALIBRATION, TRAINING, BATCH, RATE = 128, 3_000, 32, 2.5e-4
 RATIOS = (0.5, 0.75, 0.9)
+NARROW: Mapping[str, Any] = {"estimator": "removal", "stream": "auto", "align": 8}
+"""Options of a narrower residual stream, whose small model has no indices."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class Way:
         compensate: what goes is made up for by what stays.
         order: the basis of the heads is changed first.
         criterion: of logits (S, C) and labels (S,), whose gradients scores are made of.
-        estimator: of block benefit, where it is not the usual one.
+        options: of the method.
     """
 
     said: str
@@ -62,7 +64,7 @@ class Way:
     compensate: bool = True
     order: bool = False
     criterion: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy
-    estimator: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 def entropy(logits_SC: Tensor, _labels: Tensor) -> Tensor:
@@ -79,8 +81,13 @@ def surprise(logits_SC: Tensor, _labels: Tensor) -> Tensor:
 WAYS = {
     "plain": Way("equal shares, nothing compensated", compensate=False),
     "compensated": Way("equal shares, compensated"),
-    "ridge": Way("shares by block benefit (ridge probes), compensated", "block_benefit", estimator="ridge"),
-    "removal": Way("shares by block benefit (removal), compensated", "block_benefit", estimator="removal"),
+    "ridge": Way("shares by block benefit (ridge probes), compensated", "block_benefit", options={"estimator": "ridge"}),
+    "removal": Way("shares by block benefit (removal), compensated", "block_benefit", options={"estimator": "removal"}),
+    "removal-ordered": Way("the same, heads in ordered basis", "block_benefit", order=True, options={"estimator": "removal"}),
+    "narrow-plain": Way(
+        "the same, a narrower stream, nothing compensated", "block_benefit", compensate=False, order=True, options=NARROW
+    ),
+    "narrow": Way("the same, a narrower stream, compensated", "block_benefit", order=True, options=NARROW),
     "taylor-plain": Way("one ranking of the network, nothing compensated", "taylor", compensate=False),
     "taylor": Way("one ranking of the network, compensated", "taylor"),
     "taylor-single": Way("the same, scores of single images", "taylor", score_batch=1),
@@ -157,8 +164,7 @@ def cut(way: Way, ratio: float, dense: VisionTransformer, calibration: Images) -
         return found
 
     photos = [images for images, _ in calibration.batches(BATCH)]
-    chosen = {} if way.estimator is None else {"estimator": way.estimator}
-    pruner = p3b.Pruner(model, ratio, way.method, **chosen)
+    pruner = p3b.Pruner(model, ratio, way.method, **way.options)
     timed("calibrate", lambda: pruner.calibrate(calibration.batches(way.score_batch), way.criterion, order=way.order))
     return timed("cut", lambda: pruner.finalize(photos if way.compensate else None)), seconds
 
