@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -16,6 +17,7 @@ from typing import Any
 
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 import p3b
 from equal_rows import PEER, TEACHER, Row
@@ -23,7 +25,8 @@ from harness.records import RESULTS, read_lines
 from harness.turns import CPU, take_turns
 from p3b.run.inputs import open_model
 from p3b.run.method_options import method_options_of
-from p3b.run.options import PruneOptions, TrainConfig
+from p3b.run.one_shot import CalibrationImages
+from p3b.run.options import PhaseOptions, PruneOptions, TrainConfig
 from p3b.run.series_plan import DENSE, SMALLER
 from p3b.run.stage import Stage, open_stage
 from p3b.storage import artifact
@@ -58,7 +61,8 @@ def measure_costs(
         made: by the name of a row, a small model of its own that is saved.
 
     Returns:
-        The precision, and by side what `take_turns` says: "dense", "teacher", "pruning ROW" and "small ROW".
+        The precision, steps of an epoch, and by side what `take_turns` says: "dense", "teacher", "pruning ROW", "cut ROW" and
+        "small ROW".
     """
     with open_stage(config, "train") as stage:
         batches = _Batches(stage)
@@ -73,8 +77,10 @@ def measure_costs(
         teacher, (images, _) = Teacher(fresh(), stage.machine.precision), batches.next()
         sides[TEACHER] = lambda: teacher(images)
         for row in rows:
-            if row.prunes and row.cost is None:
+            if row.prunes and row.cost is None and not row.at_once:
                 sides[f"pruning {row.name}"] = step(_pruning(row, ratio, stage, fresh(), config, batches))
+            if row.at_once:
+                sides[f"cut {row.name}"] = _cutting(row, ratio, stage, fresh())
             if row.method != DENSE and row.structure is None:
                 if row.name in made:
                     small = stage.machine.put(artifact.load(made[row.name]))
@@ -83,7 +89,8 @@ def measure_costs(
                 small = trainable_form(small) if row.trains_quickly else small
                 sides[f"small {row.name}"] = step(peer.learner_of(stage, small, config))
         repeats = {f"pruning {row.name}": dict(row.settings).get("savit_every", 1) for row in rows}
-        return {"precision": stage.machine.number_format, "sides": take_turns(CPU, sides, rounds, repeats)}
+        said = {"precision": stage.machine.number_format, "steps_per_epoch": stage.recipe.steps_per_epoch}
+        return {**said, "sides": take_turns(CPU, sides, rounds, repeats)}
 
 
 class _Batches:
@@ -138,6 +145,18 @@ def _pruning(row: Row, ratio: float, stage: Stage, model: VisionTransformer, con
     _steps(learner, batches, stage, 1)
     pruner.schedule = replace(schedule, update_every=ENDLESS - 1)
     return learner
+
+
+def _cutting(row: Row, ratio: float, stage: Stage, model: VisionTransformer) -> Callable[[], object]:
+    """A cut in one shot, on as many images as by default."""
+    images = CalibrationImages(stage, PhaseOptions().calibration_images)
+
+    def cut() -> None:
+        pruner = p3b.Pruner(deepcopy(model), ratio, row.method, **_options(row, ratio))
+        pruner.calibrate(images, cross_entropy)
+        pruner.finalize(images.without_targets())
+
+    return cut
 
 
 def _small(

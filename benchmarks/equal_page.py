@@ -182,7 +182,8 @@ def _epochs_that_follow(line: Line) -> list[str]:
 
 
 def _plan_cell(row: Row, costs: Costs, epochs: int, distilled: bool) -> str:
-    if (row.pruning and (row.cost or row.name) not in costs.pruning) or (row.structure or row.name) not in costs.small:
+    unknown = (row.pruning and (row.cost or row.name) not in costs.pruning) or (row.at_once and row.name not in costs.cut)
+    if unknown or (row.structure or row.name) not in costs.small:
         return ""
     try:
         found = plan(row, costs, epochs, distilled=distilled)
@@ -195,7 +196,7 @@ def _side(name: str) -> str:
     kind, _, row = name.partition(" ")
     if not row:
         return {"dense": "dense step", "teacher": "pass of the teacher"}[name]
-    return {"pruning": "pruning, ", "small": "small model, "}[kind] + _title(row)
+    return {"pruning": "pruning, ", "small": "small model, ", "cut": "cut, "}[kind] + _title(row)
 
 
 def quickest(line: Line) -> dict[str, tuple[str, float]]:

@@ -7,14 +7,16 @@ training. The first two phases are the row's own; the small model gets the epoch
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 from harness.records import Line
 from p3b.errors import ConfigError
 from p3b.methods import own_in_warm_up
+from p3b.run.prune_plan import AT_ONCE
 from p3b.run.series_plan import DENSE, SMALLER
 
 PEER, TEACHER = "torch-pruning", "teacher"
@@ -30,7 +32,7 @@ class Row:
         name: in names of runs and in the record.
         title: in tables.
         method: "dense", "smaller", "torch-pruning", or a method of p3b.
-        warm_up, pruning: epochs; together a whole number.
+        warm_up, pruning: epochs; together a whole number, unless the model is cut at once.
         settings: of `p3b prune` in which it differs from the others, by name.
         training: settings of training in which it does.
         structure: row whose small model costs the same, where that is another one.
@@ -55,6 +57,11 @@ class Row:
         return self.method not in (DENSE, SMALLER, PEER)
 
     @property
+    def at_once(self) -> bool:
+        """Whether the model is cut in one shot when its warm-up ends."""
+        return ("prune_schedule", AT_ONCE) in self.settings
+
+    @property
     def trains_quickly(self) -> bool:
         """Whether its small model trains in the quick form."""
         return ("small_form", "quick") in self.training
@@ -73,6 +80,7 @@ class Row:
 LINEAR = (("prune_benefit", "linear"),)
 LOW_RANK = (("prune_benefit", "low_rank"),)
 REMOVAL = (("prune_benefit", "removal"),)
+ONCE = (("prune_schedule", AT_ONCE), ("prune_steps_update_mask", None))
 ACTIVE, COMPENSATED = ("prune_compute", "active"), ("compensate", "on")
 ALIGNED = ("align", 8)
 NARROW = (ALIGNED, ("prune_stream", "auto"))
@@ -106,6 +114,17 @@ ROWS: Mapping[str, Row] = {
             cost="uniform-early-stream",  # it has no probes either
         ),
         Row("uniform-early-stream", "uniform, small early, narrow stream", "uniform", 0.25, 0.75, (ACTIVE, *NARROW)),
+        Row("p3b-once", "P3B at once, narrow stream", "block_benefit", 0.25, 0, (*ONCE, *NARROW), structure="p3b-early-stream"),
+        Row(
+            "uniform-once",
+            "uniform at once, narrow stream",
+            "uniform",
+            0.25,
+            0,
+            (*ONCE, *NARROW),
+            structure="uniform-early-stream",
+        ),
+        Row("taylor-once", "taylor at once", "taylor", 0.25, 0, ONCE, structure="taylor"),
         Row("uniform-early", "uniform, small early", "uniform", 0.25, 0.75, structure="uniform", cost="uniform"),
         Row("taylor-early", "taylor, small early", "taylor", 0.25, 0.75, structure="taylor", cost="taylor"),
         Row(PEER, "Torch-Pruning (Taylor, isomorphic)", PEER, 1, 0),
@@ -132,12 +151,14 @@ class Costs:
     Attributes:
         pruning: a step with masks in place, by row.
         small: a step of the small model, by row.
+        cut: measuring, cutting and compensating in one shot, by row, in epochs of dense training.
         teacher: a forward pass of the dense model in inference mode.
     """
 
     pruning: Mapping[str, float]
     small: Mapping[str, float]
     teacher: float
+    cut: Mapping[str, float] = field(default_factory=dict)
 
 
 def is_timed(line: Line, precision: str) -> bool:
@@ -160,7 +181,8 @@ def costs_of(line: Line) -> Costs:
     def of(kind: str) -> dict[str, float]:
         return {name.removeprefix(kind): ratio for name, ratio in ratios.items() if name.startswith(kind)}
 
-    return Costs(of("pruning "), of("small "), ratios[TEACHER])
+    cuts = {name: steps / line["steps_per_epoch"] for name, steps in of("cut ").items()}
+    return Costs(of("pruning "), of("small "), ratios[TEACHER], cuts)
 
 
 @dataclass(frozen=True)
@@ -179,8 +201,8 @@ class Plan:
 
     @property
     def before(self) -> int:
-        """Epochs before the model is small."""
-        return round(self.warm_up + self.pruning)
+        """Epochs before the model is small, the last of which may end sooner."""
+        return math.ceil(self.warm_up + self.pruning)
 
 
 def plan(row: Row, costs: Costs, epochs: int, *, distilled: bool, equal: str = TIME) -> Plan:
@@ -204,8 +226,10 @@ def plan(row: Row, costs: Costs, epochs: int, *, distilled: bool, equal: str = T
         before = max(1.0, step) if row.probes_in_warm_up else 1.0
         mean = (before + step) / 2 if row.narrows else step  # measured where masks have closed; they close step by step
         spent = row.warm_up * before + row.pruning * (mean + teacher)
+    if row.at_once:
+        spent += _cost(costs.cut, row.name)
     if equal == EPOCHS:
-        small_epochs = epochs - round(row.warm_up + row.pruning)
+        small_epochs = epochs - math.ceil(row.warm_up + row.pruning)
     else:
         small_epochs = round((epochs - spent) / small)
     if small_epochs < 1:

@@ -122,7 +122,10 @@ def recorded_costs(lines: Sequence[Line], entry: Entry, transfer: Transfer) -> C
     found = [line for line in costs if (line["ratio"], line["pixels"]) == asked]
     if not found:
         raise ConfigError(f"What steps take was not measured: {_command('costs', transfer, *asked)}")
-    return costs_of({"sides": {name: side for line in reversed(found) for name, side in line["sides"].items()}})
+    steps = max(line.get("steps_per_epoch", 0) for line in found)
+    return costs_of(
+        {"steps_per_epoch": steps, "sides": {name: side for line in reversed(found) for name, side in line["sides"].items()}}
+    )
 
 
 def config_for(entry: Entry, epochs: Plan, place: Place) -> TrainConfig | PruneConfig:

@@ -24,7 +24,7 @@ from p3b.run.series_plan import DENSE, SMALLER
 from transfers import TRANSFERS, USUAL, Transfer
 
 ANIMALS = TRANSFERS[USUAL]
-COSTS = Costs(dict.fromkeys(ROWS, 1.2), dict.fromkeys(ROWS, 0.4), 0.3)
+COSTS = Costs(dict.fromkeys(ROWS, 1.2), dict.fromkeys(ROWS, 0.4), 0.3, dict.fromkeys(ROWS, 0.1))
 
 
 # --- epochs
@@ -35,7 +35,7 @@ COSTS = Costs(dict.fromkeys(ROWS, 1.2), dict.fromkeys(ROWS, 0.4), 0.3)
 def test_a_row_takes_the_time_of_dense_training_to_half_an_epoch_of_its_small_model(row: Any, distilled: bool) -> None:
     found = plan(row, COSTS, 8, distilled=distilled)
     assert abs(found.dense_epochs - 8) <= (0.4 + 0.3 * distilled) / 2 + 1e-9
-    assert found.warm_up + found.pruning == found.before, "the model is made small at the end of an epoch"
+    assert row.at_once or found.warm_up + found.pruning == found.before, "the model is made small at the end of an epoch"
 
 
 def test_what_a_row_takes_is_the_sum_of_its_phases() -> None:
@@ -48,6 +48,8 @@ def test_what_a_row_takes_is_the_sum_of_its_phases() -> None:
     narrowing = plan(ROWS["p3b-early"], narrowed, 3, distilled=False)
     assert narrowing.dense_epochs == pytest.approx(0.25 + 0.75 * (1.0 + 0.4) / 2 + 6 * 0.4), "steps get cheaper on the way"
     assert plan(ROWS[SMALLER], COSTS, 3, distilled=True).small == 4
+    assert plan(ROWS["p3b-once"], COSTS, 3, distilled=False) == Plan(0.25, 0, 7, pytest.approx(0.25 + 0.1 + 7 * 0.4))
+    assert plan(ROWS["p3b-once"], COSTS, 3, distilled=False, equal="epochs").small == 2
 
 
 def test_rows_may_have_as_many_epochs_as_the_dense_model_instead() -> None:
@@ -75,9 +77,16 @@ def test_a_row_that_does_not_fit_or_was_not_measured_is_refused() -> None:
 
 
 def test_costs_are_read_from_their_line() -> None:
-    sides = {"dense": 1.0, "teacher": 0.3, "pruning uniform": 1.1, "small uniform": 0.4, "small smaller": 0.3}
-    line = {"sides": {name: {"ratio": ratio} for name, ratio in sides.items()}}
-    assert costs_of(line) == Costs({"uniform": 1.1}, {"uniform": 0.4, "smaller": 0.3}, 0.3)
+    sides = {
+        "dense": 1.0,
+        "teacher": 0.3,
+        "pruning uniform": 1.1,
+        "small uniform": 0.4,
+        "small smaller": 0.3,
+        "cut uniform": 25.0,
+    }
+    line = {"steps_per_epoch": 100, "sides": {name: {"ratio": ratio} for name, ratio in sides.items()}}
+    assert costs_of(line) == Costs({"uniform": 1.1}, {"uniform": 0.4, "smaller": 0.3}, 0.3, {"uniform": 0.25})
 
 
 def test_costs_are_those_of_the_budget_and_the_image_size() -> None:

@@ -82,9 +82,10 @@ def _seconds(
         pruning,
         config.training,
         machine,
-        steps=(plan.schedule.final, plan.finetune_epochs * steps_per_epoch),
+        steps=(plan.schedule.start if plan.one_shot else plan.schedule.final, plan.finetune_epochs * steps_per_epoch),
         evaluated=epochs * (0 if watched is None else len(watched)),
         measured_steps=config.plan.measured_steps,
+        gradual=not plan.one_shot,
     )
 
 
@@ -92,6 +93,11 @@ def _say_run(screen: Screen, plan: PrunePlan, steps_per_epoch: int, seconds: Sec
     schedule = plan.schedule
     if plan.epochs == 0:
         screen.say(f"run: one shot, and {plan.finetune_epochs} epochs of fine-tuning, {steps_per_epoch} steps each")
+    elif plan.at_once:
+        screen.say(
+            f"run: {schedule.start} steps of warm-up, the cut in one shot, and {plan.finetune_epochs} epochs of fine-tuning, "
+            f"{steps_per_epoch} steps each"
+        )
     else:
         screen.say(
             f"run: {plan.epochs} epochs of pruning and {plan.finetune_epochs} of fine-tuning, {steps_per_epoch} steps each; "

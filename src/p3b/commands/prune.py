@@ -31,11 +31,11 @@ from p3b.run.one_shot import CalibrationImages, calibrate, compensated_on, requi
 from p3b.run.option_checks import check
 from p3b.run.options import ModelOptions, PruneConfig, PruneOptions
 from p3b.run.pace import Course
-from p3b.run.prune_plan import phases_of, plan_pruning
+from p3b.run.prune_plan import PrunePlan, phases_of, plan_pruning
 from p3b.run.recipe import answer_teacher_apart
 from p3b.run.stage import Stage, finished_summary, open_stage
 from p3b.run.training import Epochs, train_epochs
-from p3b.run.warm_up import WarmUp, depends_on
+from p3b.run.warm_up import WARM_UP, WarmUp, depends_on
 from p3b.storage.artifact import model_config
 from p3b.vit.architecture import build_dense
 from p3b.vit.cost import count_parameters, dense_params
@@ -70,26 +70,34 @@ def prune(config: PruneConfig, warm_up: Path | None = None, splits: DataSplits |
         all_params = count_parameters(model)
         plan = plan_pruning(options, config.training.epochs, recipe.steps_per_epoch, recipe.options.grad_accum_steps)
         distillation = open_distillation(stage, config, plan.schedule.start)
-        schedule = plan.schedule if plan.epochs else None
-        pruner = Pruner(
-            model, options.prune_ratio, options.prune_method, schedule, compute=options.prune_compute, **method_options
-        )
+        schedule = None if plan.one_shot else plan.schedule
+
+        def attached() -> Pruner:
+            compute = options.prune_compute
+            return Pruner(model, options.prune_ratio, options.prune_method, schedule, compute=compute, **method_options)
+
+        pruner = attached()
         images = CalibrationImages(stage, options.calibration_images)
         fitted_on = compensated_on(stage, config, pruner, images)
         dense = None if plan.epochs else plain(require_trained(stage))
         checkpoint = _begin(stage, pruner, options.prune_method, method_options, warm_up)
-        _say_plan(stage, pruner, options, method_options)
+        _say_plan(stage, pruner, options, method_options, plan)
         stage.screen.follow(Course(phases_of(plan, recipe.steps_per_epoch), all_params, _goal_params(pruner, options)))
         if checkpoint is None:
             stage.warn_of_little(plan.epochs + plan.finetune_epochs, schedule, options.prune_steps_update_mask)
 
-        if checkpoint is None or checkpoint["progress"]["place"]["part"] == "prune":
-            if plan.epochs:
+        if checkpoint is None or checkpoint["progress"]["place"]["part"] in ("prune", WARM_UP):
+            if plan.at_once:
+                pruner.detach()  # it has seen that the budget can be met; what it measures is the model after the warm-up
+                epochs = Epochs(WARM_UP, plan.epochs, lr, until=plan.schedule.start, keeps_best=False)
+                train_epochs(stage, model, epochs, distillation=distillation, checkpoint=checkpoint)
+                pruner = attached()
+            elif plan.epochs:
                 epochs = Epochs("prune", plan.epochs, lr)
                 train_epochs(stage, model, epochs, pruner=pruner, distillation=distillation, checkpoint=checkpoint)
-            else:
+            if plan.one_shot:
                 calibrate(stage, pruner, images, order=options.order_heads)
-            _decide(stage, pruner, plan.epochs)
+            _decide(stage, pruner, plan)
             _shrink(stage, pruner, model, all_params, fitted_on)
             checkpoint = None
         else:
@@ -125,9 +133,11 @@ def _begin(
     return shared.take_up(stage, pruner, keeps_method=bool(own_in_warm_up(method, method_options)))
 
 
-def _say_plan(stage: Stage, pruner: Pruner, options: PruneOptions, method_options: Mapping[str, Any]) -> None:
-    schedule, say = pruner.schedule, stage.screen.say
-    if pruner.one_shot:
+def _say_plan(stage: Stage, pruner: Pruner, options: PruneOptions, method_options: Mapping[str, Any], plan: PrunePlan) -> None:
+    schedule, say = plan.schedule, stage.screen.say
+    if plan.at_once:
+        say(f"schedule in optimizer steps: a warm-up of {schedule.start}, then the model is cut in one shot")
+    elif pruner.one_shot:
         say("one shot: the model is cut as it is, nothing is trained before")
     else:
         say(
@@ -155,11 +165,11 @@ def _goal_params(pruner: Pruner, options: PruneOptions) -> int:
     return round((1 - options.prune_ratio) * (layout.other_params + sum(sizes)))
 
 
-def _decide(stage: Stage, pruner: Pruner, epochs: int) -> None:
-    """Make the last decision, after so many epochs, and record it."""
-    steps = pruner.schedule.final if epochs else 0
+def _decide(stage: Stage, pruner: Pruner, plan: PrunePlan) -> None:
+    """Make the last decision and record it."""
+    steps = plan.schedule.start if plan.one_shot else plan.schedule.final
     stage.records.log_decision(pruner.decide_last(), "finalize", steps, pruner.kept_params())
-    if not epochs:
+    if plan.one_shot:
         return
     found = stage.records.returned()
     stage.screen.detail(

@@ -107,7 +107,7 @@ def options_of_one_shot(name: str, options: Mapping[str, Any]) -> dict[str, Any]
         ConfigError: the method learns while the model trains, so that one shot would tell it nothing, or it is unknown.
     """
     method_options(name)
-    if PUBLISHED_NAMES.get(name, name) not in ONE_SHOT_METHODS:
+    if not prunes_in_one_shot(name):
         raise ConfigError(
             f"{name} learns while the model trains, so it cannot prune in one shot. Give it a schedule and epochs to train in, "
             f"or choose another method: {', '.join(ONE_SHOT_METHODS)}."
@@ -132,6 +132,11 @@ def method_options(name: str) -> list[str]:
     if build is None:
         raise ConfigError(unknown_name("prune method", name, [*METHODS, *PUBLISHED_NAMES]))
     return [key for key, p in inspect.signature(build).parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY]
+
+
+def prunes_in_one_shot(name: str) -> bool:
+    """Whether a method can decide on a trained model, without learning anything of its own on the way."""
+    return PUBLISHED_NAMES.get(name, name) in ONE_SHOT_METHODS
 
 
 def computes_active_alone(name: str) -> bool:

@@ -125,6 +125,7 @@ def seconds_of_run(
     steps: tuple[int, int],
     evaluated: int,
     measured_steps: int,
+    gradual: bool = True,
 ) -> Seconds:
     """How long a run takes, from a few steps with random images; loading images, which goes on beside it, is left out.
 
@@ -136,10 +137,12 @@ def seconds_of_run(
         steps: optimizer steps of pruning and of fine-tuning.
         evaluated: images that are evaluated in all.
         measured_steps: that are measured.
+        gradual: whether the model is pruned step by step; else steps before its cut are those of the dense model.
     """
     never = Schedule(start=0, sparse=10**6, final=10**6, update_every=10**6)
     pruned = copy.deepcopy(model)
-    step = _seconds_a_step(pruned, Pruner(pruned, schedule=never, **pruning), options, machine, measured_steps)
+    pruner = Pruner(pruned, schedule=never, **pruning) if gradual else None
+    step = _seconds_a_step(pruned, pruner, options, machine, measured_steps) if steps[0] else 0.0
     small = stand_in(model, pruning["prune_ratio"], pruning)
     small_step = _seconds_a_step(small, None, options, machine, measured_steps) if steps[1] else 0.0
     images = _images(model, options.batch_size, machine)

@@ -1,4 +1,4 @@
-"""One shot: `p3b prune --epochs 0` cuts a trained model by what some hundred training images say; nothing is trained."""
+"""One shot: a model is cut by what some hundred training images say, as it is (`p3b prune --epochs 0`) or after a warm-up."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from p3b.pruner import Pruner
 from p3b.run.final_table import reported_part
 from p3b.run.guessing import said_of_guessing
 from p3b.run.options import PruneConfig
+from p3b.run.prune_plan import AT_ONCE
 from p3b.run.stage import Stage
 from p3b.train.evaluate import Accuracy
 from p3b.vit.compensation import require_compensable
@@ -24,7 +25,8 @@ from p3b.vit.compensation import require_compensable
 def compensates(config: PruneConfig) -> bool:
     """Whether what is cut is made up for by what stays."""
     asked = config.prune.compensate
-    return config.training.epochs == 0 if asked == "auto" else asked == "on"
+    one_shot = config.training.epochs == 0 or config.prune.prune_schedule == AT_ONCE
+    return one_shot if asked == "auto" else asked == "on"
 
 
 def require_trained(stage: Stage) -> dict[str, Accuracy]:

@@ -17,6 +17,7 @@ from p3b.run.options import (
     TrainConfig,
     TrainingOptions,
 )
+from p3b.run.prune_plan import AT_ONCE
 from p3b.run.trackers import NONE, trackers_asked_for
 
 _PHASES = (
@@ -26,8 +27,11 @@ _PHASES = (
     "prune_steps_update_mask",
     "prune_update_every",
     "prune_masks",
+    "prune_schedule",
 )
 """Settings that say when masks close while a model trains."""
+_GRADUAL = (*(name for name in _PHASES if name not in ("prune_start_epoch", "prune_schedule")), "prune_compute")
+"""Those that mean nothing where masks close at once."""
 
 
 def check(config: TrainConfig) -> None:
@@ -144,9 +148,16 @@ def _check_pruning(prune: PruneOptions) -> None:
 
 def _check_one_shot(config: PruneConfig) -> None:
     """Refuse settings that one shot, where that is asked for, would have to ignore."""
-    if config.training.epochs > 0:
-        return
     options, defaults = config.prune, PhaseOptions()
+    if config.training.epochs > 0:
+        if options.prune_schedule == AT_ONCE:
+            for name in _GRADUAL:
+                if (value := getattr(options, name)) != getattr(defaults, name):
+                    raise ConfigError(
+                        f"--{name.replace('_', '-')} {value} means nothing with --prune-schedule at-once, which closes nothing "
+                        "before --prune-start-epoch and all of it then; leave one of them out."
+                    )
+        return
     for name in _PHASES:
         if (value := getattr(options, name)) != getattr(defaults, name):
             raise ConfigError(

@@ -154,6 +154,9 @@ class PhaseOptions:
     prune_masks: Literal["soft", "hard"] = "soft"
     """soft: masks sharpen towards the end, what is pruned still gets a gradient and may return; hard: 0 or 1 from the first
     update on, for comparison. Those of wdpruning and savit are hard anyway."""
+    prune_schedule: Literal["gradual", "at-once"] = "gradual"
+    """gradual: masks close step by step while the model trains, as published; at-once: nothing closes before
+    --prune-start-epoch, then the model is measured, cut and compensated in one shot, and other epochs are the small model's."""
     prune_compute: Literal["full", "active"] = "full"
     """full: every element is computed until the model is shrunk; active: those whose mask is below 0.03 are not, so that steps
     get quicker as pruning goes on. Not with --compile, wdpruning or savit."""
@@ -162,11 +165,12 @@ class PhaseOptions:
     under the published name block_pr), linear (linear probes on class and mean patch token), ridge (the same in closed form),
     subsampled (paper's, on part of the data), removal (without probes: what the loss would change by if the block went)."""
     calibration_images: int = 512
-    """Training images that --epochs 0 measures on, and that --compensate fits on."""
+    """Training images that a cut in one shot is measured on, and that --compensate fits on."""
     compensate: Literal["auto", "on", "off"] = "auto"
-    """Whether at the cut the weights that stay are fitted to make up for what goes; auto: with --epochs 0."""
+    """Whether at the cut the weights that stay are fitted to make up for what goes; auto: in one shot, which
+    is --epochs 0 or --prune-schedule at-once."""
     order_heads: bool = True
-    """With --epochs 0, order the channels of attention heads first, which changes nothing that the model computes."""
+    """In one shot, order the channels of attention heads first, which changes nothing that the model computes."""
     prune_alpha: float = 0.5
     """Weight of the class token's benefit against the patches', in [0, 1]."""
     prune_gamma: float = 0.2

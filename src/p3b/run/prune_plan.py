@@ -9,6 +9,9 @@ from p3b.errors import ScheduleError
 from p3b.run.options import PhaseOptions
 from p3b.run.pace import Phase
 
+AT_ONCE = "at-once"
+"""The schedule in which nothing is masked before the cut."""
+
 
 @dataclass(frozen=True)
 class PrunePlan:
@@ -18,11 +21,19 @@ class PrunePlan:
         schedule: the phases in optimizer steps.
         epochs: that pruning takes; the model is shrunk at the end of the last; 0: one shot.
         finetune_epochs: that follow.
+        at_once: the model is shrunk in one shot when the warm-up ends, be it within the last of these epochs, whose rest is
+            left out.
     """
 
     schedule: Schedule
     epochs: int
     finetune_epochs: int
+    at_once: bool = False
+
+    @property
+    def one_shot(self) -> bool:
+        """Whether nothing is masked before the cut."""
+        return self.at_once or self.epochs == 0
 
 
 def plan_pruning(options: PhaseOptions, epochs: int, steps_per_epoch: int, grad_accum_steps: int) -> PrunePlan:
@@ -42,6 +53,8 @@ def plan_pruning(options: PhaseOptions, epochs: int, steps_per_epoch: int, grad_
     if epochs == 0:
         return PrunePlan(ONE_SHOT, 0, options.finetune_epochs)
     start = parse_duration(options.prune_start_epoch, epochs, steps_per_epoch)
+    if options.prune_schedule == AT_ONCE:
+        return _at_once(start, epochs, steps_per_epoch, options.finetune_epochs)
     final = parse_duration(options.prune_finalize_epoch or "100%", epochs, steps_per_epoch)
     if options.prune_sparse_epoch is None:
         sparse = start + 0.375 * (final - start)
@@ -61,11 +74,25 @@ def plan_pruning(options: PhaseOptions, epochs: int, steps_per_epoch: int, grad_
     return PrunePlan(schedule, int(final), epochs - int(final) + options.finetune_epochs)
 
 
+def _at_once(start: float, epochs: int, steps_per_epoch: int, finetune_epochs: int) -> PrunePlan:
+    """A warm-up, and the cut."""
+    steps, whole = round(start * steps_per_epoch), -(-start // 1)
+    if not 0 < start <= epochs or steps == 0:
+        raise ScheduleError(
+            f"With --prune-schedule at-once the model is cut after {start:g} epochs, which are {steps} optimizer steps "
+            f"(--prune-start-epoch), of {epochs} (--epochs); expected 0 < start <= epochs, and a step at least. To cut it as "
+            "it is give --epochs 0."
+        )
+    left = epochs - int(whole) + finetune_epochs
+    return PrunePlan(Schedule(steps, steps + 1, steps + 1, update_every=1), int(whole), left, at_once=True)
+
+
 def phases_of(plan: PrunePlan, steps_per_epoch: int) -> tuple[Phase, ...]:
     """The phases of a run, but for those without a step; none where nothing is trained."""
     schedule = plan.schedule
     end = (plan.epochs + plan.finetune_epochs) * steps_per_epoch
-    pruning = (("warm-up", schedule.start), ("sparsify", schedule.sparse), ("sharpen", schedule.final)) if plan.epochs else ()
+    gradual = (("warm-up", schedule.start), ("sparsify", schedule.sparse), ("sharpen", schedule.final))
+    pruning = gradual[:1] if plan.at_once else gradual if plan.epochs else ()
     ends = (*pruning, ("fine-tune", end))
     before = (0, *(step for _, step in ends))
     return tuple(Phase(name, step) for (name, step), start in zip(ends, before, strict=False) if step > start)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from p3b.methods import computes_active_alone, method_options
+from p3b.methods import computes_active_alone, method_options, prunes_in_one_shot
 from p3b.run.distillation import TAU
 from p3b.run.method_options import METHOD_OPTIONS, method_options_of
 from p3b.run.options import (
@@ -21,6 +21,7 @@ from p3b.run.options import (
     TrainingOptions,
 )
 from p3b.run.products import PRODUCTS
+from p3b.run.prune_plan import AT_ONCE
 from p3b.run.warm_up import warm_up_name
 
 DENSE, SMALLER = "dense", "smaller"
@@ -82,6 +83,7 @@ def config_of(config: CompareConfig, run: Run) -> TrainConfig | PruneConfig:
     defaults, taken = _fields(PhaseOptions()), method_options(run.row)
     unused = {setting for setting, option in METHOD_OPTIONS.items() if option not in taken}
     unused |= set() if computes_active_alone(run.row) else {"prune_compute"}
+    unused |= set() if prunes_in_one_shot(run.row) else {"prune_schedule"}
     shared = {key: defaults[key] if key in unused else value for key, value in _fields(config.prune).items()}
     pruning = PruneOptions(**{**shared, **dict(run.changed)}, prune_method=run.row, prune_ratio=run.ratio)
     if pruning.distill_from == "dense-run":
@@ -137,7 +139,7 @@ def shared_warm_ups(config: CompareConfig, runs: Sequence[Run]) -> set[str]:
 
 def _name_of_warm_up(config: PruneConfig) -> str | None:
     options, seed = config.prune, config.run.seed
-    if config.training.epochs == 0:
+    if config.training.epochs == 0 or options.prune_schedule == AT_ONCE:
         return None
     return warm_up_name(options.prune_method, method_options_of(options, seed), options.prune_start_epoch, seed)
 

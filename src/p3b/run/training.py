@@ -41,6 +41,7 @@ class Epochs:
         lr: for a global batch of 512.
         first: epochs that the stage has behind it.
         until: ends sooner, after so many optimizer steps of the stage, with a checkpoint of that moment.
+        keeps_best: the model ends as the best one where a validation part chooses, unless it is pruned; else as the last.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Epochs:
     lr: float
     first: int = 0
     until: int | None = None
+    keeps_best: bool = True
 
 
 def train_epochs(
@@ -59,7 +61,7 @@ def train_epochs(
     distillation: SelfDistillation | None = None,
     checkpoint: Mapping[str, Any] | None = None,
 ) -> None:
-    """Train for some epochs; the model ends as the best one where a validation part chooses and nothing is pruned.
+    """Train for some epochs; see `Epochs.keeps_best` for how the model ends.
 
     Args:
         stage: that the epochs belong to; it has begun.
@@ -106,7 +108,8 @@ class Training:
         pruner: StepPruner | None,
         distillation: SelfDistillation | None = None,
     ) -> None:
-        self._stage, self._model, self._prunes = stage, model, pruner is not None
+        self._stage, self._model = stage, model
+        self._keeps_best = epochs.keeps_best and pruner is None
         self._steps_per_epoch = stage.recipe.steps_per_epoch
         self._distillation = distillation
         self._learner = _learner(stage.recipe, stage.machine, model, epochs, pruner)
@@ -236,7 +239,7 @@ class Training:
         }
         stage.records.log_epoch(line, self._last_epoch, name, accuracy)
         self._accuracy = name, accuracy.top1
-        if not self._prunes and stage.splits.val is not None and accuracy.top1 > place.best:
+        if self._keeps_best and stage.splits.val is not None and accuracy.top1 > place.best:
             place.best = accuracy.top1
             stage.products.save_best(self._watched)
         self._save(None)
@@ -284,8 +287,11 @@ def _learner(recipe: Recipe, machine: Machine, model: VisionTransformer, epochs:
     if pruner is None:
         # min_lr is not scaled with the batch: where a small one starts below it, the rate must not climb to it.
         least = min(options.min_lr, rate)
-        warmup = min(options.warmup_epochs, epochs.count - 1)
-        scheduler = cosine_schedule(optimizer, epochs.count, recipe.steps_per_epoch, least, warmup)
+        if epochs.until is None:
+            warmup = min(options.warmup_epochs, epochs.count - 1)
+            scheduler = cosine_schedule(optimizer, epochs.count, recipe.steps_per_epoch, least, warmup)
+        else:  # it falls to its end in these steps, too
+            scheduler = cosine_schedule(optimizer, 1, epochs.until - epochs.first * recipe.steps_per_epoch, least, 0)
     return Learner(
         model=wrapped,
         optimizer=optimizer,
