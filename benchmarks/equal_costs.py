@@ -26,7 +26,7 @@ from harness.turns import CPU, take_turns
 from p3b.run.inputs import open_model
 from p3b.run.method_options import method_options_of
 from p3b.run.one_shot import CalibrationImages
-from p3b.run.options import PhaseOptions, PruneOptions, TrainConfig
+from p3b.run.options import PruneOptions, TrainConfig
 from p3b.run.series_plan import DENSE, SMALLER
 from p3b.run.stage import Stage, open_stage
 from p3b.storage import artifact
@@ -148,8 +148,8 @@ def _pruning(row: Row, ratio: float, stage: Stage, model: VisionTransformer, con
 
 
 def _cutting(row: Row, ratio: float, stage: Stage, model: VisionTransformer) -> Callable[[], object]:
-    """A cut in one shot, on as many images as by default."""
-    images = CalibrationImages(stage, PhaseOptions().calibration_images)
+    """A cut in one shot, on as many images as the row takes."""
+    images = CalibrationImages(stage, dict(row.settings)["calibration_images"])
 
     def cut() -> None:
         pruner = p3b.Pruner(deepcopy(model), ratio, row.method, **_options(row, ratio))

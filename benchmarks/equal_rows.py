@@ -16,7 +16,7 @@ from typing import Any
 from harness.records import Line
 from p3b.errors import ConfigError
 from p3b.methods import own_in_warm_up
-from p3b.run.prune_plan import AT_ONCE
+from p3b.run.options import AT_ONCE
 from p3b.run.series_plan import DENSE, SMALLER
 
 PEER, TEACHER = "torch-pruning", "teacher"
@@ -80,7 +80,7 @@ class Row:
 LINEAR = (("prune_benefit", "linear"),)
 LOW_RANK = (("prune_benefit", "low_rank"),)
 REMOVAL = (("prune_benefit", "removal"),)
-ONCE = (("prune_schedule", AT_ONCE), ("prune_steps_update_mask", None))
+ONCE = (("prune_schedule", AT_ONCE), ("prune_steps_update_mask", None), ("calibration_images", 128))
 ACTIVE, COMPENSATED = ("prune_compute", "active"), ("compensate", "on")
 ALIGNED = ("align", 8)
 NARROW = (ALIGNED, ("prune_stream", "auto"))

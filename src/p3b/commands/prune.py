@@ -70,13 +70,7 @@ def prune(config: PruneConfig, warm_up: Path | None = None, splits: DataSplits |
         all_params = count_parameters(model)
         plan = plan_pruning(options, config.training.epochs, recipe.steps_per_epoch, recipe.options.grad_accum_steps)
         distillation = open_distillation(stage, config, plan.schedule.start)
-        schedule = None if plan.one_shot else plan.schedule
-
-        def attached() -> Pruner:
-            compute = options.prune_compute
-            return Pruner(model, options.prune_ratio, options.prune_method, schedule, compute=compute, **method_options)
-
-        pruner = attached()
+        pruner = _pruner(model, options, plan, method_options)
         images = CalibrationImages(stage, options.calibration_images)
         fitted_on = compensated_on(stage, config, pruner, images)
         dense = None if plan.epochs else plain(require_trained(stage))
@@ -84,14 +78,14 @@ def prune(config: PruneConfig, warm_up: Path | None = None, splits: DataSplits |
         _say_plan(stage, pruner, options, method_options, plan)
         stage.screen.follow(Course(phases_of(plan, recipe.steps_per_epoch), all_params, _goal_params(pruner, options)))
         if checkpoint is None:
-            stage.warn_of_little(plan.epochs + plan.finetune_epochs, schedule, options.prune_steps_update_mask)
+            stage.warn_of_little(plan.epochs + plan.finetune_epochs, plan.gradual, options.prune_steps_update_mask)
 
         if checkpoint is None or checkpoint["progress"]["place"]["part"] in ("prune", WARM_UP):
             if plan.at_once:
-                pruner.detach()  # it has seen that the budget can be met; what it measures is the model after the warm-up
+                pruner.detach()  # it has seen that the budget can be met; it is to measure the model after the warm-up
                 epochs = Epochs(WARM_UP, plan.epochs, lr, until=plan.schedule.start, keeps_best=False)
                 train_epochs(stage, model, epochs, distillation=distillation, checkpoint=checkpoint)
-                pruner = attached()
+                pruner = _pruner(model, options, plan, method_options)
             elif plan.epochs:
                 epochs = Epochs("prune", plan.epochs, lr)
                 train_epochs(stage, model, epochs, pruner=pruner, distillation=distillation, checkpoint=checkpoint)
@@ -110,6 +104,11 @@ def prune(config: PruneConfig, warm_up: Path | None = None, splits: DataSplits |
         summary = _tell(stage, model, folder, options, accuracy, distillation, config.run.figure_format)
         stage.machine.on_main(lambda: write_card(folder, name=str(folder)))
         return summary
+
+
+def _pruner(model: VisionTransformer, options: PruneOptions, plan: PrunePlan, method_options: Mapping[str, Any]) -> Pruner:
+    ratio, method, compute = options.prune_ratio, options.prune_method, options.prune_compute
+    return Pruner(model, ratio, method, plan.gradual, compute=compute, **method_options)
 
 
 def _require_same_images(stage: Stage, dense_run: Mapping[str, Any] | None, folder: Path | None) -> None:

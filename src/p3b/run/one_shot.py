@@ -15,8 +15,7 @@ from p3b.errors import ConfigError, ModelError
 from p3b.pruner import Pruner
 from p3b.run.final_table import reported_part
 from p3b.run.guessing import said_of_guessing
-from p3b.run.options import PruneConfig
-from p3b.run.prune_plan import AT_ONCE
+from p3b.run.options import AT_ONCE, PruneConfig
 from p3b.run.stage import Stage
 from p3b.train.evaluate import Accuracy
 from p3b.vit.compensation import require_compensable

@@ -6,6 +6,7 @@ import math
 
 from p3b.errors import ConfigError
 from p3b.run.options import (
+    AT_ONCE,
     DataOptions,
     EvaluateConfig,
     MachineOptions,
@@ -17,7 +18,6 @@ from p3b.run.options import (
     TrainConfig,
     TrainingOptions,
 )
-from p3b.run.prune_plan import AT_ONCE
 from p3b.run.trackers import NONE, trackers_asked_for
 
 _PHASES = (

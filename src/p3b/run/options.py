@@ -15,6 +15,9 @@ import tyro
 
 from p3b.run.augment_options import AugmentOptions
 
+AT_ONCE = "at-once"
+"""The --prune-schedule in which nothing is masked before the cut."""
+
 
 @dataclass(frozen=True)
 class RecipeOptions:

@@ -6,11 +6,8 @@ from dataclasses import dataclass
 
 from p3b.core.schedule import ONE_SHOT, TAU_MAX, Schedule, parse_duration
 from p3b.errors import ScheduleError
-from p3b.run.options import PhaseOptions
+from p3b.run.options import AT_ONCE, PhaseOptions
 from p3b.run.pace import Phase
-
-AT_ONCE = "at-once"
-"""The schedule in which nothing is masked before the cut."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +31,11 @@ class PrunePlan:
     def one_shot(self) -> bool:
         """Whether nothing is masked before the cut."""
         return self.at_once or self.epochs == 0
+
+    @property
+    def gradual(self) -> Schedule | None:
+        """The schedule by which masks close; None in one shot."""
+        return None if self.one_shot else self.schedule
 
 
 def plan_pruning(options: PhaseOptions, epochs: int, steps_per_epoch: int, grad_accum_steps: int) -> PrunePlan:

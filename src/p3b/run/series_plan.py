@@ -12,6 +12,7 @@ from p3b.methods import computes_active_alone, method_options, prunes_in_one_sho
 from p3b.run.distillation import TAU
 from p3b.run.method_options import METHOD_OPTIONS, method_options_of
 from p3b.run.options import (
+    AT_ONCE,
     CompareConfig,
     PhaseOptions,
     PruneConfig,
@@ -21,7 +22,6 @@ from p3b.run.options import (
     TrainingOptions,
 )
 from p3b.run.products import PRODUCTS
-from p3b.run.prune_plan import AT_ONCE
 from p3b.run.warm_up import warm_up_name
 
 DENSE, SMALLER = "dense", "smaller"

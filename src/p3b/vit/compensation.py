@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -44,7 +44,7 @@ from p3b.vit.anatomy.weights import STREAM, Weight, dims_of, expand_along
 from p3b.vit.families import family_of
 from p3b.vit.gates import Gates
 from p3b.vit.layout import BlockLayout, ModelLayout
-from p3b.vit.observing import Seen, evaluating, observed
+from p3b.vit.observing import evaluating, observed
 
 PENALTY = 0.01
 """r, what holds weights to those that were trained, as a share of each feature's variance."""
@@ -81,12 +81,12 @@ def compensate(
     branches = _branches(model, layout)
     if layout.stream is not None:
         batches = list(batches)  # gone through again for the heads
-    dense = [_first_stream(model, batch) for batch in batches]
+    heads = None if layout.stream is None else _Heads(model, layout, masks)
+    dense = [_first_stream(model, batch, heads) for batch in batches]
     if not dense:
         raise ModelError("There are no images to compensate the cut on: the batches are empty, or an iterator that is used up.")
-    cut, heads = dense, None
-    if layout.stream is not None:
-        heads = _Heads(model, layout, masks, list(batches))
+    cut = dense
+    if heads is not None:
         with heads.narrowed():
             cut = [_first_stream(model, batch) for batch in batches]
     streams = [_Streams(*each) for each in zip(dense, cut, strict=True)]
@@ -95,7 +95,7 @@ def compensate(
             timm_block, half = branches[block.name]
             _Branch(timm_block, half, block, masks).fit(streams, reduce, penalty)
     if heads is not None:
-        heads.fit(reduce, penalty)
+        heads.fit(batches, reduce, penalty)
 
 
 def require_compensable(model: VisionTransformer, layout: ModelLayout) -> None:
@@ -124,17 +124,36 @@ def _branches(model: VisionTransformer, layout: ModelLayout) -> dict[str, tuple[
 
 @dataclass
 class _Streams:
-    """The stream of a batch in the dense model and in the cut one, (S, N, D) each."""
+    """The stream of a batch in the dense model and in the cut one, (S, N, D) each; what the dense branch at hand puts out."""
 
     dense: Tensor
     cut: Tensor
+    output: Tensor | None = None
 
 
-def _first_stream(model: VisionTransformer, batch: Tensor) -> Tensor:
-    """x_0: what the first block is given."""
-    with observed(model, [model.blocks[0]]) as seen:
+class _Stop(Exception):  # noqa: N818 - it is none
+    """What is looked for has been seen: the rest of the forward pass is left out."""
+
+
+def _first_stream(model: VisionTransformer, batch: Tensor, heads: _Heads | None = None) -> Tensor:
+    """x_0: what the first block is given; the heads, where there are some, take note of their answers."""
+    first = model.blocks[0]
+    if heads is not None:
+        with observed(model, [first, *heads.layers]) as seen:
+            model(batch)
+        heads.answers.append([seen[head].output for head in heads.layers])
+        return seen[first].input
+    found: list[Tensor] = []
+
+    def keep(_block: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        found.append(inputs[0])
+        raise _Stop
+
+    handle = first.register_forward_pre_hook(keep)
+    with evaluating(model), suppress(_Stop):
         model(batch)
-    return seen[model.blocks[0]].input
+    handle.remove()
+    return found[0]
 
 
 class _Heads:
@@ -142,19 +161,19 @@ class _Heads:
 
     Args:
         model, layout, masks: as in `compensate`; nothing is fitted yet.
-        batches: of images.
+
+    Attributes:
+        layers: the heads.
+        answers: of the dense model, by batch and head.
     """
 
-    def __init__(
-        self, model: VisionTransformer, layout: ModelLayout, masks: Mapping[str, Tensor], batches: Sequence[Tensor]
-    ) -> None:
+    def __init__(self, model: VisionTransformer, layout: ModelLayout, masks: Mapping[str, Tensor]) -> None:
         assert layout.stream is not None
-        self._model, self._layout, self._batches = model, layout, batches
+        self._model, self._layout = model, layout
         self._stays = masks[STREAM] >= 0.5
         keys = [weight.key for weight in layout.stream.outside if len(weight.axes) == 2 and STREAM in weight.axes[1]]
-        self._heads: list[Any] = [model.get_submodule(key.rpartition(".")[0]) for key in keys]
-        self._answers = [[seen.output for seen in each] for each in self._seen()]
-        """Of the dense model, by batch and head."""
+        self.layers: list[Any] = [model.get_submodule(key.rpartition(".")[0]) for key in keys]
+        self.answers: list[list[Tensor]] = []
 
     @contextmanager
     def narrowed(self) -> Iterator[None]:
@@ -168,23 +187,20 @@ class _Heads:
         finally:
             gates.detach()
 
-    def fit(self, reduce: Reduce, penalty: float) -> None:
+    def fit(self, batches: Iterable[Tensor], reduce: Reduce, penalty: float) -> None:
         """Close and fit all heads, once the blocks are."""
+        features: list[list[Tensor]] = []
         with self.narrowed():
-            features = [[seen.input for seen in each] for each in self._seen()]
-        for number, head in enumerate(self._heads):
+            for batch in batches:
+                with observed(self._model, self.layers) as seen:
+                    self._model(batch)
+                features.append([seen[head].input for head in self.layers])
+        for number, head in enumerate(self.layers):
             layer = _CutLayer(head, torch.ones(head.out_features, dtype=torch.bool), self._stays.cpu())
             layer.close()
             if not layer.frozen:
-                pairs = zip(features, self._answers, strict=True)
+                pairs = zip(features, self.answers, strict=True)
                 layer.fit(((given[number], answers[number]) for given, answers in pairs), reduce, penalty)
-
-    def _seen(self) -> Iterator[list[Seen]]:
-        """What the heads see, batch by batch."""
-        for batch in self._batches:
-            with observed(self._model, self._heads) as seen:
-                self._model(batch)
-            yield [seen[head] for head in self._heads]
 
 
 class _Branch:
@@ -216,8 +232,15 @@ class _Branch:
             if not layer.frozen:
                 layer.fit((self._features_and_target(name, each) for each in streams), reduce, penalty)
         for each in streams:
-            each.dense = each.dense + self._scaled(self._dense(self._norm(each.dense)))
+            each.dense = each.dense + self._scaled(self._output_of(each))
+            each.output = None
             each.cut = each.cut + self._scaled(self._cut(self._norm_of_cut(each.cut)))
+
+    def _output_of(self, streams: _Streams) -> Tensor:
+        """What the dense branch puts out, which the last layer's target and the stream both need."""
+        if streams.output is None:
+            streams.output = self._dense(self._norm(streams.dense))
+        return streams.output
 
     def _norm_of_cut(self, x_SND: Tensor) -> Tensor:
         return self._norm(x_SND) if self._stream is None else norm_of_kept(self._norm, x_SND, self._stream).to(x_SND.dtype)
@@ -227,16 +250,16 @@ class _Branch:
 
     def _features_and_target(self, name: str, streams: _Streams) -> tuple[Tensor, Tensor]:
         """What a layer of the cut branch is given, and what it should put out."""
-        z_SND, cut_SND = self._norm(streams.dense), self._norm_of_cut(streams.cut)
+        cut_SND = self._norm_of_cut(streams.cut)
         if name != self._last:
-            return cut_SND, self._dense.get_submodule(name)(z_SND)
+            return cut_SND, self._dense.get_submodule(name)(self._norm(streams.dense))
         missed_SND = streams.dense - streams.cut
         if self._scale is not None:
             missed_SND = torch.where(self._scale == 0, 0, missed_SND / self._scale)
         layer = self._cut.get_submodule(name)
         with observed(self._cut, [layer]) as seen:
             self._cut(cut_SND)
-        return seen[layer].input, self._dense(z_SND) + missed_SND
+        return seen[layer].input, self._output_of(streams) + missed_SND
 
     def _kept(self, weight: Weight, axis: int) -> Tensor:
         """Which rows (axis 0) or columns (1) of a matrix stay, bool."""
