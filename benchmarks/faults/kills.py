@@ -60,6 +60,9 @@ KINDS = {
         *("--precision", "fp32", "--num-workers", "0", "--prune-benefit", "linear", "--prune-compute", "active"),
         *("--prune-stream", "auto", "--align", "4", "--model-ema", "--model-ema-decay", "0.9"),
     ),
+    "cut at once": (
+        *("--precision", "fp32", "--num-workers", "0", "--prune-schedule", "at-once", "--prune-stream", "auto", "--align", "4"),
+    ),
     "bf16, accumulated, a data worker": ("--precision", "bf16", "--num-workers", "1", "--grad-accum-steps", "2"),
 }
 TWO_RANKS = "two processes"
