@@ -8,7 +8,8 @@ import pytest
 
 from p3b.run.flags import settings_of
 from p3b.run.options import PruneConfig
-from p3b.run.recipes import Facts, auto_recipe, small_recipe
+from p3b.run.recipe_terms import Facts
+from p3b.run.recipes import auto_recipe, small_recipe
 
 PHOTOS = Facts(
     images=240,
@@ -28,6 +29,7 @@ PHOTOS = Facts(
     processes=1,
     prunes=True,
     narrows=True,
+    compensates=True,
 )
 
 
@@ -66,7 +68,7 @@ def test_the_rate_of_a_step_fits_the_batch_that_is_given() -> None:
 @pytest.mark.parametrize("images", [12, 120, 240, 1200, 6000, 50_000, 1_000_000])
 @pytest.mark.parametrize("prunes", [True, False])
 def test_there_are_enough_steps_and_masks_live_for_some_tens_of_them(images: int, prunes: bool) -> None:
-    facts = replace(PHOTOS, images=images, prunes=prunes)
+    facts = replace(PHOTOS, images=images, prunes=prunes, compensates=False)
     values = chosen(facts)
     batch = int(values["batch_size"])  # type: ignore[call-overload]
     epochs = int(values["epochs"])  # type: ignore[call-overload]
@@ -166,6 +168,34 @@ def test_one_shot_gets_nothing_that_it_would_not_use() -> None:
 
 
 MANY = replace(PHOTOS, images=10_000)
+GRADUAL = replace(MANY, compensates=False)
+
+
+def test_many_images_get_a_cut_at_once_where_it_can_be_compensated() -> None:
+    values = chosen(MANY)
+    at_once = {"prune_schedule": "at-once", "prune_stream": "auto", "align": 8, "calibration_images": 128}
+    assert at_once.items() <= values.items()
+    assert values["epochs"] == 10 and values["prune_start_epoch"] == "94steps", "3 % of the run"
+    gradual = {"finetune_epochs", "prune_update_every", "prune_benefit", "prune_compute"}
+    assert not gradual & values.keys() and gradual <= chosen(GRADUAL).keys()
+    assert chosen(replace(MANY, images=5_000))["prune_start_epoch"] == "80steps", "and 80 at least"
+    assert chosen(replace(MANY, classes=300))["calibration_images"] == 600
+    for given in ({"align": 8}, {"prune_stream": "auto"}, {"prune_benefit": "removal"}, {"prune_method": "uniform"}):
+        assert chosen(MANY, **given)["prune_schedule"] == "at-once", given
+    for given in (
+        {"prune_masks": "hard"},
+        {"prune_compute": "active"},
+        {"prune_benefit": "linear"},
+        {"prune_stream": 0.0},
+        {"compensate": "off"},
+        {"spare": ("blocks.0",)},
+        {"prune_method": "block_pr"},
+        {"prune_method": "taylor"},
+        {"prune_schedule": "gradual"},
+    ):
+        assert "prune_schedule" not in chosen(MANY, **given) and "calibration_images" not in chosen(MANY, **given), given
+    for facts in (GRADUAL, replace(MANY, narrows=False), replace(MANY, prunes=False), PHOTOS):
+        assert "prune_schedule" not in chosen(facts)
 
 
 def test_a_model_whose_stream_can_be_narrowed_gets_narrower_where_nothing_forbids_it() -> None:
@@ -186,7 +216,7 @@ def test_a_model_whose_stream_can_be_narrowed_gets_narrower_where_nothing_forbid
 
 
 def test_where_probes_would_see_few_images_of_a_class_there_are_none() -> None:
-    crowded = replace(MANY, classes=512, smallest=20, largest=20)
+    crowded = replace(GRADUAL, classes=512, smallest=20, largest=20)
     (choice,) = [each for each in auto_recipe(crowded, {}).choices if each.setting == "prune_benefit"]
     assert choice.value == "removal" and "images of a class before pruning starts" in choice.reason
     assert chosen(crowded, epochs=40, prune_start_epoch="20")["prune_benefit"] == "linear", "a longer warm-up shows more"
@@ -195,14 +225,14 @@ def test_where_probes_would_see_few_images_of_a_class_there_are_none() -> None:
 
 def test_with_many_images_most_of_a_run_is_of_the_small_model() -> None:
     for images, least, most in ((120, 0.9, 1.0), (1200, 0.9, 1.0), (6000, 1.5, 2.1), (1_000_000, 1.5, 2.1)):
-        values = chosen(replace(PHOTOS, images=images))
+        values = chosen(replace(PHOTOS, images=images, compensates=False))
         assert least <= values["finetune_epochs"] / values["epochs"] <= most  # type: ignore[operator]
 
 
 def test_many_images_get_the_cheapest_probes_and_steps_that_get_quicker() -> None:
     cheap = {"prune_benefit": "linear", "prune_compute": "active"}
-    assert cheap.items() <= chosen(MANY).items() and not cheap.keys() & chosen(PHOTOS).keys()
-    assert not cheap.keys() & chosen(MANY, prune_method="taylor").keys()
-    assert not cheap.keys() & chosen(MANY, prune_method="block_pr").keys()
-    assert cheap.keys() & chosen(MANY, prune_method="uniform").keys() == {"prune_compute"}
-    assert cheap.keys() & chosen(MANY, compile=True).keys() == {"prune_benefit"}
+    assert cheap.items() <= chosen(GRADUAL).items() and not cheap.keys() & chosen(PHOTOS).keys()
+    assert not cheap.keys() & chosen(GRADUAL, prune_method="taylor").keys()
+    assert not cheap.keys() & chosen(GRADUAL, prune_method="block_pr").keys()
+    assert cheap.keys() & chosen(GRADUAL, prune_method="uniform").keys() == {"prune_compute"}
+    assert cheap.keys() & chosen(GRADUAL, compile=True).keys() == {"prune_benefit"}

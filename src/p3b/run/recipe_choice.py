@@ -16,7 +16,8 @@ from p3b.run.inputs import open_splits
 from p3b.run.option_checks import check
 from p3b.run.options import CompareConfig, ModelOptions, PruneConfig, RecipeOptions, SweepConfig, TrainConfig
 from p3b.run.recipe_facts import read_facts, weights_fit
-from p3b.run.recipes import Choice, auto_recipe, small_recipe
+from p3b.run.recipe_terms import Choice
+from p3b.run.recipes import auto_recipe, small_recipe
 from p3b.train.distributed import Processes
 
 Config = TrainConfig | CompareConfig | SweepConfig

@@ -18,13 +18,14 @@ from p3b.data.images import LabelledImages
 from p3b.errors import DataError, ModelError
 from p3b.run.inputs import open_model
 from p3b.run.options import ModelOptions, TrainingOptions
-from p3b.run.recipes import Facts
+from p3b.run.recipe_terms import Facts
 from p3b.storage import artifact
 from p3b.storage.models import parse_model_kwargs
 from p3b.train.distributed import Processes
 from p3b.vit.anatomy.weights import STREAM
+from p3b.vit.compensation import require_compensable
 from p3b.vit.families import family_of, images_of, width_of
-from p3b.vit.layout import read_layout
+from p3b.vit.layout import ModelLayout, read_layout
 from p3b.vit.valueless import without_values
 
 LOOKED_AT = 48
@@ -66,15 +67,24 @@ def read_facts(
         memory=_memory(device) // (1 if device.type == "cuda" else processes.local_world_size),
         processes=processes.world_size,
         prunes=prunes,
-        narrows=prunes and _narrows(model),
+        narrows=prunes and (layout := _narrow_layout(model)) is not None,
+        compensates=prunes and layout is not None and _compensates(model, layout),
     )
 
 
-def _narrows(model: VisionTransformer) -> bool:
-    """Whether the residual stream and whole heads are prunable; models in stages have more than one stream."""
+def _narrow_layout(model: VisionTransformer) -> ModelLayout | None:
+    """Map of a model whose residual stream and whole heads are prunable; models in stages have more than one stream."""
     try:
-        read_layout(model, ("heads", "head", "hidden", STREAM))
+        return read_layout(model, ("heads", "head", "hidden", STREAM))
     except ModelError:  # what cannot be pruned at all is refused later, in the words of its method
+        return None
+
+
+def _compensates(model: VisionTransformer, layout: ModelLayout) -> bool:
+    """Whether a cut in one shot can be made up for."""
+    try:
+        require_compensable(model, layout)
+    except ModelError:
         return False
     return True
 
