@@ -214,7 +214,6 @@ class _Branch:
 
     def __init__(self, timm_block: nn.Module, half: PreNorm, block: BlockLayout, masks: Mapping[str, Tensor]) -> None:
         self._norm, self._scale = half.entry(timm_block), half.scale(timm_block)
-        self._stream = (masks[STREAM] >= 0.5) if STREAM in masks else None
         self._cut = timm_block.get_submodule(half.name)
         self._dense = deepcopy(self._cut)
         inside = f"{block.name}."
@@ -223,6 +222,8 @@ class _Branch:
         """Its linear layers by name, in their order; the last one writes to the stream."""
         self._last = next(name for name, layer in self._cut.named_modules() if layer is half.body.last(self._cut))
         self._block, self._masks = block, masks
+        device = half.body.last(self._cut).weight.device
+        self._stream = (masks[STREAM] >= 0.5).to(device) if STREAM in masks else None
 
     def fit(self, streams: Sequence[_Streams], reduce: Reduce, penalty: float) -> None:
         """Close and fit all layers, and let the streams run on."""
