@@ -70,8 +70,8 @@ def compensate(
         model: dense, without gates.
         layout: its map.
         masks: by gate name; an element stays where its mask is >= 0.5.
-        batches: images, (S, C, H, W) each, on the model's device; a few hundred are enough. Two streams of them, (S, N, D)
-            each, are held; where the stream is cut, the images as well.
+        batches: images, (S, C, H, W) each, on the model's device; a few hundred are enough. Three tensors of them, (S, N,
+            D) each, are held; where the stream is cut, the images as well.
         reduce: mean of a tensor over all ranks, which have images of their own.
         penalty: r, >= 0.
 
@@ -150,9 +150,11 @@ def _first_stream(model: VisionTransformer, batch: Tensor, heads: _Heads | None 
         raise _Stop
 
     handle = first.register_forward_pre_hook(keep)
-    with evaluating(model), suppress(_Stop):
-        model(batch)
-    handle.remove()
+    try:
+        with evaluating(model), suppress(_Stop):
+            model(batch)
+    finally:
+        handle.remove()
     return found[0]
 
 
