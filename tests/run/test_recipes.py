@@ -179,7 +179,8 @@ def test_many_images_get_a_cut_at_once_where_it_can_be_compensated() -> None:
     gradual = {"finetune_epochs", "prune_update_every", "prune_benefit", "prune_compute"}
     assert not gradual & values.keys() and gradual <= chosen(GRADUAL).keys()
     assert chosen(replace(MANY, images=5_000))["prune_start_epoch"] == "80steps", "and 80 at least"
-    assert chosen(replace(MANY, classes=300))["calibration_images"] == 600
+    assert chosen(replace(MANY, images=1_000_000, classes=300))["calibration_images"] == 600
+    assert "prune_schedule" not in chosen(replace(MANY, classes=300)), "ten images of a class tell too little"
     for given in ({"align": 8}, {"prune_stream": "auto"}, {"prune_benefit": "removal"}, {"prune_method": "uniform"}):
         assert chosen(MANY, **given)["prune_schedule"] == "at-once", given
     for given in (

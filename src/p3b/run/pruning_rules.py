@@ -6,11 +6,12 @@ from typing import Any
 
 from p3b.core.schedule import parse_duration
 from p3b.run.options import AT_ONCE
-from p3b.run.recipe_terms import Choice, Facts, Rule, Settings, is_early, steps_of, steps_per_epoch
+from p3b.run.recipe_terms import Choice, Facts, Rule, Settings, global_batch, is_early, passes_of, steps_of, steps_per_epoch
 
 
 def prune_schedule(facts: Facts, settled: Settings) -> Choice | None:
-    """In one shot after a short warm-up, where that is known to be better: where a narrower stream can be compensated.
+    """In one shot after a short warm-up, where that is known to be better: where a narrower stream can be compensated, and the
+    warm-up shows enough images of a class for the model to be measured.
 
     Not where something is given that only masks which close step by step have, or that other forms of the small model need.
     """
@@ -18,6 +19,9 @@ def prune_schedule(facts: Facts, settled: Settings) -> Choice | None:
     wide = settled.get("prune_stream", "auto") == 0 or settled.get("compensate") == "off"
     by_hand = any(settled.get(other) for other in _BY_HAND)
     if gradual or wide or by_hand or not (facts.narrows and facts.compensates and _narrows_widths(facts, settled)):
+        return None
+    warm_up = _warm_up_at_once(facts, settled, settled.get("epochs", passes_of(facts, settled)))
+    if warm_up * global_batch(facts, settled) < _SEEN * facts.classes:
         return None
     return Choice("prune_schedule", AT_ONCE, "the sooner the model is small, the more it learns in the same time")
 
@@ -48,11 +52,17 @@ def prune_start(facts: Facts, settled: Settings) -> Choice | None:
         return None
     if is_at_once(settled):
         in_all = steps_of(facts, settled, settled["epochs"])
-        steps = max(1, min(max(_WARM_UP_STEPS, round(_WARM_UP_SHARE * in_all)), in_all // 3))
+        steps = _warm_up_at_once(facts, settled, settled["epochs"])
         return Choice("prune_start_epoch", f"{steps}steps", f"a warm-up of {steps:,} steps in {in_all:,}")
     share = 25 if is_early(facts) else 20
     steps = steps_of(facts, settled, share / 100 * settled["epochs"])
     return Choice("prune_start_epoch", f"{share}%", f"{steps} steps of warm-up")
+
+
+def _warm_up_at_once(facts: Facts, settled: Settings, epochs: float) -> int:
+    """Steps before a cut at once, in a run of so many epochs."""
+    in_all = steps_of(facts, settled, epochs)
+    return max(1, min(max(_WARM_UP_STEPS, round(_WARM_UP_SHARE * in_all)), in_all // 3))
 
 
 _WARM_UP_STEPS, _WARM_UP_SHARE = 80, 0.03
@@ -98,8 +108,8 @@ def prune_benefit(facts: Facts, settled: Settings) -> Choice | None:
 
 
 _SEEN = 100
-"""Images of a class in the warm-up from which on probes know enough to judge blocks: with 5 they did not, with 400 they did
-(docs/results/equal_time_syllables.md, docs/results/equal_time.md).
+"""Images of a class in the warm-up from which on enough is known to judge blocks: with 5 linear probes knew nothing, with 400
+they and a cut at once did (docs/results/equal_time_syllables.md, docs/results/equal_time.md).
 """
 
 

@@ -102,3 +102,21 @@ def steps_per_epoch(facts: Facts, settled: Settings) -> int:
 
 def global_batch(facts: Facts, settled: Settings) -> int:
     return int(settled["batch_size"] * facts.processes * settled.get("grad_accum_steps", 1))
+
+
+def passes_of(facts: Facts, settled: Settings) -> int:
+    """Passes over the images: the fewer there are, the more; the steps still grow, with the square root of the images.
+
+    More than 60 passes over the same images hardly teach more, unless they are so few that there would be hardly a step, or of
+    so many classes that there would be few for each.
+    """
+    a_pass = steps_per_epoch(facts, settled)
+    passes = max(10, min(60, round(1000 / math.sqrt(facts.images))))
+    passes = max(
+        passes, min(_MOST_PASSES, math.ceil(_STEPS_A_CLASS * facts.classes / a_pass)), math.ceil(_LEAST_STEPS / a_pass)
+    )
+    return passes if facts.pretrained else 2 * passes
+
+
+_LEAST_STEPS, _STEPS_A_CLASS, _MOST_PASSES = 250, 20, 100
+"""Steps of a run; steps for each class, and the passes that these may come to."""

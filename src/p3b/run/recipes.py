@@ -24,7 +24,18 @@ from p3b.run.pruning_rules import (
     prune_start,
     prune_update,
 )
-from p3b.run.recipe_terms import MANY, Choice, Facts, Recipe, Rule, Settings, global_batch, is_early, steps_of, steps_per_epoch
+from p3b.run.recipe_terms import (
+    MANY,
+    Choice,
+    Facts,
+    Recipe,
+    Rule,
+    Settings,
+    global_batch,
+    is_early,
+    passes_of,
+    steps_of,
+)
 
 RECIPES = ("auto", "small", "paper")
 
@@ -114,7 +125,7 @@ def _power_of_two(most: float) -> int:
 
 
 def _epochs(facts: Facts, settled: Settings) -> Choice:
-    passes = _passes(facts, settled)
+    passes = passes_of(facts, settled)
     at_once = is_at_once(settled)
     count = math.ceil(passes / _pruning_part(facts)) if facts.prunes and not at_once else passes
     what = "nearly all with the small model, whose steps cost less" if at_once else "of training"
@@ -128,7 +139,7 @@ def _epochs(facts: Facts, settled: Settings) -> Choice:
 def _finetune_epochs(facts: Facts, settled: Settings) -> Choice | None:
     if not facts.prunes or is_at_once(settled):
         return None
-    passes = _passes(facts, settled)
+    passes = passes_of(facts, settled)
     left = passes - math.ceil(passes / _pruning_part(facts))
     early = "the sooner the model is small, the more it learns in the same time"
     return Choice("finetune_epochs", left, early if is_early(facts) else "the small model has to recover")
@@ -137,24 +148,6 @@ def _finetune_epochs(facts: Facts, settled: Settings) -> Choice | None:
 def _pruning_part(facts: Facts) -> int:
     """One in so many passes is for pruning."""
     return 3 if is_early(facts) else 2
-
-
-def _passes(facts: Facts, settled: Settings) -> int:
-    """Passes over the images: the fewer there are, the more; the steps still grow, with the square root of the images.
-
-    More than 60 passes over the same images hardly teach more, unless they are so few that there would be hardly a step, or of
-    so many classes that there would be few for each.
-    """
-    a_pass = steps_per_epoch(facts, settled)
-    passes = max(10, min(60, round(1000 / math.sqrt(facts.images))))
-    passes = max(
-        passes, min(_MOST_PASSES, math.ceil(_STEPS_A_CLASS * facts.classes / a_pass)), math.ceil(_LEAST_STEPS / a_pass)
-    )
-    return passes if facts.pretrained else 2 * passes
-
-
-_LEAST_STEPS, _STEPS_A_CLASS, _MOST_PASSES = 250, 20, 100
-"""Steps of a run; steps for each class, and the passes that these may come to."""
 
 
 def _lr(facts: Facts, settled: Settings) -> Choice:
