@@ -115,6 +115,21 @@ def one_step(pruner: p3b.Pruner, wrapped: nn.Module, batch: Tensor, targets: Ten
     pruner.step()
 
 
+def one_shot(out: Path) -> None:
+    """Ranks measure and compensate on images of their own; what they cut, and what they fit, is the same."""
+    x, y = images(32, size=16), labels(32)
+    ways: list[tuple[str, dict[str, Any]]] = [(method, {}) for method in METHODS if method != "wdpruning"]
+    with process_group("cpu") as (processes, _):
+        own = slice(processes.rank, None, RANKS)
+        batches = list(zip(x[own].split(4), y[own].split(4), strict=True))
+        for method, options in (*ways, ("block_benefit", {"estimator": "ridge"}), ("block_benefit", {"stream": "auto"})):
+            model = tiny_vit(img_size=16)
+            pruner = p3b.Pruner(model, 0.5, method, **options)
+            pruner.calibrate(batches, nn.functional.cross_entropy)
+            small = pruner.finalize([batch for batch, _ in batches])
+            assert all(same_tensors(small.state_dict(), other) for other in gather(small.state_dict())), (method, options)
+
+
 def disagreeing(out: Path) -> None:
     """One rank has come by another importance of the blocks: all ranks stop, at a mask update and at the last decision."""
     with process_group("cpu") as (processes, _):
@@ -168,14 +183,17 @@ def resuming(out: Path) -> None:
 
     given = ("--epochs", "2", "--drop-path", "0.3", "--batch-size", "2", "--lr", "0.1", "--prune-start-epoch", "2steps")
     given = (*given, "--distill-from", "warm-up")
-    assert run("prune", *flags(out / "data", out / "whole", *given)) == 0
-    p3b.run.training.save_checkpoint = save_and_stop
-    with contextlib.suppress(KeyboardInterrupt):
-        run("prune", *flags(out / "data", out / "stopped", *given))
-    p3b.run.training.save_checkpoint = save
-    assert not (out / "stopped" / "pruned").exists()
-    assert run("prune", *flags(out / "data", out / "stopped", *given, "--resume")) == 0
-    assert same_tensors(weights(out / "whole" / "pruned"), weights(out / "stopped" / "pruned"))
+    at_once = ("--prune-schedule", "at-once", "--prune-stream", "auto", "--align", "4")
+    for kind, more in (("gradual", ()), ("at once", at_once)):
+        whole, stopped = out / f"{kind}, whole", out / f"{kind}, stopped"
+        assert run("prune", *flags(out / "data", whole, *given, *more)) == 0
+        p3b.run.training.save_checkpoint = save_and_stop
+        with contextlib.suppress(KeyboardInterrupt):
+            run("prune", *flags(out / "data", stopped, *given, *more))
+        p3b.run.training.save_checkpoint = save
+        assert not (stopped / "pruned").exists()
+        assert run("prune", *flags(out / "data", stopped, *given, *more, "--resume")) == 0
+        assert same_tensors(weights(whole / "pruned"), weights(stopped / "pruned"))
 
 
 def one_rank_alone_fails(out: Path) -> None:
@@ -195,6 +213,7 @@ LAWS = (
     collectives,
     evaluation,
     pruning,
+    one_shot,
     disagreeing,
     a_step_that_is_not_finite_on_one_rank,
     resuming,

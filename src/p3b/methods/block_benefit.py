@@ -230,7 +230,8 @@ class BlockBenefit:
         blocks = self._layout.blocks
         benefits_2B, removal_B = mean("benefits"), mean("removal")
         if removal_B is not None:
-            benefits_2B = removal_B.sqrt().expand(2, -1)  # one benefit, of neither the class token nor the patches
+            # One benefit, of neither the class token nor the patches; in one shot every rank has seen images of its own.
+            benefits_2B = self._reduce(removal_B).sqrt().expand(2, -1)
         if mean("scores") is None or (benefits_2B is None and not self._may_rest()):
             raise TrainingError(
                 "Nothing has been measured that masks could be decided from. Call pruner.loss(criterion, targets) after each "
