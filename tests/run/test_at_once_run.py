@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,7 @@ def test_its_phases_are_a_warm_up_and_the_small_model() -> None:
     plan = plan_pruning(options, 2, 8, 1)
     assert (plan.epochs, plan.finetune_epochs, plan.schedule.start, plan.one_shot, plan.gradual) == (1, 3, 2, True, None)
     assert [(phase.name, phase.end) for phase in phases_of(plan, 8)] == [("warm-up", 2), ("fine-tune", 32)]
+    assert plan_pruning(replace(options, prune_start_epoch="1.01"), 2, 8, 1).epochs == 1, "to whole steps"
     gradual = plan_pruning(PhaseOptions(prune_start_epoch="1"), 3, 8, 1)
     assert isinstance(gradual.gradual, Schedule) and not gradual.one_shot
     with pytest.raises(ScheduleError, match="a step at least"):

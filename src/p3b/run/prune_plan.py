@@ -78,15 +78,16 @@ def plan_pruning(options: PhaseOptions, epochs: int, steps_per_epoch: int, grad_
 
 def _at_once(start: float, epochs: int, steps_per_epoch: int, finetune_epochs: int) -> PrunePlan:
     """A warm-up, and the cut."""
-    steps, whole = round(start * steps_per_epoch), -(-start // 1)
+    steps = round(start * steps_per_epoch)
+    whole = -(-steps // steps_per_epoch)
     if not 0 < start <= epochs or steps == 0:
         raise ScheduleError(
             f"With --prune-schedule at-once the model is cut after {start:g} epochs, which are {steps} optimizer steps "
             f"(--prune-start-epoch), of {epochs} (--epochs); expected 0 < start <= epochs, and a step at least. To cut it as "
             "it is give --epochs 0."
         )
-    left = epochs - int(whole) + finetune_epochs
-    return PrunePlan(Schedule(steps, steps + 1, steps + 1, update_every=1), int(whole), left, at_once=True)
+    schedule = Schedule(steps, steps + 1, steps + 1, update_every=1)
+    return PrunePlan(schedule, whole, epochs - whole + finetune_epochs, at_once=True)
 
 
 def phases_of(plan: PrunePlan, steps_per_epoch: int) -> tuple[Phase, ...]:
