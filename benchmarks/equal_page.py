@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -150,13 +151,12 @@ def _epochs(line: Line) -> str:
 
 
 def _time(lines: Sequence[Line], precision: str) -> list[str]:
-    seconds = [f"{line['processor_seconds']:,.0f}" for line in sorted(lines, key=_seconds_of) if is_timed(line, precision)]
+    seconds = [
+        f"{line['processor_seconds']:,.0f}"
+        for line in sorted(lines, key=itemgetter("processor_seconds"))
+        if is_timed(line, precision)
+    ]
     return [f"{lines[0]['plan']['dense_epochs']:.2f}", " to ".join(dict.fromkeys([*seconds[:1], *seconds[-1:]])) or "-"]
-
-
-def _seconds_of(line: Line) -> float:
-    found: float = line["processor_seconds"]
-    return found
 
 
 def _costs(lines: Sequence[Line]) -> list[str]:

@@ -114,6 +114,15 @@ def _cuts(draw: st.DrawFn, gates_of_block: int = 6, gates_beside: int = 0) -> Cu
     return Cut(shape, draw(st.lists(st.sampled_from(sorted(KEPT)), min_size=gates, max_size=gates)), draw(SEEDS))
 
 
+def _cut_as_planned(model: torch.nn.Module, layout: ModelLayout, masks: dict[str, Tensor], seed: int) -> Tensor:
+    """Make a model small and demand that its parameters are those planned; images to compare its answers on."""
+    plan = plan_cuts(layout, masks)
+    apply_cuts(model, plan)
+    counted = sum(parameter.numel() for parameter in model.parameters())
+    demand(counted == plan.params, f"{counted} parameters, planned were {plan.params}")
+    return torch.randn(2, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
 def _small_is_the_masked_one(given: Cut) -> None:
     dense = given.shape.build()
     layout = read_layout(dense)
@@ -122,12 +131,7 @@ def _small_is_the_masked_one(given: Cut) -> None:
     gates = Gates(layout, masked)
     gates.attach(masked)
     gates.set(masks)
-    plan = plan_cuts(layout, masks)
-    apply_cuts(small, plan)
-    counted = sum(parameter.numel() for parameter in small.parameters())
-    demand(counted == plan.params, f"{counted} parameters, planned were {plan.params}")
-
-    images = torch.randn(2, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(given.seed))
+    images = _cut_as_planned(small, layout, masks, given.seed)
     with torch.no_grad():
         answer, expected = small(images), masked(images)
     miss = float((answer - expected).abs().max())
@@ -158,11 +162,7 @@ def _narrow_small_is_the_masked_one(given: Cut) -> None:
         gates.set(masks)
         if gates.active is not None:
             gates.active.set(masks)
-    plan = plan_cuts(layout, masks)
-    apply_cuts(small, plan)
-    counted = sum(parameter.numel() for parameter in small.parameters())
-    demand(counted == plan.params, f"{counted} parameters, planned were {plan.params}")
-    images = torch.randn(2, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(given.seed))
+    images = _cut_as_planned(small, layout, masks, given.seed)
     with torch.no_grad():
         expected, answers = masked(images), {"small": small(images), "active": active(images)}
     for name, answer in answers.items():

@@ -15,7 +15,7 @@ from p3b.errors import ConfigError, ModelError
 from p3b.pruner import Pruner
 from p3b.run.final_table import reported_part
 from p3b.run.guessing import said_of_guessing
-from p3b.run.options import AT_ONCE, PruneConfig
+from p3b.run.options import PruneConfig
 from p3b.run.stage import Stage
 from p3b.train.evaluate import Accuracy
 from p3b.vit.compensation import require_compensable
@@ -24,8 +24,7 @@ from p3b.vit.compensation import require_compensable
 def compensates(config: PruneConfig) -> bool:
     """Whether what is cut is made up for by what stays."""
     asked = config.prune.compensate
-    one_shot = config.training.epochs == 0 or config.prune.prune_schedule == AT_ONCE
-    return one_shot if asked == "auto" else asked == "on"
+    return config.one_shot if asked == "auto" else asked == "on"
 
 
 def require_trained(stage: Stage) -> dict[str, Accuracy]:

@@ -30,7 +30,7 @@ _PHASES = (
     "prune_schedule",
 )
 """Settings that say when masks close while a model trains."""
-_GRADUAL = (*(name for name in _PHASES if name not in ("prune_start_epoch", "prune_schedule")), "prune_compute")
+OF_GRADUAL = (*(name for name in _PHASES if name not in ("prune_start_epoch", "prune_schedule")), "prune_compute")
 """Those that mean nothing where masks close at once."""
 
 
@@ -151,7 +151,7 @@ def _check_one_shot(config: PruneConfig) -> None:
     options, defaults = config.prune, PhaseOptions()
     if config.training.epochs > 0:
         if options.prune_schedule == AT_ONCE:
-            for name in _GRADUAL:
+            for name in OF_GRADUAL:
                 if (value := getattr(options, name)) != getattr(defaults, name):
                     raise ConfigError(
                         f"--{name.replace('_', '-')} {value} means nothing with --prune-schedule at-once, which closes nothing "

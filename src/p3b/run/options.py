@@ -303,6 +303,11 @@ class PruneConfig(TrainConfig):
     training: TrainingOptions = field(default_factory=lambda: TrainingOptions(epochs=50))
     prune: PruneOptions = field(default_factory=PruneOptions)
 
+    @property
+    def one_shot(self) -> bool:
+        """Whether nothing is masked before the cut."""
+        return self.training.epochs == 0 or self.prune.prune_schedule == AT_ONCE
+
 
 @dataclass(frozen=True)
 class CompareOptions:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from p3b.core.schedule import parse_duration
+from p3b.run.option_checks import OF_GRADUAL
 from p3b.run.options import AT_ONCE
 from p3b.run.recipe_terms import Choice, Facts, Rule, Settings, global_batch, is_early, passes_of, steps_of, steps_per_epoch
 
@@ -15,7 +16,7 @@ def prune_schedule(facts: Facts, settled: Settings) -> Choice | None:
 
     Not where something is given that only masks which close step by step have, or that other forms of the small model need.
     """
-    gradual = settled.keys() & _OF_GRADUAL or settled.get("prune_benefit", "removal") not in ("removal", "ridge")
+    gradual = settled.keys() & set(OF_GRADUAL) or settled.get("prune_benefit", "removal") not in ("removal", "ridge")
     wide = settled.get("prune_stream", "auto") == 0 or settled.get("compensate") == "off"
     by_hand = any(settled.get(other) for other in _BY_HAND)
     if gradual or wide or by_hand or not (facts.narrows and facts.compensates and _narrows_widths(facts, settled)):
@@ -26,18 +27,16 @@ def prune_schedule(facts: Facts, settled: Settings) -> Choice | None:
     return Choice("prune_schedule", AT_ONCE, "the sooner the model is small, the more it learns in the same time")
 
 
-_OF_GRADUAL = {
-    "prune_sparse_epoch", "prune_finalize_epoch", "prune_steps_update_mask", "prune_update_every", "prune_masks",
-    "prune_compute",
-}  # fmt: skip
 _BY_HAND = ("spare", "prune_keep_ratios")
 
 
 def is_at_once(settled: Settings) -> bool:
+    """Whether the model is cut in one shot after its warm-up."""
     return settled.get("prune_schedule") == AT_ONCE
 
 
 def calibration_images(facts: Facts, settled: Settings) -> Choice | None:
+    """What a cut at once is measured on: more images cost more steps and gave nothing (docs/experiments.md)."""
     if not is_at_once(settled):
         return None
     count = max(_FEW_CALIBRATED, min(_MOST_CALIBRATED, 2 * facts.classes))
@@ -48,6 +47,7 @@ _FEW_CALIBRATED, _MOST_CALIBRATED = 128, 1024
 
 
 def prune_start(facts: Facts, settled: Settings) -> Choice | None:
+    """How long the warm-up is: a share of the epochs of pruning, or the steps before a cut at once."""
     if not facts.prunes:
         return None
     if is_at_once(settled):
@@ -71,6 +71,7 @@ eleven epochs of the small model are better than 312 steps and eight (docs/exper
 
 
 def prune_update(facts: Facts, settled: Settings) -> Choice | None:
+    """How often masks are decided anew: a benefit over one or two batches is noise."""
     if not facts.prunes or "prune_steps_update_mask" in settled or is_at_once(settled):
         return None
     epochs, steps = settled["epochs"], steps_per_epoch(facts, settled)
@@ -97,6 +98,7 @@ def _narrow(setting: str, value: Any, reason: str) -> Rule:
 
 
 def prune_benefit(facts: Facts, settled: Settings) -> Choice | None:
+    """What benefit is measured by while masks close step by step."""
     if not is_early(facts) or is_at_once(settled) or "block_benefit" not in _methods(settled):
         return None
     epochs, steps = settled["epochs"], steps_per_epoch(facts, settled)

@@ -92,15 +92,18 @@ def is_early(facts: Facts) -> bool:
 
 
 def steps_of(facts: Facts, settled: Settings, epochs: float) -> int:
+    """Optimizer steps of so many epochs; one at least."""
     return max(1, round(epochs * steps_per_epoch(facts, settled)))
 
 
 def steps_per_epoch(facts: Facts, settled: Settings) -> int:
+    """Optimizer steps of an epoch."""
     batches = max(1, facts.images // (settled["batch_size"] * facts.processes))
     return math.ceil(batches / settled.get("grad_accum_steps", 1))
 
 
 def global_batch(facts: Facts, settled: Settings) -> int:
+    """Images of an optimizer step, over all processes."""
     return int(settled["batch_size"] * facts.processes * settled.get("grad_accum_steps", 1))
 
 

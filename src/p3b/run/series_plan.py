@@ -12,7 +12,6 @@ from p3b.methods import computes_active_alone, method_options, prunes_in_one_sho
 from p3b.run.distillation import TAU
 from p3b.run.method_options import METHOD_OPTIONS, method_options_of
 from p3b.run.options import (
-    AT_ONCE,
     CompareConfig,
     PhaseOptions,
     PruneConfig,
@@ -139,7 +138,7 @@ def shared_warm_ups(config: CompareConfig, runs: Sequence[Run]) -> set[str]:
 
 def _name_of_warm_up(config: PruneConfig) -> str | None:
     options, seed = config.prune, config.run.seed
-    if config.training.epochs == 0 or options.prune_schedule == AT_ONCE:
+    if config.one_shot:
         return None
     return warm_up_name(options.prune_method, method_options_of(options, seed), options.prune_start_epoch, seed)
 
