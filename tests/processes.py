@@ -150,6 +150,10 @@ def forked(act: Callable[[], int]) -> BaseProcess:
     return process
 
 
-def status_of(process: BaseProcess) -> int | None:
-    process.join(120)
-    return process.exitcode
+def status_of(process: BaseProcess, timeout: float = 120) -> int | None:
+    """Exit status; None of a process that does not end in so many seconds and is killed, so that it holds nothing open."""
+    process.join(timeout)
+    if (status := process.exitcode) is None:
+        process.kill()
+        process.join()
+    return status

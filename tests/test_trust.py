@@ -99,6 +99,20 @@ def test_killed_while_something_is_written(data: Path, undisturbed: Path, tmp_pa
     assert not kills._differences(undisturbed, tmp_path)
 
 
+def test_killed_while_a_mistake_is_copied(data: Path, tmp_path: Path) -> None:
+    given = flags(data, tmp_path, "--epochs", "1", "--lr", "1e-9")  # it learns nothing, so that there are mistakes
+
+    def trapped() -> int:
+        child.set_trap("call:PIL.Image.Image.save:2")
+        return run("train", *given)
+
+    assert status_of(forked(trapped)) == -signal.SIGKILL
+    examples = tmp_path / "train" / "examples"
+    assert len(list(examples.glob(".*.part"))) == 1
+    assert run("train", *given, "--resume") == 0
+    assert len(list(examples.glob("*.png"))) > 1 and not list(tmp_path.rglob(".*.part"))
+
+
 def test_a_damaged_checkpoint_is_passed_over_and_said_so(data: Path, undisturbed: Path, tmp_path: Path) -> None:
     given = flags(data, tmp_path, *RANDOM)
 

@@ -30,6 +30,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from p3b.errors import RunFolderError
+from p3b.report.record import EXAMPLES_FOLDER
 from p3b.storage.files import is_unfinished, remove_unfinished, write_atomically
 from p3b.train.distributed import gather
 
@@ -47,7 +48,7 @@ _OWN_FILES = (
     "benefit.*",
     "keep_ratio.*",
     "predictions.csv",
-    "examples",
+    EXAMPLES_FOLDER,
     "tracking.json",
 )
 _PRODUCT_FILES = ("config.json*", "model.safetensors")
@@ -169,7 +170,8 @@ class StageFolder:
 
     def tidy(self) -> None:
         """Remove what writers that were killed have left half done."""
-        for folder in (self.root, self.path, *(self.root / product for product in self._products)):
+        products = (self.root / product for product in self._products)
+        for folder in (self.root, self.path, self.path / EXAMPLES_FOLDER, *products):
             if folder.is_dir():
                 remove_unfinished(folder)
 
