@@ -109,8 +109,9 @@ def test_nothing_is_run_twice_and_more_may_be_added(data: Path, tmp_path: Path) 
     given = ("--methods", "uniform", "--no-smaller", *QUICK)
     assert run("compare", *flags(data, tmp_path, *given)) == 0
     before = everything_in(tmp_path)
+    (tmp_path / ".compare.jsonl.killed.part").write_text("half")
     assert run("compare", *flags(data, tmp_path, *given)) == 0
-    assert everything_in(tmp_path) == before
+    assert everything_in(tmp_path) == before, "nor is anything left of one that was killed"
     assert run("compare", *flags(data, tmp_path, *given, "--prune-ratios", "0.5", "0.3", "--seeds", "0", "1")) == 0
     after = everything_in(tmp_path)
     ours = [name for name in before if name.startswith("runs/")]

@@ -17,6 +17,7 @@ from PIL import Image
 from p3b.errors import ConfigError, RunFolderError
 from p3b.report import figures
 from p3b.report.figures import benefit_figure, draw_figures, keep_ratio_figure
+from p3b.storage.files import is_unfinished
 
 
 def _record(update: int, depth: int, phase: str = "sparsify") -> dict[str, Any]:
@@ -158,8 +159,10 @@ def test_a_failed_drawing_leaves_the_old_figure_and_no_rubbish(tmp_path: Path, m
     _write(tmp_path, [_record(0, 2)])
     old = tmp_path / "keep_ratio.png"
     old.write_bytes(b"old")
+    half_written: list[Path] = []
 
     def disk_full(*_: Any, **__: Any) -> None:
+        half_written.extend(filter(is_unfinished, tmp_path.iterdir()))
         raise OSError("No space left on device")
 
     monkeypatch.setattr(figures.Figure, "savefig", disk_full)
@@ -167,6 +170,7 @@ def test_a_failed_drawing_leaves_the_old_figure_and_no_rubbish(tmp_path: Path, m
         keep_ratio_figure(tmp_path, old)
     assert old.read_bytes() == b"old"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["blocks.jsonl", "keep_ratio.png"]
+    assert len(half_written) == 1, "had it been killed, a resumed run would know this file and remove it"
 
 
 def test_the_callers_matplotlib_is_left_alone(tmp_path: Path) -> None:

@@ -344,7 +344,8 @@ def whole_file(out: Path) -> Iterator[IO[bytes]]:
     """A file to write that takes its name when all of it is written; nothing is left of one that fails."""
     temporary: Path | None = None
     try:
-        with tempfile.NamedTemporaryFile(dir=out.parent, prefix=f".{out.name}.", delete=False) as file:
+        # Named as everything that is half written, so that a resumed run removes what a killed one left.
+        with tempfile.NamedTemporaryFile(dir=out.parent, prefix=f".{out.name}.", suffix=".part", delete=False) as file:
             temporary = Path(file.name)
             yield file
         temporary.chmod(0o644)  # as any other file of the run, not private as temporary files are

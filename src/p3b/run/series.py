@@ -235,7 +235,7 @@ def open_series(
     out = config.run.output_dir
     assert out is not None
     check_screen(config.run)
-    folder = StageFolder(out, name)  # for its lock
+    folder = StageFolder(out, name)  # for its lock, and what killed writers left
     with (
         stopped_by_signals(),
         process_group(config.run.device, config.run.timeout_minutes) as (processes, device),
@@ -247,6 +247,8 @@ def open_series(
         require_comparable(comparable(config, processes.world_size), before, out)
         screen = open_screen(config.run, processes.is_main)
         folder.claim_for_all(processes.is_main, screen.warn, resume=True, overwrite=False)
+        if processes.is_main:
+            folder.tidy()
         if (teacher := about_teacher(config)) is not None:
             screen.say(teacher)
         try:
