@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,25 @@ def test_a_plan_says_data_recipe_time_and_budgets_and_writes_nothing(
     assert list(tmp_path.iterdir()) == []
     assert run("plan", str(data), *MODEL, "--from-scratch", "--keep", "0.01", *given) == 2
     assert "A prune ratio of 0.99 cannot be met; the largest is 0." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (("--epochs", "2", "--prune-schedule", "at-once", "--prune-start-epoch", "1"), r"\(.* warm-up, .* the cut, .* fine"),
+        (("--epochs", "0", "--finetune-epochs", "0", "--val-share", "0"), r"\(\d+ s the cut\)"),
+        (("--epochs", "2", "--prune-schedule", "gradual"), r"\(.* pruning, .* evaluation\)"),
+    ],
+)
+def test_the_parts_of_the_time_are_those_of_the_run(
+    given: tuple[str, ...], said: str, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A cut in one shot is measured by a cut."""
+    monkeypatch.setattr(p3b.run.forecast, "images_per_second", lambda models, *_args, **_options: [10.0] * len(models))
+    fast = ("--measured-steps", "1", "--device", "cpu", "--precision", "fp32", "--test-path", str(data / "test"))
+    assert run("plan", str(data / "train"), *MODEL, "--from-scratch", "--keep", "0.5", *fast, *given) == 0
+    time = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("time: about"))
+    assert re.search(said, time)
 
 
 def test_data_says_what_is_there(data: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from timm.models.vision_transformer import VisionTransformer
 
 from p3b.commands.data import data_lines
 from p3b.data import DataSplits
 from p3b.errors import BudgetError
-from p3b.run.forecast import BudgetForecast, Seconds, budget_forecasts, largest_ratio, seconds_of_run
+from p3b.pruner import Pruner
+from p3b.run.forecast import BudgetForecast, Seconds, budget_forecasts, largest_ratio, seconds_of_cut, seconds_of_run
 from p3b.run.inputs import open_model, open_splits
 from p3b.run.machine import Machine, open_machine
 from p3b.run.method_options import method_options_of
+from p3b.run.one_shot import compensates_cut
 from p3b.run.option_checks import check
 from p3b.run.options import PlanConfig
 from p3b.run.prune_plan import PrunePlan, plan_pruning
@@ -41,17 +45,21 @@ def show_plan(config: PlanConfig, splits: DataSplits | None = None) -> list[Budg
         for line in (*data_lines(splits, config.plan.look_at), "", *recipe_lines(config), ""):
             screen.say(line)
         model = machine.put(_shape(config, len(splits.class_names)))
-        widths = method_options_of(config.prune, run.seed)
-        narrows = widths.get("stream", 0) != 0  # then embeddings and head shrink as well
+        ratio, method = config.prune.prune_ratio, config.prune.prune_method
+        pruning = {"prune_ratio": ratio, "method": method, **method_options_of(config.prune, run.seed)}
+        narrows = pruning.get("stream", 0) != 0  # then embeddings and head shrink as well
         largest = 1.0 if narrows else largest_ratio(model)
-        if config.prune.prune_ratio > largest and not config.prune.prune_blocks_only:
-            raise BudgetError(f"A prune ratio of {config.prune.prune_ratio:g} cannot be met; the largest is {largest:.3f}.")
+        if ratio > largest and not config.prune.prune_blocks_only:
+            raise BudgetError(f"A prune ratio of {ratio:g} cannot be met; the largest is {largest:.3f}.")
         steps_per_epoch = steps_of_epoch(len(splits.train), config.training, machine.processes.world_size)
         plan = plan_pruning(config.prune, config.training.epochs, steps_per_epoch, config.training.grad_accum_steps)
-        seconds = _seconds(config, model, splits, plan, steps_per_epoch, machine)
+        seconds = _seconds(config, model, pruning, splits, plan, steps_per_epoch, machine)
+        if plan.one_shot:
+            cut = _seconds_of_cut(config, model, pruning, len(splits.train), screen, machine)
+            seconds = replace(seconds, cut=cut)
         _say_run(screen, plan, steps_per_epoch, seconds)
-        ratios = sorted({*config.plan.budgets, config.prune.prune_ratio} - {0.0})
-        forecasts = budget_forecasts(model, ratios, machine, widths)
+        ratios = sorted({*config.plan.budgets, ratio} - {0.0})
+        forecasts = budget_forecasts(model, ratios, machine, pruning)
         met = {forecast.prune_ratio for forecast in forecasts}
         _show_budgets(screen, config.model.model, forecasts, [ratio for ratio in ratios if ratio not in met])
         if not narrows:
@@ -68,15 +76,16 @@ def _shape(config: PlanConfig, num_classes: int) -> VisionTransformer:
 
 
 def _seconds(
-    config: PlanConfig, model: VisionTransformer, splits: DataSplits, plan: PrunePlan, steps_per_epoch: int, machine: Machine
+    config: PlanConfig,
+    model: VisionTransformer,
+    pruning: Mapping[str, Any],
+    splits: DataSplits,
+    plan: PrunePlan,
+    steps_per_epoch: int,
+    machine: Machine,
 ) -> Seconds:
     watched = splits.val if splits.val is not None else splits.test
     epochs = plan.epochs + plan.finetune_epochs
-    pruning = {
-        "prune_ratio": config.prune.prune_ratio,
-        "method": config.prune.prune_method,
-        **method_options_of(config.prune, config.run.seed),
-    }
     return seconds_of_run(
         model,
         pruning,
@@ -86,6 +95,27 @@ def _seconds(
         evaluated=epochs * (0 if watched is None else len(watched)),
         measured_steps=config.plan.measured_steps,
         gradual=not plan.one_shot,
+    )
+
+
+def _seconds_of_cut(
+    config: PlanConfig,
+    model: VisionTransformer,
+    pruning: Mapping[str, Any],
+    train_images: int,
+    screen: Screen,
+    machine: Machine,
+) -> float:
+    cut = copy.deepcopy(model)
+    pruner = Pruner(cut, **pruning)
+    return seconds_of_cut(
+        cut,
+        pruner,
+        machine,
+        images=min(config.prune.calibration_images, train_images) // machine.processes.world_size,
+        at_a_time=config.training.batch_size,
+        order=config.prune.order_heads,
+        compensated=compensates_cut(config, cut, pruner, screen.say),
     )
 
 
@@ -104,10 +134,14 @@ def _say_run(screen: Screen, plan: PrunePlan, steps_per_epoch: int, seconds: Sec
             f"pruning starts at step {schedule.start}, is sparse at {schedule.sparse}, ends at {schedule.final}; masks are "
             f"updated every {schedule.update_every}"
         )
-    screen.result(
-        f"time: about {duration(seconds.total)} on this machine as it is now ({duration(seconds.pruning)} pruning, "
-        f"{duration(seconds.fine_tuning)} fine-tuning, {duration(seconds.evaluation)} evaluation)"
-    )
+    parts = {
+        "warm-up" if plan.one_shot else "pruning": seconds.pruning,
+        "the cut": seconds.cut,
+        "fine-tuning": seconds.fine_tuning,
+        "evaluation": seconds.evaluation,
+    }
+    told = ", ".join(f"{duration(taken)} {what}" for what, taken in parts.items() if taken)
+    screen.result(f"time: about {duration(seconds.total)} on this machine as it is now ({told})")
 
 
 def _show_budgets(screen: Screen, name: str, forecasts: Sequence[BudgetForecast], cannot: Sequence[float]) -> None:

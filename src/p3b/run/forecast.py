@@ -15,6 +15,7 @@ from typing import Any, cast
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from p3b.core.schedule import Schedule
 from p3b.deploy.choice import with_layout
@@ -53,12 +54,15 @@ class Seconds:
     """How long a run takes, by its parts."""
 
     pruning: float
+    """All before the cut: where that is in one shot, its warm-up."""
     fine_tuning: float
     evaluation: float
+    cut: float = 0.0
+    """Measuring, cutting and compensating in one shot; in a gradual run they are parts of steps, or take next to nothing."""
 
     @property
     def total(self) -> float:
-        return self.pruning + self.fine_tuning + self.evaluation
+        return self.pruning + self.cut + self.fine_tuning + self.evaluation
 
 
 def largest_ratio(model: VisionTransformer) -> float:
@@ -153,6 +157,29 @@ def seconds_of_run(
         float(model(images).sum())
         forward = (time.perf_counter() - began) / len(images)
     return Seconds(step * steps[0], small_step * steps[1], forward * evaluated)
+
+
+def seconds_of_cut(
+    model: VisionTransformer, pruner: Pruner, machine: Machine, *, images: int, at_a_time: int, order: bool, compensated: bool
+) -> float:
+    """How long a cut in one shot takes, from one batch of random images: nearly all of it grows with their number.
+
+    Args:
+        model: dense, on the device; it is cut.
+        pruner: of the model, without a schedule.
+        machine: that it runs on.
+        images: that the cut is decided on, by this process.
+        at_a_time: images of a batch.
+        order: whether heads are ordered (`Pruner.calibrate`).
+        compensated: whether what goes is made up for by what stays.
+    """
+    count = min(images, at_a_time)
+    batch = _images(model, count, machine)
+    began = time.perf_counter()
+    pruner.calibrate([(batch, torch.arange(count, device=machine.device) % model.num_classes)], cross_entropy, order=order)
+    pruner.decide_last()
+    pruner.shrink([batch] if compensated else None)
+    return (time.perf_counter() - began) * images / count
 
 
 def _seconds_a_step(

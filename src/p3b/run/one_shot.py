@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -92,21 +93,32 @@ class CalibrationImages:
 
 
 def compensated_on(stage: Stage, config: PruneConfig, pruner: Pruner, images: CalibrationImages) -> CalibrationImages | None:
-    """What the cut is compensated on; None where it is not.
+    """What the cut is compensated on; None where it is not."""
+    return images if compensates_cut(config, stage.model, pruner, stage.screen.say) else None
+
+
+def compensates_cut(config: PruneConfig, model: VisionTransformer, pruner: Pruner, say: Callable[[str], object]) -> bool:
+    """Whether what this pruner cuts is compensated.
+
+    Args:
+        config: settings.
+        model: that is pruned.
+        pruner: of the model.
+        say: is told why not, where compensation would be due and does not cover the model.
 
     Raises:
         ModelError: compensation is asked for, and does not cover the model.
     """
     if not compensates(config):
-        return None
+        return False
     try:
-        require_compensable(stage.model, pruner.layout)
+        require_compensable(model, pruner.layout)
     except ModelError as error:
         if config.prune.compensate == "on":
             raise
-        stage.screen.say(f"nothing is compensated: {error}")
-        return None
-    return images
+        say(f"nothing is compensated: {error}")
+        return False
+    return True
 
 
 def calibrate(stage: Stage, pruner: Pruner, images: CalibrationImages, *, order: bool) -> None:
