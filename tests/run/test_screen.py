@@ -244,9 +244,10 @@ def test_time_left_by_the_pace_of_the_last_epoch(marks: list[tuple[int, float]],
     for step, seconds in marks:
         clock.seconds = seconds
         pace.mark(step)
-    assert pace.seconds_until(100) == (None if left is None else pytest.approx(left))
+    to_do = 100 - (marks[-1][0] if marks else 0)
+    assert pace.seconds_for(to_do) == (None if left is None else pytest.approx(left))
     clock.seconds += 5000.0
-    assert not pace.seconds_until(100)
+    assert not pace.seconds_for(to_do)
 
 
 def test_phases_without_a_step_are_left_out() -> None:
@@ -257,6 +258,16 @@ def test_phases_without_a_step_are_left_out() -> None:
     assert [course.phase_at(step) for step in (0, 5, 20, 30)] == [
         (0, Phase("sparsify", 5)), (5, Phase("sharpen", 20)), (20, Phase("fine-tune", 30)), (20, Phase("fine-tune", 30)),
     ]  # fmt: skip
+
+
+def test_what_a_cut_leaves_out_of_its_epoch_is_not_waited_for() -> None:
+    """A warm-up of 4 steps in epochs of 10, and two epochs of the small model: steps 4 to 9 are counted and not done."""
+    plan = PrunePlan(Schedule(start=4, sparse=5, final=5, update_every=1), epochs=1, finetune_epochs=2, at_once=True)
+    course = Course(phases_of(plan, 10), 100)
+    assert course.phases == (Phase("warm-up", 4), Phase("fine-tune", 30, skipped=6)) and course.steps == 30
+    assert [course.phase_at(step)[0] for step in (0, 4, 10, 30)] == [0, 10, 10, 10]
+    assert [course.to_do(step, 30) for step in (0, 4, 10, 29)] == [24, 20, 20, 1] and course.to_do(0, 4) == 4
+    assert phases_of(replace(plan, finetune_epochs=0), 10) == (Phase("warm-up", 4),)
 
 
 def test_library_messages_end_with_their_block(tmp_path: Path) -> None:

@@ -62,8 +62,8 @@ class LiveView:
             return
         start, phase = self._course.phase_at(moment.step)
         yield self._headline(phase.name, moment)
-        yield self._way("run", moment.step, self._course.steps, self._course.steps, width, ascii_only)
-        yield self._way(phase.name, moment.step - start, phase.end - start, phase.end, width, ascii_only)
+        for name, first, end in (("run", 0, self._course.steps), (phase.name, start, phase.end)):
+            yield self._way(name, (moment.step - first) / max(end - first, 1), self._left(moment, end), width, ascii_only)
         yield self._budget(moment.kept_params, width, ascii_only)
         if self.blocks:
             depth = max(len(blocks) for blocks in _by_kind(self.blocks).values())
@@ -75,7 +75,7 @@ class LiveView:
         moment = self.moment
         assert moment is not None
         loss = "" if moment.loss is None else f", loss {short_loss(moment.loss)}"
-        left = self._pace.seconds_until(self._course.steps)
+        left = self._left(moment, self._course.steps)
         rest = "" if left is None else f", {duration(left)} left"
         return (
             f"  {self._course.phase_at(moment.step)[1].name}, epoch {moment.epoch}/{moment.epochs}, step {moment.step:,} of "
@@ -90,13 +90,16 @@ class LiveView:
             line.append(f"  {moment.accuracy[0]} top-1 {moment.accuracy[1]:.2f} %")
         return line
 
-    def _way(self, name: str, done: int, steps: int, end: int, width: int, ascii_only: bool) -> Text:
-        """A bar of what is done, and the time that is left."""
-        left = self._pace.seconds_until(end)
+    def _left(self, moment: Moment, end: int) -> float | None:
+        """Seconds until so many steps of the stage are done."""
+        return self._pace.seconds_for(self._course.to_do(moment.step, end))
+
+    def _way(self, name: str, done: float, left: float | None, width: int, ascii_only: bool) -> Text:
+        """A bar of the share that is done, and the time that is left."""
         told = "measuring" if left is None else f"{duration(left)} left"
         line = Text(f"{name:<{_NAME}}  ")
         room = width - len(line) - _LEFT - 2
-        line.append_text(_line_bar(done / max(steps, 1), room, "cyan", ascii_only))
+        line.append_text(_line_bar(max(done, 0.0), room, "cyan", ascii_only))
         return line.append(f"  {told:>{_LEFT}}")
 
     def _budget(self, kept: int, width: int, ascii_only: bool) -> Text:

@@ -15,10 +15,12 @@ class Phase:
     Attributes:
         name: "warm-up", "sparsify", "sharpen", "fine-tune", "train", ...
         end: optimizer steps of the stage that are done when it ends.
+        skipped: steps right before it that are counted and not done: the rest of an epoch within which the last phase ended.
     """
 
     name: str
     end: int
+    skipped: int = 0
 
 
 @dataclass(frozen=True)
@@ -44,10 +46,17 @@ class Course:
         """The phase of the step to come, and the step that it starts at; the last phase after the end."""
         start = 0
         for phase in self.phases:
+            first = start + phase.skipped
             if step < phase.end:
-                return start, phase
-            last, start = start, phase.end
+                return first, phase
+            last, start = first, phase.end
         return last, self.phases[-1]
+
+    def to_do(self, step: int, end: int) -> int:
+        """Steps that are done between these two."""
+        starts = (0, *(phase.end for phase in self.phases))
+        gaps = ((start, start + phase.skipped) for start, phase in zip(starts, self.phases, strict=False))
+        return end - step - sum(max(0, min(end, last) - max(step, first)) for first, last in gaps)
 
 
 @dataclass(frozen=True)
@@ -88,12 +97,12 @@ class Pace:
         while len(self._marks) > 2 and step - self._marks[1][0] >= self._window:
             self._marks.popleft()
 
-    def seconds_until(self, step: int) -> float | None:
-        """Seconds from now to the end of a step, 0 or more; None while nothing is known."""
+    def seconds_for(self, steps: int) -> float | None:
+        """Seconds from now until so many steps after the last mark are done, 0 or more; None while nothing is known."""
         if not self._marks:
             return None
         (first, began), (last, at) = self._marks[0], self._marks[-1]
         if last == first:
             return None
         rate = (at - began) / (last - first)
-        return max(0.0, rate * (step - last) - (self._now() - at))
+        return max(0.0, rate * steps - (self._now() - at))

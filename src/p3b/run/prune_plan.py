@@ -93,12 +93,14 @@ def _at_once(start: float, epochs: int, steps_per_epoch: int, finetune_epochs: i
 def phases_of(plan: PrunePlan, steps_per_epoch: int) -> tuple[Phase, ...]:
     """The phases of a run, but for those without a step; none where nothing is trained."""
     schedule = plan.schedule
-    end = (plan.epochs + plan.finetune_epochs) * steps_per_epoch
     gradual = (("warm-up", schedule.start), ("sparsify", schedule.sparse), ("sharpen", schedule.final))
     pruning = gradual[:1] if plan.at_once else gradual if plan.epochs else ()
-    ends = (*pruning, ("fine-tune", end))
-    before = (0, *(step for _, step in ends))
-    return tuple(Phase(name, step) for (name, step), start in zip(ends, before, strict=False) if step > start)
+    before = (0, *(step for _, step in pruning))
+    phases = [Phase(name, step) for (name, step), start in zip(pruning, before, strict=False) if step > start]
+    if plan.finetune_epochs:
+        skipped = plan.epochs * steps_per_epoch - schedule.start if plan.at_once else 0
+        phases.append(Phase("fine-tune", (plan.epochs + plan.finetune_epochs) * steps_per_epoch, skipped))
+    return tuple(phases)
 
 
 def _update_every(options: PhaseOptions, epochs: int, steps_per_epoch: int, grad_accum_steps: int) -> int | None:
