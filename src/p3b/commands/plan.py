@@ -17,7 +17,7 @@ from p3b.run.forecast import BudgetForecast, Seconds, budget_forecasts, largest_
 from p3b.run.inputs import open_model, open_splits
 from p3b.run.machine import Machine, open_machine
 from p3b.run.method_options import method_options_of
-from p3b.run.one_shot import compensates_cut
+from p3b.run.one_shot import compensates_cut, share_of_images
 from p3b.run.option_checks import check
 from p3b.run.options import PlanConfig
 from p3b.run.prune_plan import PrunePlan, plan_pruning
@@ -112,7 +112,7 @@ def _seconds_of_cut(
         cut,
         pruner,
         machine,
-        images=min(config.prune.calibration_images, train_images) // machine.processes.world_size,
+        images=share_of_images(config.prune.calibration_images, train_images, machine.processes.world_size),
         at_a_time=config.training.batch_size,
         order=config.prune.order_heads,
         compensated=compensates_cut(config, cut, pruner, screen.say),

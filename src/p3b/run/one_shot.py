@@ -49,6 +49,18 @@ def require_trained(stage: Stage) -> dict[str, Accuracy]:
     return accuracies
 
 
+def share_of_images(asked: int, train_images: int, processes: int) -> int:
+    """Images that a cut is decided on in each process, of so many that are asked for and are there.
+
+    Raises:
+        ConfigError: there is not one for each.
+    """
+    share = min(asked, train_images) // processes
+    if share < 1:
+        raise ConfigError(f"--calibration-images leaves none for each of {processes} processes; give more of them.")
+    return share
+
+
 class CalibrationImages:
     """Training images as they are, not augmented, that a cut is decided or compensated on; each rank has its share.
 
@@ -59,11 +71,7 @@ class CalibrationImages:
 
     def __init__(self, stage: Stage, count: int) -> None:
         train, seed, processes = stage.splits.train, stage.provenance["seed"], stage.machine.processes
-        count = min(count, len(train)) // processes.world_size * processes.world_size
-        if count < 1:
-            raise ConfigError(
-                f"--calibration-images leaves none for each of {processes.world_size} processes; give more of them."
-            )
+        count = share_of_images(count, len(train), processes.world_size) * processes.world_size
         chosen = balanced_subset(train.targets, count, seed)
         # Class after class, as a folder has them, a batch would speak of one class alone.
         self._images = train.subset(np.random.default_rng(seed).permutation(chosen))
