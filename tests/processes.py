@@ -150,9 +150,9 @@ def forked(act: Callable[[], int]) -> BaseProcess:
     return process
 
 
-def status_of(process: BaseProcess, timeout: float = 120) -> int | None:
-    """Exit status; None of a process that does not end in so many seconds and is killed, so that it holds nothing open."""
-    process.join(timeout)
+def status_of(process: BaseProcess) -> int | None:
+    """Exit status; None of a process that does not end in two minutes and is killed, so that it holds nothing open."""
+    process.join(120)
     if (status := process.exitcode) is None:
         process.kill()
         process.join()

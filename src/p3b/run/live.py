@@ -99,7 +99,7 @@ class LiveView:
         told = "measuring" if left is None else f"{duration(left)} left"
         line = Text(f"{name:<{_NAME}}  ")
         room = width - len(line) - _LEFT - 2
-        line.append_text(_line_bar(max(done, 0.0), room, "cyan", ascii_only))
+        line.append_text(_line_bar(done, room, "cyan", ascii_only))
         return line.append(f"  {told:>{_LEFT}}")
 
     def _budget(self, kept: int, width: int, ascii_only: bool) -> Text:

@@ -22,12 +22,6 @@ from p3b.train.evaluate import Accuracy
 from p3b.vit.compensation import require_compensable
 
 
-def compensates(config: PruneConfig) -> bool:
-    """Whether what is cut is made up for by what stays."""
-    asked = config.prune.compensate
-    return config.one_shot if asked == "auto" else asked == "on"
-
-
 def require_trained(stage: Stage) -> dict[str, Accuracy]:
     """Accuracy of the model that is to be pruned, on all parts; refuse one that does not know these classes.
 
@@ -117,12 +111,13 @@ def compensates_cut(config: PruneConfig, model: VisionTransformer, pruner: Prune
     Raises:
         ModelError: compensation is asked for, and does not cover the model.
     """
-    if not compensates(config):
+    asked = config.prune.compensate
+    if asked == "off" or (asked == "auto" and not config.one_shot):
         return False
     try:
         require_compensable(model, pruner.layout)
     except ModelError as error:
-        if config.prune.compensate == "on":
+        if asked == "on":
             raise
         say(f"nothing is compensated: {error}")
         return False
